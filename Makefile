@@ -1,0 +1,53 @@
+# Every target sets up what it needs: a machine with Python, pip and make is enough.
+#   make train                               trains the digits preset: samples and weights in runs/digits
+#   make train ARGS="--preset cifar10-small" any option of scripts/train.py
+#   make test                                the default tests
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-slow test-order style format bench clean
+
+help:
+	@echo "make train | test | test-slow | style | format | bench | clean      (ARGS=... are passed on, PYTHON=... picks the Python)"
+
+# Debian without python3-venv has no ensurepip: then the machine's own pip fills the environment.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+		{ $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+install: $(STAMP)
+
+# Plain python, not a launcher: Ctrl-C and SIGTERM then reach the training itself, and its exit code is the command's.
+train: $(STAMP)
+	$(BIN)/python scripts/train.py $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "slow and not gpu and not hub" $(ARGS)
+
+test-order: $(STAMP)
+	$(BIN)/python -m pytest tests/test_import_order.py
+
+style: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python scripts/benchmark.py $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
