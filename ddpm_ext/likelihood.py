@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ddpm_ext.images import HALF_RANGE
-from ddpm_ext.schedules import check_word
+from .images import HALF_RANGE
+from .schedules import check_word
 
 Cdf = Literal["tanh", "exact"]
 
@@ -96,7 +96,7 @@ def normal_cdf(x: Tensor, cdf: Cdf = "tanh") -> Tensor:
 
 
 def discretized_log_likelihood(x_0: Tensor, mean: Tensor, log_var: Tensor, *, cdf: Cdf = "tanh") -> Tensor:
-    r"""log P(x_0 | μ, σ) of the discretised decoder, elementwise, in nats. DDPM Eq. (13).
+    r"""The decoder's log P(x_0 | μ, σ), discretised, elementwise, in nats. DDPM Eq. (13).
 
         P = Φ((x_0 - μ + 1/255)/σ) - Φ((x_0 - μ - 1/255)/σ)
 
