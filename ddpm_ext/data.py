@@ -10,33 +10,25 @@ run on across the end of an epoch, and no picture is left out or doubled. Pixels
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
-import pyarrow.parquet
 import torch
-from datasets.table import InMemoryTable
-from filelock import FileLock
+from datasets.config import HF_DATASETS_CACHE
 from torch import Tensor
 
-from ddpm_ext.pictures import GREY, UNREADABLE, PictureFormat, decode_picture, open_picture, upright_size
+from ddpm_ext.decoded import Decoder, decode_to_file, decode_to_memory, fingerprint, picture_format, source_digest
+from ddpm_ext.sources import Rows, find_image_column, find_label_column, open_source, read_labels
 
-DIGITS = "digits"
-DIGITS_DIR = Path(__file__).parent / "digits"
 # Decoded pictures up to MEMORY_BYTES are held in memory, up to MAPPED_BYTES in a file that all processes map; larger
 # sets are decoded when asked for.
 MEMORY_BYTES = 1 << 28
 MAPPED_BYTES = 1 << 34
-ROWS_AT_ONCE = 512
 
 
 class Batch(NamedTuple):
@@ -113,16 +105,16 @@ class ImageSet:
     def __init__(
         self,
         read: Callable[[np.ndarray], np.ndarray],
+        labels: np.ndarray | None,
+        length: int,
         shape: tuple[int, int, int],
-        labels: np.ndarray,
-        has_labels: bool,
         num_classes: int | None,
         fingerprint: str,
         skipped: list[str],
     ) -> None:
         self._read = read
         self._labels = labels
-        self._has_labels = has_labels
+        self._length = length
         self.shape = shape
         self.num_classes = num_classes
         self.fingerprint = fingerprint
@@ -130,15 +122,15 @@ class ImageSet:
 
     def __len__(self) -> int:
         """Number of pictures in one epoch."""
-        return len(self._labels)
+        return self._length
 
     def batch(self, indices: Sequence[int] | Tensor) -> Batch:
-        """The pictures of these numbers, each in [0, len(self)); pixels uint8 (B, C, H, W), labels int64 (B,) or None."""
+        """The pictures of these numbers, each in [0, len(self))."""
         asked = np.asarray(indices, dtype=np.int64).reshape(-1)
         if asked.size and not (0 <= asked.min() and asked.max() < len(self)):
             raise ValueError(f"indices must lie in [0, {len(self)}), got {asked.min()} to {asked.max()}.")
-        pixels, labels = torch.from_numpy(self._read(asked)), torch.from_numpy(self._labels[asked])
-        return Batch(pixels, labels if self._has_labels else None)
+        labels = None if self._labels is None else torch.from_numpy(self._labels[asked])
+        return Batch(torch.from_numpy(self._read(asked)), labels)
 
     def at(self, positions: Sequence[int] | Tensor, seed: int) -> Batch:
         """The pictures at these global positions of a training with this seed; see `positions_to_indices`."""
@@ -153,13 +145,13 @@ class ImageSet:
 
 
 def prefetch(ask: Callable[[Any], Batch], requests: Iterator[Any], ahead: int = 2) -> Iterator[Batch]:
-    """`map(ask, requests)` with up to `ahead` batches read by a thread while the caller computes; same order, same values."""
+    """`map(ask, requests)` with up to `ahead` batches read by a thread while the caller computes, in the same order."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
-        waiting = [pool.submit(ask, request) for request, _ in zip(requests, range(max(1, ahead)), strict=False)]
+        waiting = [pool.submit(ask, request) for request in islice(requests, max(1, ahead))]
         try:
             while waiting:
                 batch = waiting.pop(0).result()
-                waiting += [pool.submit(ask, request) for request, _ in zip(requests, range(1), strict=False)]
+                waiting += [pool.submit(ask, request) for request in islice(requests, 1)]
                 yield batch
         finally:
             for future in waiting:
@@ -208,27 +200,26 @@ def load_images(
         ValueError: a set that cannot be opened or is empty, a missing column, pictures of several sizes without
             `resolution`, no readable picture, or with `strict` an unreadable one.
     """
-    table = open_table(dataset_name, dataset_config_name, train_data_dir, split, cache_dir)
+    table = open_source(dataset_name, dataset_config_name, train_data_dir, split, cache_dir)
     if max_images is not None:
         table = table.select(range(min(max_images, len(table))))
     if len(table) == 0:
         raise ValueError(f"The data set is empty: split {split!r} of {dataset_name or train_data_dir} has no rows.")
-    column = find_image_column(table.features, image_column)
+    rows = Rows(table, find_image_column(table.features, image_column))
     labels, num_classes = read_labels(table, find_label_column(table.features, label_column))
-    rows = Rows(table, column)
     form = picture_format(rows, resolution, channels, center_crop)
-    decode = Decoder(rows, form, strict, num_workers)
+    decoder = Decoder(rows, form, strict, num_workers)
     shape = (form.channels, form.height, form.width)
-    num_bytes = len(rows) * form.channels * form.height * form.width
 
+    num_bytes = len(rows) * form.channels * form.height * form.width
     if num_bytes > mapped_bytes:
-        every = np.zeros(len(rows), np.int64) if labels is None else labels
-        print_ = fingerprint_of_source(rows, form)
-        return ImageSet(decode.nearest_readable, shape, every, labels is not None, num_classes, print_, decode.skipped)
+        mark = fingerprint(source_digest(rows, form), labels, shape)
+        return ImageSet(decoder.nearest_readable, labels, len(rows), shape, num_classes, mark, decoder.skipped)
     if num_bytes > memory_bytes:
-        pixels, kept, skipped = decode_to_file(decode, Path(cache_dir or datasets.config.HF_DATASETS_CACHE))
+        decoded = decode_to_file(decoder, Path(cache_dir or HF_DATASETS_CACHE) / "ddpm_ext")
     else:
-        pixels, kept, skipped = decode_to_memory(decode)
-    every = np.zeros(len(kept), np.int64) if labels is None else labels[kept]
-    print_ = fingerprint_of_pixels(pixels, every)
-    return ImageSet(partial(np.take, pixels, axis=0), shape, every, labels is not None, num_classes, print_, skipped)
+        decoded = decode_to_memory(decoder)
+    labels = None if labels is None else labels[decoded.kept]
+    mark = fingerprint(decoded.digest, labels, shape)
+    read = partial(np.take, decoded.pixels, axis=0)
+    return ImageSet(read, labels, len(decoded.kept), shape, num_classes, mark, decoded.skipped)

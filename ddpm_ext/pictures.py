@@ -1,6 +1,6 @@
 """One picture file -> pixels: uint8 (C, H, W), with Pillow alone.
 
-    encoded file -> upright (EXIF) -> 8 bits -> no hidden colour under alpha -> C channels -> resized and cropped to (H, W)
+    encoded file -> upright (EXIF) -> 8 bits -> no hidden colour under alpha -> C channels -> cropped to (H, W)
 
 Channels are the network's: 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha; any other number repeats a grey picture.
 """
@@ -14,7 +14,6 @@ import numpy as np
 from PIL import Image, ImageOps
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 # What Pillow raises for a file that is no picture, is cut short, or claims to be absurdly large.
 UNREADABLE = (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError)
 
@@ -28,8 +27,10 @@ class PictureFormat(NamedTuple):
     center_crop: bool  # False: the window lies where `place` says
 
 
-def open_picture(encoded: bytes | str) -> Image.Image:
+def open_picture(encoded: bytes | str | None) -> Image.Image:
     """A picture from its bytes or its path, not yet decoded."""
+    if encoded is None:
+        raise OSError("the row is empty.")
     return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
 
 
@@ -64,15 +65,17 @@ def with_channels(image: Image.Image, channels: int) -> Image.Image:
     if channels in MODES:
         return image if image.mode == MODES[channels] else image.convert(MODES[channels])
     if image.mode != "L":
-        raise ValueError(f"a colour picture cannot fill {channels} channels; give the network 1, 2, 3 or 4, or grey pictures.")
+        raise ValueError(
+            f"a colour picture cannot fill {channels} channels; give the network 1, 2, 3 or 4, or grey pictures."
+        )
     return image
 
 
-def decode_picture(encoded: bytes | str, form: PictureFormat, place: float = 0.5) -> np.ndarray:
+def decode_picture(encoded: bytes | str | None, form: PictureFormat, place: float = 0.5) -> np.ndarray:
     """One encoded picture -> pixels, uint8, shape (C, H, W).
 
-    The picture is scaled until it covers (H, W) and its longer side is cropped (`ImageOps.fit`, Lanczos); a picture that
-    has the size already keeps every pixel.
+    The picture is scaled until it covers (H, W) and its longer side is cropped (`ImageOps.fit`, Lanczos); a picture
+    that has the size already keeps every pixel.
 
     Args:
         encoded: The file's bytes, or its path.

@@ -15,6 +15,9 @@ MATHEMATICS = ["images", "schedules", "process", "likelihood", "losses", "optima
 DIFFUSERS_SHAPE = ["unet", "scheduler", "hub", "pipeline", "bound"]
 WORK = [
     "config",
+    "pictures",
+    "sources",
+    "decoded",
     "data",
     "stream",
     "ema",
