@@ -1,3 +1,8 @@
-"""Denoising diffusion probabilistic models for Diffusers."""
+"""Denoising diffusion probabilistic models (Ho et al. 2020) for Diffusers, complete and exact."""
 
 __version__ = "0.1.0"
+
+from .pipeline import DDPMExtPipeline
+from .scheduler import DDPMExtScheduler
+
+__all__ = ["DDPMExtPipeline", "DDPMExtScheduler", "__version__"]

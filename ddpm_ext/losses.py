@@ -1,0 +1,189 @@
+r"""What training minimises, per image: the simple loss, the weighted bound, their hybrid, min-SNR weights.
+
+Losses come back with shape (B,); reducing them is the caller's, who knows what a global batch is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .likelihood import discretized_log_likelihood, gaussian_kl, mean_over_dims
+from .process import PredictionType, compute_dtype, jump, q_posterior, training_target
+from .reverse import LEARNED_VARIANCES, VarianceType, p_mean_variance, split_output
+from .schedules import Tables, check_word
+
+Loss = Literal["simple", "vlb", "hybrid"]
+
+
+def training_loss(
+    output: Tensor,
+    x_0: Tensor,
+    x_t: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    tables: Tables,
+    *,
+    prediction_type: PredictionType = "epsilon",
+    variance_type: VarianceType = "fixed_small",
+    loss: Loss = "simple",
+    snr_gamma: float | None = None,
+) -> Tensor:
+    r"""The loss of each image.
+
+        simple  mean (target - output)², times the min-SNR weight where snr_gamma is given       DDPM Eq. (14)
+        vlb     T · L_{t-1} / ln 2, with L_0 at the first step                                   DDPM Eqs. (5), (13)
+        hybrid  simple + (T/1000) · L_{t-1} / ln 2, the mean detached in the second term         IDDPM Eq. (16)
+
+    With t uniform, vlb is an unbiased estimate of the bound in bits/dim (less L_T, which no weight changes).
+
+    Args:
+        output: The network's output for (x_t, t): (B, C, H, W), or (B, 2C, H, W) for the learned variances.
+        x_0: Clean images in [-1, 1], shape (B, C, H, W); on the 8-bit grid for vlb and hybrid.
+        x_t: Noised images made of x_0 and eps.
+        eps: The noise.
+        t: int64, shape (B,), 0 <= t < T.
+        tables: One schedule, on t's device.
+        prediction_type: What the network predicts.
+        variance_type: The reverse variance that vlb and hybrid judge.
+        loss: One of the words above.
+        snr_gamma: γ of min-SNR weighting; None for none.
+
+    Returns:
+        Shape (B,), at least float32.
+
+    Raises:
+        ValueError: options that do not go together (`check_loss_options`), or shapes that do not fit.
+    """
+    check_loss_options(loss, variance_type, snr_gamma)
+    if loss == "vlb":
+        bound = bound_term(output, x_0, x_t, t, tables, prediction_type=prediction_type, variance_type=variance_type)
+        return bound * (tables.num_timesteps / math.log(2))
+
+    prediction, head = split_output(output, x_t, variance_type)
+    target = training_target(x_0, x_t, eps, t, tables, prediction_type)
+    dtype = compute_dtype(prediction)
+    simple = mean_over_dims((target.to(dtype) - prediction.to(dtype)) ** 2)
+    if snr_gamma is not None:
+        simple = simple * min_snr_weight(t, tables, prediction_type, snr_gamma).to(simple.dtype)
+    if loss == "simple" or head is None:
+        return simple
+
+    detached = torch.cat([prediction.detach(), head], dim=1)
+    bound = bound_term(detached, x_0, x_t, t, tables, prediction_type=prediction_type, variance_type=variance_type)
+    return simple + bound * (tables.num_timesteps / 1000 / math.log(2))
+
+
+def bound_term(
+    output: Tensor,
+    x_0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    tables: Tables,
+    *,
+    prediction_type: PredictionType = "epsilon",
+    variance_type: VarianceType = "fixed_small",
+) -> Tensor:
+    r"""L_{t-1} of each image on the full chain, in nats per dimension; L_0 at the first step. x̂_0 is not clipped.
+
+        L_{t-1} = mean KL( q(x_{t-1} | x_t, x_0) ‖ p(x_{t-1} | x_t) )          t > 0
+        L_0     = -mean log P(x_0 | μ, σ)                                      t = 0
+
+    Args:
+        output: As in `training_loss`.
+        x_0: Clean images on the 8-bit grid in [-1, 1].
+        x_t: Noised images.
+        t: int64, shape (B,), 0 <= t < T.
+        tables: One schedule, on t's device.
+        prediction_type: What the network predicts.
+        variance_type: The reverse variance.
+
+    Source: Ho et al. 2020, arXiv:2006.11239, Eqs. (5), (12), (13).
+    """
+    p = p_mean_variance(output, x_t, t, tables, prediction_type=prediction_type, variance_type=variance_type)
+    q = q_posterior(x_0, x_t, t, tables)
+    q_log_var = q.var.clamp(min=torch.finfo(q.var.dtype).tiny).log()  # -inf at t = 0, where the decoder counts instead
+    kl = mean_over_dims(gaussian_kl(q.mean, q_log_var, p.mean, p.log_var))
+    decoder = -mean_over_dims(discretized_log_likelihood(x_0, p.mean, p.log_var))
+    return torch.where(t == 0, decoder.to(kl.dtype), kl)
+
+
+def min_snr_weight(t: Tensor, tables: Tables, prediction_type: PredictionType, gamma: float) -> Tensor:
+    r"""Weight of the simple loss that caps each step's share at SNR = γ; SNR = ᾱ_t / (1 - ᾱ_t).
+
+        epsilon         min(SNR, γ) / SNR
+        sample          min(SNR, γ)
+        v_prediction    min(SNR, γ) / (SNR + 1)
+        posterior_mean  min(SNR, γ) / c1², c1 of the jump t -> t - 1
+
+    Args:
+        t: int64, shape (B,), 0 <= t < T.
+        tables: One schedule, on t's device.
+        prediction_type: One of the words above.
+        gamma: γ > 0; the paper uses 5.
+
+    Returns:
+        float64, shape (B,).
+
+    Source: Hang et al. 2023, arXiv:2303.09556, §3.4.
+    """
+    snr = tables.alpha_bar[t] / tables.one_minus_alpha_bar[t]
+    capped = snr.clamp(max=gamma)
+    if prediction_type == "epsilon":
+        return (gamma / snr).clamp(max=1)  # also right where SNR = 0
+    if prediction_type == "sample":
+        return capped
+    if prediction_type == "v_prediction":
+        return capped / (snr + 1)
+    check_word("prediction_type", prediction_type, get_args(PredictionType))
+    return capped / jump(tables, t).c1 ** 2
+
+
+def uniform_timesteps(
+    batch_size: int,
+    num_timesteps: int,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """One t per image, uniform over 0..T-1.
+
+    Args:
+        batch_size: B.
+        num_timesteps: T.
+        generator: Where the randomness comes from; on `device`.
+        device: Where t is made.
+
+    Returns:
+        int64, shape (B,).
+
+    Source: Ho et al. 2020, arXiv:2006.11239, Algorithm 1, line 3.
+    """
+    return torch.randint(num_timesteps, (batch_size,), generator=generator, device=device)
+
+
+def check_loss_options(loss: Loss, variance_type: VarianceType, snr_gamma: float | None) -> None:
+    """Raise a ValueError when a loss, a variance and a weighting do not go together.
+
+    A learned variance needs a loss with the bound in it, hybrid needs something for the bound to teach, and min-SNR
+    weights the simple loss only.
+    """
+    check_word("loss", loss, get_args(Loss))
+    check_word("variance_type", variance_type, get_args(VarianceType))
+    learned = variance_type in LEARNED_VARIANCES
+    if loss == "simple" and learned:
+        raise ValueError(
+            f'loss "simple" never trains the variance of variance_type "{variance_type}". Use loss "hybrid" or "vlb".'
+        )
+    if loss == "hybrid" and not learned:
+        raise ValueError(
+            f'loss "hybrid" trains a variance head, but variance_type "{variance_type}" has none. Use loss "simple", '
+            'or variance_type "learned_range".'
+        )
+    if snr_gamma is not None and (loss == "vlb" or not snr_gamma > 0):
+        raise ValueError(
+            f'snr_gamma must be a positive number and weights loss "simple" or "hybrid", got {snr_gamma!r} with loss '
+            f'"{loss}".'
+        )

@@ -1,0 +1,64 @@
+"""The scheduler's options: their words and ranges, and their portable form on disk."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, get_args
+
+from diffusers.configuration_utils import FrozenDict
+
+from .process import PredictionType
+from .reverse import VarianceType
+from .schedules import Tables, check_word
+
+EXTENSION_KEY = "_ddpm_ext"  # the one config key of ours: stock classes neither warn about nor drop a leading "_"
+PLAIN_VARIANCE = {"fixed_small_log": "fixed_small", "fixed_large_log": "fixed_large"}
+SPACINGS = ("linspace", "leading", "trailing")
+FAR_FROM_ZERO = 0.02  # ᾱ_T above this leaves an x_T that is visibly not standard normal
+
+
+def stock_words(config: dict[str, Any]) -> dict[str, str]:
+    """The config values that must read differently for a stock scheduler."""
+    words: dict[str, str] = {}
+    if config["variance_type"] in PLAIN_VARIANCE:
+        words["variance_type"] = PLAIN_VARIANCE[config["variance_type"]]
+    if config["variance_type"] == "learned":
+        # Stock would take the root of the head, which is a logarithm, and paint the NaN black; this word it refuses.
+        words["prediction_type"] = f"{config['prediction_type']} with learned log-variance"
+    return words
+
+
+def check_options(config: FrozenDict) -> None:
+    """Raise a ValueError for an option that is not one of its words or outside its range."""
+    check_word("variance_type", config.variance_type, get_args(VarianceType))
+    check_word("prediction_type", config.prediction_type, get_args(PredictionType))
+    check_word("timestep_spacing", config.timestep_spacing, SPACINGS)
+    ranges = {
+        "clip_sample_range": (config.clip_sample_range > 0, "a positive number"),
+        "sample_max_value": (config.sample_max_value > 0, "a positive number"),
+        "dynamic_thresholding_ratio": (0 <= config.dynamic_thresholding_ratio <= 1, "between 0 and 1"),
+        "steps_offset": (
+            isinstance(config.steps_offset, int) and 0 <= config.steps_offset < config.num_train_timesteps,
+            f"an int from 0 to {config.num_train_timesteps - 1}",
+        ),
+    }
+    for name, (fits, expected) in ranges.items():
+        if not fits:
+            raise ValueError(f"{name} must be {expected}, got {config[name]!r}.")
+
+
+def check_terminal_snr(config: FrozenDict, tables: Tables) -> None:
+    """Refuse epsilon prediction where ᾱ_T = 0 is sure to be visited; warn where ᾱ_T is far from 0."""
+    alpha_bar_T = tables.alpha_bar[-1].item()
+    if alpha_bar_T == 0 and config.prediction_type == "epsilon" and config.timestep_spacing != "leading":
+        raise ValueError(
+            f'timestep_spacing "{config.timestep_spacing}" visits the last step, whose signal is gone (ᾱ_T = 0), and '
+            'epsilon prediction is undefined there. Use prediction_type "v_prediction" or "sample".'
+        )
+    if alpha_bar_T > FAR_FROM_ZERO:
+        warnings.warn(
+            f"ᾱ_T = {alpha_bar_T:.3g} is far from 0 with num_train_timesteps = {tables.num_timesteps}: x_T keeps "
+            "signal, so sampling must not start from standard normal noise. Betas meant for 1000 steps need scaling "
+            f"by {1000 / tables.num_timesteps:.3g} here, or use rescale_betas_zero_snr or squaredcos_cap_v2.",
+            stacklevel=2,
+        )
