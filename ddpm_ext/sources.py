@@ -5,8 +5,7 @@ Sources: "digits" (built in), a Hub name, a folder of pictures, of parquet files
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +66,14 @@ def _open_folder(folder: Path, config: str | None, split: str, cache_dir: str | 
                 raise ValueError(f"it has the splits {list(saved)}.")
             saved = saved[split]
         return saved.to_iterable_dataset() if streaming else saved
-    load: Any = partial(datasets.load_dataset, cache_dir=cache_dir, streaming=streaming)
+    load: Callable[..., Any] = datasets.load_dataset  # its overloads know no variable `streaming`
+    options = {"split": split, "cache_dir": cache_dir, "streaming": streaming}
     if any(folder.rglob("*.parquet")) or any(folder.glob("*.md")):  # a card may say which files make which split
-        return load(str(folder), config, split=split)
+        return load(str(folder), config, **options)
     if (folder / split).is_dir():
         folder = folder / split
     # Every picture belongs to the split asked for: a file called test_1.png is no test split.
-    return load("imagefolder", data_files={split: [str(folder / "**")]}, split=split)
+    return load("imagefolder", data_files={split: [str(folder / "**")]}, **options)
 
 
 # Columns --------------------------------------------------------------------------------------------------------------
