@@ -2,7 +2,8 @@
 
 __version__ = "0.1.0"
 
+from .denoise_diffusion import DenoiseDiffusion
 from .pipeline import DDPMExtPipeline
 from .scheduler import DDPMExtScheduler
 
-__all__ = ["DDPMExtPipeline", "DDPMExtScheduler", "__version__"]
+__all__ = ["DDPMExtPipeline", "DDPMExtScheduler", "DenoiseDiffusion", "__version__"]

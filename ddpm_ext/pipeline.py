@@ -187,7 +187,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         if not len(weights):
             raise ValueError("weights must hold at least one number, got none.")
         times = self._times_from(timestep, num_inference_steps)
-        generator = generator or torch.Generator().manual_seed(torch.seed())
+        generator = torch.Generator().manual_seed(torch.seed()) if generator is None else generator
         eps = randn_tensor(a.shape, generator=generator, device=a.device, dtype=a.dtype)
         t = torch.full((1,), timestep, device=a.device)
         ends = [self.scheduler.add_noise(image, eps, t) for image in (a, b)]
@@ -342,7 +342,7 @@ class DDPMExtPipeline(DiffusionPipeline):
             self.scheduler.set_timesteps(timesteps=timesteps)
         else:
             raise ValueError(
-                f"{type(self.scheduler).__name__} takes no custom timesteps. Use num_inference_steps or DDPMExtScheduler."
+                f"{type(self.scheduler).__name__} takes no custom timesteps: use num_inference_steps, or our scheduler."
             )
 
     def _times_from(self, timestep: int, num_inference_steps: int | None) -> list[int]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, get_args
 
 from diffusers.configuration_utils import FrozenDict
 
 from .process import PredictionType
 from .reverse import VarianceType
-from .schedules import Tables, check_word
+from .schedules import Tables, check_word, warn_if_signal_remains
 
 EXTENSION_KEY = "_ddpm_ext"  # the one config key of ours: stock classes neither warn about nor drop a leading "_"
 PLAIN_VARIANCE = {"fixed_small_log": "fixed_small", "fixed_large_log": "fixed_large"}
 SPACINGS = ("linspace", "leading", "trailing")
-FAR_FROM_ZERO = 0.02  # ᾱ_T above this leaves an x_T that is visibly not standard normal
 
 
 def stock_words(config: dict[str, Any]) -> dict[str, str]:
@@ -49,16 +47,10 @@ def check_options(config: FrozenDict) -> None:
 
 def check_terminal_snr(config: FrozenDict, tables: Tables) -> None:
     """Refuse epsilon prediction where ᾱ_T = 0 is sure to be visited; warn where ᾱ_T is far from 0."""
-    alpha_bar_T = tables.alpha_bar[-1].item()
-    if alpha_bar_T == 0 and config.prediction_type == "epsilon" and config.timestep_spacing != "leading":
+    gone = tables.alpha_bar[-1].item() == 0
+    if gone and config.prediction_type == "epsilon" and config.timestep_spacing != "leading":
         raise ValueError(
             f'timestep_spacing "{config.timestep_spacing}" visits the last step, whose signal is gone (ᾱ_T = 0), and '
             'epsilon prediction is undefined there. Use prediction_type "v_prediction" or "sample".'
         )
-    if alpha_bar_T > FAR_FROM_ZERO:
-        warnings.warn(
-            f"ᾱ_T = {alpha_bar_T:.3g} is far from 0 with num_train_timesteps = {tables.num_timesteps}: x_T keeps "
-            "signal, so sampling must not start from standard normal noise. Betas meant for 1000 steps need scaling "
-            f"by {1000 / tables.num_timesteps:.3g} here, or use rescale_betas_zero_snr or squaredcos_cap_v2.",
-            stacklevel=2,
-        )
+    warn_if_signal_remains(tables)

@@ -6,6 +6,7 @@ Everything counts from 0: entry i of a table belongs to the paper's t = i + 1, a
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -16,6 +17,7 @@ from torch import Tensor
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid"]
 TimestepSpacing = Literal["leading", "trailing", "linspace", "even"]
+FAR_FROM_ZERO = 0.02  # ᾱ_T above this leaves an x_T that is visibly not standard normal
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,18 @@ def kept_times(spacing: TimestepSpacing, num_timesteps: int, num_inference_steps
         times.append(round(time))
         time += (T - 1) / (K - 1)
     return times
+
+
+def warn_if_signal_remains(tables: Tables) -> None:
+    """Warn when ᾱ_T is far from 0: sampling starts from N(0, I), which x_T then is not."""
+    alpha_bar_T = tables.alpha_bar[-1].item()
+    if alpha_bar_T > FAR_FROM_ZERO:
+        warnings.warn(
+            f"ᾱ_T = {alpha_bar_T:.3g} is far from 0 with {tables.num_timesteps} steps: x_T keeps signal, so sampling "
+            "must not start from standard normal noise. Scale betas meant for 1000 steps by "
+            f"{1000 / tables.num_timesteps:.3g}, or use a zero terminal SNR or the squaredcos_cap_v2 schedule.",
+            stacklevel=3,
+        )
 
 
 def check_word(name: str, word: object, words: Sequence[str]) -> None:
