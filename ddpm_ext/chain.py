@@ -3,14 +3,13 @@ r"""One choice of sampling timesteps as a table of weights: a row per step, look
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
 from . import process, reverse
@@ -34,7 +33,7 @@ class Weights(NamedTuple):
 class Chain:
     """The jumps of one choice of timesteps. Rows of steps that are not visited are NaN: never a wrong number."""
 
-    config: FrozenDict  # the options it was made for
+    config: Mapping[str, Any]  # the options it was made for
     times: list[int]  # code indices, descending
     table: Tensor  # float64, (T, 8), a row of Weights per step
     rows: dict[int, Weights]  # the visited rows as floats
@@ -54,7 +53,7 @@ class Chain:
         return self.by_device[device]
 
 
-def make_chain(tables: Tables, times: list[int], config: FrozenDict) -> Chain:
+def make_chain(tables: Tables, times: list[int], config: Mapping[str, Any]) -> Chain:
     """The weights of every jump of a chain.
 
     Args:
@@ -67,11 +66,11 @@ def make_chain(tables: Tables, times: list[int], config: FrozenDict) -> Chain:
     step = process.jump(tables, t, s)
     small, large = reverse.variance_bounds(step, reverse.decoder_log_var(tables))
     noisy = (s >= 0).to(torch.float64)
-    if config.variance_type in reverse.LEARNED_VARIANCES:
+    if config["variance_type"] in reverse.LEARNED_VARIANCES:
         std = torch.full_like(noisy, math.nan)  # the network's head decides
     else:
-        std = reverse.reverse_log_var(config.variance_type, small, large, s < 0).mul(0.5).exp() * noisy
-    x_0 = process.x_0_weights(tables, t, config.prediction_type)
+        std = reverse.reverse_log_var(config["variance_type"], small, large, s < 0).mul(0.5).exp() * noisy
+    x_0 = process.x_0_weights(tables, t, config["prediction_type"])
     weights = torch.stack([x_0.of_x_t, x_0.of_output, step.c1, step.c2, std, small, large, noisy], dim=1)
 
     usable = torch.isfinite(weights[:, :4]).all(1)
@@ -97,7 +96,8 @@ def check_usable(chain: Chain, full: bool) -> None:
 
 def checked_times(timesteps: Sequence[int] | Tensor | np.ndarray, T: int) -> list[int]:
     """Custom timesteps as ints, when they are whole, strictly descending and in [0, T); a ValueError otherwise."""
-    times = timesteps.tolist() if isinstance(timesteps, Tensor | np.ndarray) else list(timesteps)
+    arrays = isinstance(timesteps, Tensor | np.ndarray)
+    times: list[Any] = timesteps.tolist() if arrays else list(timesteps)  # pyright: ignore[reportAttributeAccessIssue]
     if not times:
         raise ValueError("timesteps must hold at least one step, got none.")
     for time in times:

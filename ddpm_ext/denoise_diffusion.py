@@ -65,7 +65,7 @@ class DenoiseDiffusion:
         before = torch.cat([self.tables.one_minus_alpha_bar.new_zeros(1), self.tables.one_minus_alpha_bar[:-1]])
         posterior = self.beta * before / self.tables.one_minus_alpha_bar
         self.sigma2 = self.beta if sigma2 == "beta" else posterior
-        self._variance_type = VARIANCES[sigma2]
+        self._variance_type: VarianceType = VARIANCES[sigma2]
 
     def q_xt_x0(self, x0: Tensor, t: Tensor) -> Gaussian:
         r"""q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I), Eq. (4).

@@ -53,6 +53,8 @@ class DDPMExtPipeline(DiffusionPipeline):
         ```
     """
 
+    unet: UNet2DModel
+    scheduler: Any  # SchedulerMixin declares no step: what it offers is asked of the object
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents", "pred_original_sample"]  # noqa: RUF012 (Diffusers' contract)
 
@@ -240,7 +242,8 @@ class DDPMExtPipeline(DiffusionPipeline):
         unet = self.unet
         try:
             if variant in HALF_VARIANTS:
-                self.unet = torch.nn.Module.to(copy.deepcopy(unet), dtype=HALF_VARIANTS[variant])
+                self.unet = copy.deepcopy(unet)
+                torch.nn.Module.to(self.unet, dtype=HALF_VARIANTS[variant])
             super().save_pretrained(os.fspath(save_directory), *args, variant=variant, **kwargs)
         finally:
             self.unet = unet
@@ -275,7 +278,8 @@ class DDPMExtPipeline(DiffusionPipeline):
         first_bad = torch.full((), len(on_host), device=x_t.device)
         unet.eval()
         try:
-            for i, t in enumerate(self.progress_bar(times.to(x_t.device))):
+            bar: Any = self.progress_bar
+            for i, t in enumerate(bar(times.to(x_t.device))):
                 x_in = scheduler.scale_model_input(x_t, t)
                 output = unet(x_in, t, class_labels=labels).sample if labels is not None else unet(x_in, t).sample
                 first_bad = first_bad.minimum(torch.where(output.isfinite().all(), len(on_host), i))
@@ -309,11 +313,11 @@ class DDPMExtPipeline(DiffusionPipeline):
         return output[:, : x_t.shape[1]]
 
     def _image_shape(self) -> tuple[int, int, int]:
-        size = self.unet.config.sample_size
+        size = self.unet.config["sample_size"]
         if size is None:
             raise ValueError("The network's config names no sample_size: pass latents of the size you want.")
         height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config.in_channels, height, width
+        return self.unet.config["in_channels"], height, width
 
     def _prepare_latents(self, batch_size: int, generator: Generators, latents: Tensor | None) -> Tensor:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -326,11 +330,11 @@ class DDPMExtPipeline(DiffusionPipeline):
         device, dtype = self._execution_device, self.unet.dtype
         if latents is None:
             shape = (batch_size, *self._image_shape())
-            generators = list(generator) if isinstance(generator, list | tuple) else generator
+            generators = generator if isinstance(generator, torch.Generator | None) else list(generator)
             latents = randn_tensor(shape, generator=generators, device=device, dtype=dtype)
-        elif latents.ndim != 4 or latents.shape[:2] != (batch_size, self.unet.config.in_channels):
+        elif latents.ndim != 4 or latents.shape[:2] != (batch_size, self.unet.config["in_channels"]):
             raise ValueError(
-                f"latents must have shape ({batch_size}, {self.unet.config.in_channels}, H, W), got "
+                f"latents must have shape ({batch_size}, {self.unet.config['in_channels']}, H, W), got "
                 f"{tuple(latents.shape)}."
             )
         return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
@@ -346,7 +350,7 @@ class DDPMExtPipeline(DiffusionPipeline):
             )
 
     def _times_from(self, timestep: int, num_inference_steps: int | None) -> list[int]:
-        T = self.scheduler.config.num_train_timesteps
+        T = self.scheduler.config["num_train_timesteps"]
         if isinstance(timestep, bool) or not isinstance(timestep, int) or not 0 <= timestep < T:
             raise ValueError(f"timestep must be an int in 0..{T - 1}, got {timestep!r}.")
         steps = timestep + 1 if num_inference_steps is None else num_inference_steps
@@ -408,7 +412,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         return labels
 
     def _check_output_channels(self, output_type: OutputType) -> None:
-        channels = self.unet.config.in_channels
+        channels = self.unet.config["in_channels"]
         if output_type == "pil" and channels > 4:
             raise ValueError(f'output_type "pil" shows 1 to 4 channels, this network has {channels}. Use "np" or "pt".')
 

@@ -169,7 +169,7 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         if timesteps is not None:
             times = checked_times(timesteps, T)
         else:
-            spacing, offset = self.config.timestep_spacing, self.config.steps_offset
+            spacing, offset = self.config["timestep_spacing"], self.config["steps_offset"]
             times = kept_times(spacing, T, num_inference_steps, offset)[::-1]  # pyright: ignore[reportArgumentType]
         self._start(times, device)
         self.num_inference_steps = len(times)
@@ -219,7 +219,7 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         Source: Ho et al. 2020, arXiv:2006.11239, Algorithm 2, Eqs. (6)-(7).
         """
         chain = self._current_chain()
-        prediction, head = reverse.split_output(model_output, sample, self.config.variance_type)
+        prediction, head = reverse.split_output(model_output, sample, self.config["variance_type"])
         dtype = process.compute_dtype(sample)
         x_t, prediction = sample.to(dtype), prediction.to(dtype)
         weights = self._weights(chain, timestep, x_t)
@@ -256,8 +256,8 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
             t,
             tables,
             s=s,
-            prediction_type=self.config.prediction_type,
-            variance_type=self.config.variance_type,
+            prediction_type=self.config["prediction_type"],
+            variance_type=self.config["variance_type"],
             clip=self._clip(),
             last_log_var=last.to(tables.beta),
         )
@@ -352,22 +352,24 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         return chain.weights(timestep.to(x.device, non_blocking=True), x)
 
     def _predict_x_0(self, prediction: Tensor, x_t: Tensor, weights: Weights) -> Tensor:
-        if self.config.prediction_type == "sample":
+        if self.config["prediction_type"] == "sample":
             return reverse.clip_x_0(prediction, self._clip())
         x_0 = _mix(x_t, weights.of_x_t, prediction, weights.of_output)
-        if self.config.clip_sample and not self.config.thresholding:
-            return x_0.clamp_(-self.config.clip_sample_range, self.config.clip_sample_range)
+        if self.config["clip_sample"] and not self.config["thresholding"]:
+            return x_0.clamp_(-self.config["clip_sample_range"], self.config["clip_sample_range"])
         return reverse.clip_x_0(x_0, self._clip())
 
     def _clip(self) -> Clip:
         config = self.config
-        if config.thresholding:
-            return lambda x_0: reverse.threshold_x_0(x_0, config.dynamic_thresholding_ratio, config.sample_max_value)
-        return config.clip_sample_range if config.clip_sample else None
+        if config["thresholding"]:
+            return lambda x_0: reverse.threshold_x_0(
+                x_0, config["dynamic_thresholding_ratio"], config["sample_max_value"]
+            )
+        return config["clip_sample_range"] if config["clip_sample"] else None
 
     def _learned_std(self, weights: Weights, head: Tensor) -> Tensor:
         small, large, noisy = (torch.as_tensor(w, dtype=head.dtype, device=head.device) for w in weights[-3:])
-        log_var = reverse.reverse_log_var(self.config.variance_type, small, large, noisy == 0, head)
+        log_var = reverse.reverse_log_var(self.config["variance_type"], small, large, noisy == 0, head)
         return (0.5 * log_var).exp() * noisy
 
     def _jump_times(self, timestep: Timesteps, x: Tensor) -> tuple[Tensor, Tensor]:

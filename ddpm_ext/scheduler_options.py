@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
-
-from diffusers.configuration_utils import FrozenDict
 
 from .process import PredictionType
 from .reverse import VarianceType
@@ -26,18 +25,18 @@ def stock_words(config: dict[str, Any]) -> dict[str, str]:
     return words
 
 
-def check_options(config: FrozenDict) -> None:
+def check_options(config: Mapping[str, Any]) -> None:
     """Raise a ValueError for an option that is not one of its words or outside its range."""
-    check_word("variance_type", config.variance_type, get_args(VarianceType))
-    check_word("prediction_type", config.prediction_type, get_args(PredictionType))
-    check_word("timestep_spacing", config.timestep_spacing, SPACINGS)
+    check_word("variance_type", config["variance_type"], get_args(VarianceType))
+    check_word("prediction_type", config["prediction_type"], get_args(PredictionType))
+    check_word("timestep_spacing", config["timestep_spacing"], SPACINGS)
     ranges = {
-        "clip_sample_range": (config.clip_sample_range > 0, "a positive number"),
-        "sample_max_value": (config.sample_max_value > 0, "a positive number"),
-        "dynamic_thresholding_ratio": (0 <= config.dynamic_thresholding_ratio <= 1, "between 0 and 1"),
+        "clip_sample_range": (config["clip_sample_range"] > 0, "a positive number"),
+        "sample_max_value": (config["sample_max_value"] > 0, "a positive number"),
+        "dynamic_thresholding_ratio": (0 <= config["dynamic_thresholding_ratio"] <= 1, "between 0 and 1"),
         "steps_offset": (
-            isinstance(config.steps_offset, int) and 0 <= config.steps_offset < config.num_train_timesteps,
-            f"an int from 0 to {config.num_train_timesteps - 1}",
+            isinstance(config["steps_offset"], int) and 0 <= config["steps_offset"] < config["num_train_timesteps"],
+            f"an int from 0 to {config['num_train_timesteps'] - 1}",
         ),
     }
     for name, (fits, expected) in ranges.items():
@@ -45,12 +44,12 @@ def check_options(config: FrozenDict) -> None:
             raise ValueError(f"{name} must be {expected}, got {config[name]!r}.")
 
 
-def check_terminal_snr(config: FrozenDict, tables: Tables) -> None:
+def check_terminal_snr(config: Mapping[str, Any], tables: Tables) -> None:
     """Refuse epsilon prediction where ᾱ_T = 0 is sure to be visited; warn where ᾱ_T is far from 0."""
     gone = tables.alpha_bar[-1].item() == 0
-    if gone and config.prediction_type == "epsilon" and config.timestep_spacing != "leading":
+    if gone and config["prediction_type"] == "epsilon" and config["timestep_spacing"] != "leading":
         raise ValueError(
-            f'timestep_spacing "{config.timestep_spacing}" visits the last step, whose signal is gone (ᾱ_T = 0), and '
+            f"timestep_spacing {config['timestep_spacing']!r} visits the last step, whose signal is gone (ᾱ_T = 0): "
             'epsilon prediction is undefined there. Use prediction_type "v_prediction" or "sample".'
         )
     warn_if_signal_remains(tables)
