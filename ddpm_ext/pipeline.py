@@ -65,6 +65,11 @@ class DDPMExtPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
         self._interrupt = False
 
+    @property
+    def num_timesteps(self) -> int:
+        """Length of the chain chosen last. Diffusers' name for it, which callbacks read."""
+        return len(self.scheduler.timesteps)
+
     # -- sampling ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -101,13 +106,13 @@ class DDPMExtPipeline(DiffusionPipeline):
             ValueError: input that does not fit network or scheduler, before the first step.
             FloatingPointError: the network's output is not finite; names the step.
         """
-        check_word("output_type", output_type, get_args(OutputType))
-        self._check_output_channels(output_type)
+        output_type = self._checked_output_type(output_type)
         for name in callback_on_step_end_tensor_inputs:
             check_word("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
         labels = self._labels(class_labels, batch_size)
         x_T = self._prepare_latents(batch_size, generator, latents)
         self._set_timesteps(num_inference_steps, timesteps)
+        x_T = x_T * self.scheduler.init_noise_sigma  # of these timesteps
 
         def after_step(i: int, t: Any, x_s: Tensor, x_0: Tensor | None) -> Tensor:
             if callback_on_step_end is None:
@@ -119,7 +124,6 @@ class DDPMExtPipeline(DiffusionPipeline):
         images = self._run(x_T, generator, labels, output_type, after_step)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    @torch.no_grad()
     def progressive(
         self,
         batch_size: int = 1,
@@ -147,12 +151,12 @@ class DDPMExtPipeline(DiffusionPipeline):
         labels = self._labels(class_labels, batch_size)
         x_T = self._prepare_latents(batch_size, generator, latents)
         self._set_timesteps(num_inference_steps, timesteps)
+        x_T = x_T * self.scheduler.init_noise_sigma  # of these timesteps
         missing = set(at or ()) - {int(t) for t in self.scheduler.timesteps}
         if missing:
             raise ValueError(f"at must hold steps of the chain, got {sorted(missing)}. The chain is in .timesteps.")
-        for progress, _ in self._denoise(x_T, generator, labels):
-            if at is None or progress.t in at:
-                yield progress
+        steps = self._denoise(x_T, generator, labels)
+        return (progress for progress, _ in steps if at is None or progress.t in at)
 
     def interpolate(
         self,
@@ -163,6 +167,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         generator: torch.Generator | None = None,
         num_inference_steps: int | None = None,
         output_type: OutputType = "pil",
+        class_labels: int | Sequence[int] | Tensor | None = None,
     ) -> ImagePipelineOutput:
         r"""Images between two images, mixed after `timestep` forward steps (DDPM Figure 8).
 
@@ -178,6 +183,7 @@ class DDPMExtPipeline(DiffusionPipeline):
             generator: Source of the shared noise.
             num_inference_steps: Steps of the way back; None for every step from timestep to 0.
             output_type: As in calling the pipeline.
+            class_labels: For class-conditional networks: one label for all images or one per weight.
 
         Returns:
             One image per weight.
@@ -189,13 +195,15 @@ class DDPMExtPipeline(DiffusionPipeline):
         if not len(weights):
             raise ValueError("weights must hold at least one number, got none.")
         times = self._times_from(timestep, num_inference_steps)
-        generator = torch.Generator().manual_seed(torch.seed()) if generator is None else generator
+        if generator is None:
+            generator = torch.Generator().manual_seed(int(torch.randint(2**63 - 1, ())))
+        self._set_timesteps(None, times)
         eps = randn_tensor(a.shape, generator=generator, device=a.device, dtype=a.dtype)
         t = torch.full((1,), timestep, device=a.device)
         ends = [self.scheduler.add_noise(image, eps, t) for image in (a, b)]
         mixed = torch.cat([(1 - weight) * ends[0] + weight * ends[1] for weight in weights])
         shared = [generator.clone_state() for _ in weights]
-        return self._run_from(mixed, times, shared, output_type)
+        return self._run_from(mixed, times, shared, class_labels, output_type)
 
     def continue_from(
         self,
@@ -205,6 +213,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         generator: Generators = None,
         num_inference_steps: int | None = None,
         output_type: OutputType = "pil",
+        class_labels: int | Sequence[int] | Tensor | None = None,
     ) -> ImagePipelineOutput:
         """Images that share the latent x_t: p(x_0 | x_t) sampled several times (DDPM Figure 7).
 
@@ -215,6 +224,7 @@ class DDPMExtPipeline(DiffusionPipeline):
             generator: One, or a list of one per sample.
             num_inference_steps: Steps of the way back; None for every step from timestep to 0.
             output_type: As in calling the pipeline.
+            class_labels: For class-conditional networks: one label for all images or one per sample.
 
         Raises:
             ValueError: a latent that does not fit the network, or a timestep outside [0, T).
@@ -225,7 +235,7 @@ class DDPMExtPipeline(DiffusionPipeline):
                 f"continue_from expects one latent and num_samples of at least 1, got {x_t.shape[0]} and {num_samples}."
             )
         times = self._times_from(timestep, num_inference_steps)
-        return self._run_from(x_t.repeat(num_samples, 1, 1, 1), times, generator, output_type)
+        return self._run_from(x_t.repeat(num_samples, 1, 1, 1), times, generator, class_labels, output_type)
 
     # -- on disk ----------------------------------------------------------------------------------------------------
 
@@ -261,6 +271,7 @@ class DDPMExtPipeline(DiffusionPipeline):
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def _denoise(
         self,
         x_t: Tensor,
@@ -274,7 +285,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         times = scheduler.timesteps
         on_host = times.tolist()  # the one wait; ints need none later
         own = isinstance(scheduler, DDPMExtScheduler)
-        was_training, self._interrupt = unet.training, False
+        former_modes, self._interrupt = [(module, module.training) for module in unet.modules()], False
         first_bad = torch.full((), len(on_host), device=x_t.device)
         unet.eval()
         try:
@@ -296,7 +307,9 @@ class DDPMExtPipeline(DiffusionPipeline):
             if not torch.isfinite(x_t).all():
                 raise FloatingPointError(f"The images are not finite after the last step, t = {on_host[-1]}.")
         finally:
-            unet.train(was_training)
+            for module, training in former_modes:
+                module.training = training
+            self.maybe_free_model_hooks()
 
     def _check_finite(self, first_bad: Tensor, times: list[int]) -> None:
         if (i := int(first_bad)) < len(times):
@@ -337,13 +350,13 @@ class DDPMExtPipeline(DiffusionPipeline):
                 f"latents must have shape ({batch_size}, {self.unet.config['in_channels']}, H, W), got "
                 f"{tuple(latents.shape)}."
             )
-        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        return latents.to(device=device, dtype=dtype)
 
     def _set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | None) -> None:
         if timesteps is None:
-            self.scheduler.set_timesteps(num_inference_steps)
+            self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         elif "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:
-            self.scheduler.set_timesteps(timesteps=timesteps)
+            self.scheduler.set_timesteps(timesteps=timesteps, device=self._execution_device)
         else:
             raise ValueError(
                 f"{type(self.scheduler).__name__} takes no custom timesteps: use num_inference_steps, or our scheduler."
@@ -363,19 +376,21 @@ class DDPMExtPipeline(DiffusionPipeline):
     ) -> Any:
         for step in self._denoise(x_t, generator, labels, *args):
             x_t = step[1]
-        images = self._to_output(x_t, output_type)
-        self.maybe_free_model_hooks()
-        return images
+        return self._to_output(x_t, output_type)
 
-    @torch.no_grad()
     def _run_from(
-        self, x_t: Tensor, times: list[int], generator: Generators, output_type: OutputType
+        self, x_t: Tensor, times: list[int], generator: Generators, class_labels: Any, output_type: OutputType
     ) -> ImagePipelineOutput:
-        check_word("output_type", output_type, get_args(OutputType))
-        self._check_output_channels(output_type)
+        output_type = self._checked_output_type(output_type)
+        labels = self._labels(class_labels, x_t.shape[0])
         x_t = self._prepare_latents(x_t.shape[0], generator, x_t)
         self._set_timesteps(None, times)
-        return ImagePipelineOutput(images=self._run(x_t, generator, None, output_type))
+        if float(self.scheduler.init_noise_sigma) != 1:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} keeps latents in other units than √ᾱ_t x_0 + √(1-ᾱ_t) ε "
+                f"(init_noise_sigma is {float(self.scheduler.init_noise_sigma):.4g}, not 1). Use DDPMExtScheduler here."
+            )
+        return ImagePipelineOutput(images=self._run(x_t, generator, labels, output_type))
 
     def _clean_image(self, image: Tensor | Image.Image) -> Tensor:
         channels, height, width = self._image_shape()
@@ -411,10 +426,13 @@ class DDPMExtPipeline(DiffusionPipeline):
             )
         return labels
 
-    def _check_output_channels(self, output_type: OutputType) -> None:
+    def _checked_output_type(self, output_type: str) -> Any:
+        output_type = "np" if output_type == "numpy" else output_type  # stock's older word
+        check_word("output_type", output_type, get_args(OutputType))
         channels = self.unet.config["in_channels"]
         if output_type == "pil" and channels > 4:
             raise ValueError(f'output_type "pil" shows 1 to 4 channels, this network has {channels}. Use "np" or "pt".')
+        return output_type
 
     def _to_output(self, x_0: Tensor, output_type: OutputType) -> Any:
         if output_type == "latent":
