@@ -1,0 +1,59 @@
+"""Draw the strips of docs/ddpm.md: digits under more and more noise, and digits coming out of it.
+
+python scripts/draw_strips.py                                  # the forward process, docs/images/forward.png
+python scripts/draw_strips.py --model runs/digits/pipeline     # the reverse process as well, docs/images/reverse.png
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import HfArgumentParser
+
+from ddpm_ext import DDPMExtPipeline
+from ddpm_ext.data import load_images
+from ddpm_ext.images import to_uint8, to_x_0
+from ddpm_ext.process import q_sample
+from ddpm_ext.schedules import make_tables
+
+STEPS = (0, 50, 100, 200, 300, 500, 700, 999)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to draw, and where."""
+
+    model: str | None = field(default=None, metadata={"help": "Folder or Hub name of a pipeline, for the way back."})
+    rows: int = field(default=6, metadata={"help": "Pictures in a strip."})
+    scale: int = field(default=6, metadata={"help": "Screen pixels per image pixel."})
+    output_dir: str = field(default="docs/images", metadata={"help": "Where the pictures go."})
+
+
+def save(columns: list[Tensor], path: Path, scale: int) -> None:
+    """One row per image, one column per step."""
+    rows = to_uint8(torch.cat([torch.cat(list(x), dim=1) for x in columns], dim=2))  # (C, rows·H, steps·W)
+    picture = Image.fromarray(rows.permute(1, 2, 0).squeeze(-1).numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path, optimize=True)
+    print(f"{path}: {picture.width}x{picture.height} pixels, {scale} times enlarged")
+
+
+def main(options: Options) -> None:
+    """Draw forward.png, and reverse.png where a model is given."""
+    x_0 = to_x_0(load_images(dataset_name="digits").batch(list(range(options.rows))).pixels)
+    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
+    tables = make_tables()
+    columns = [q_sample(x_0, torch.full((options.rows,), t), eps, tables) for t in STEPS]
+    save(columns, Path(options.output_dir) / "forward.png", options.scale)
+    if options.model is not None:
+        pipe = DDPMExtPipeline.from_pretrained(options.model)
+        views = pipe.progressive(options.rows, torch.Generator().manual_seed(0), at=STEPS)
+        save([view.x_t for view in views], Path(options.output_dir) / "reverse.png", options.scale)
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(Options).parse_args_into_dataclasses()[0])  # pyright: ignore[reportArgumentType]
