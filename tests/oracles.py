@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import mpmath
 import numpy as np
+import torch
 
 # Likelihood -----------------------------------------------------------------------------------------------------------
 
@@ -105,3 +109,117 @@ def precision_recall(x: np.ndarray, y: np.ndarray, k: int) -> tuple[float, float
     density = sum(d[i][j] <= x_radius[i] for i in n for j in m) / (k * len(y))
     coverage = np.mean([any(d[i][j] <= x_radius[i] for j in m) for i in n])
     return float(precision), float(recall), float(density), float(coverage)
+
+
+# The bound ------------------------------------------------------------------------------------------------------------
+
+
+def bound_in_bits(
+    model: Callable[[np.ndarray, int], np.ndarray],
+    beta: np.ndarray,
+    x_0: np.ndarray,
+    kept: list[int],
+    noise: list[np.ndarray],
+    *,
+    prediction: str = "epsilon",
+    variance: str = "fixed_small",
+    decoder_variance: str = "base",
+    cdf: str = "tanh",
+    clip: bool = True,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(prior (B,), steps (B, K-1), decoder (B,)) in bits/dim, DDPM Eq. (5), image by image and pixel by pixel.
+
+    `kept` are code indices, descending; `noise` one array like x_0 for each; `model(x_t, t)` takes the whole batch.
+    """
+    alpha_bar = [float(np.prod(1 - beta[: i + 1])) for i in range(len(beta))]
+    pixels, last = x_0[0].size, kept[-1]
+
+    def posterior(t: int, s: int) -> tuple[float, float, float, float]:
+        """c1, c2, β̃, b of the jump t -> s, as mathematics writes them."""
+        bar_t, bar_s = alpha_bar[t], alpha_bar[s] if s >= 0 else 1.0
+        a = bar_t / bar_s
+        c1 = math.sqrt(bar_s) * (1 - a) / (1 - bar_t)
+        c2 = math.sqrt(a) * (1 - bar_s) / (1 - bar_t)
+        return c1, c2, (1 - a) * (1 - bar_s) / (1 - bar_t), 1 - a
+
+    prior = np.zeros(len(x_0))
+    bar = alpha_bar[kept[0]]
+    for image, picture in enumerate(x_0):
+        prior[image] = sum((bar * x**2 + (1 - bar) - 1 - math.log(1 - bar)) / 2 for x in picture.flat)
+    terms = np.zeros((len(x_0), len(kept)))
+    for k, t in enumerate(kept):
+        s = kept[k + 1] if k + 1 < len(kept) else -1
+        c1, c2, small, large = posterior(t, s)
+        if s == -1:
+            n_2, n_1 = (kept[-2], last) if decoder_variance == "respaced" else (1, 0)
+            small = posterior(n_2, n_1)[2]
+        x_t = math.sqrt(alpha_bar[t]) * x_0 + math.sqrt(1 - alpha_bar[t]) * noise[k]
+        output = model(x_t, t)
+        head = output[:, x_0.shape[1] :]
+        for i in np.ndindex(x_0.shape):
+            x, out = x_t[i], output[i]
+            if prediction == "epsilon":
+                guess = (x - math.sqrt(1 - alpha_bar[t]) * out) / math.sqrt(alpha_bar[t])
+            elif prediction == "v_prediction":
+                guess = math.sqrt(alpha_bar[t]) * x - math.sqrt(1 - alpha_bar[t]) * out
+            elif prediction == "posterior_mean":
+                train_c1, train_c2, _, _ = posterior(t, t - 1)
+                guess = (out - train_c2 * x) / train_c1
+            else:
+                guess = out
+            guess = max(-1.0, min(1.0, guess)) if clip else guess
+            if variance == "learned":
+                var = math.exp(head[i])
+            elif variance == "learned_range":
+                f = (head[i] + 1) / 2
+                var = math.exp(f * math.log(large) + (1 - f) * math.log(small))
+            else:
+                var = large if variance.startswith("fixed_large") and s >= 0 else small
+            if s == -1:
+                term = -decoder_log_likelihood(round((x_0[i] + 1) * 127.5), guess, math.log(var), cdf)
+            else:
+                mean_q, mean_p = c1 * x_0[i] + c2 * x, c1 * guess + c2 * x
+                term = (small / var - 1 - math.log(small / var) + (mean_q - mean_p) ** 2 / var) / 2
+            terms[i[0], k] += term
+    scale = pixels * math.log(2)
+    return prior / scale, terms[:, :-1] / scale, terms[:, -1] / scale
+
+
+def mixture_mean(x_t: torch.Tensor, alpha_bar: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """E[x_0 | x_t] when every pixel is one of the grey levels, each as likely as the others."""
+    distance = (x_t[..., None] - alpha_bar.sqrt() * levels) ** 2 / (2 * (1 - alpha_bar))
+    return (torch.softmax(-distance, dim=-1) * levels).sum(-1)
+
+
+def mixture_bound_in_bits(beta: np.ndarray, levels: np.ndarray, kept: list[int]) -> float:
+    """Bits/dim of the perfect network on independent pixels of equally likely grey levels: fixed_small, base, tanh.
+
+    Expectations over the noise by the trapezoidal rule on a fine grid of z.
+    """
+    alpha_bar = np.cumprod(1 - beta)
+    z = np.linspace(-8, 8, 1201)
+    density = np.exp(-(z**2) / 2)
+    density /= density.sum()
+    total = 0.0
+    bar = alpha_bar[kept[0]]
+    total += np.mean((bar * levels**2 - bar - np.log(1 - bar)) / 2)
+    log_var = math.log(beta[1] * (1 - alpha_bar[0]) / (1 - alpha_bar[1]))
+    for t, s in zip(kept, [*kept[1:], -1], strict=True):
+        bar = alpha_bar[t]
+        for x in levels:
+            x_t = np.sqrt(bar) * x + np.sqrt(1 - bar) * z
+            log_weight = -((x_t[:, None] - np.sqrt(bar) * levels) ** 2) / (2 * (1 - bar))
+            weight = np.exp(log_weight - log_weight.max(1, keepdims=True))
+            guess = (weight * levels).sum(1) / weight.sum(1)
+            if s >= 0:  # with σ² = β̃: ½ (SNR(s) - SNR(t)) (x_0 - x̂_0)²
+                snr = alpha_bar[s] / (1 - alpha_bar[s]) - bar / (1 - bar)
+                total += (density * snr / 2 * (x - guess) ** 2).sum() / len(levels)
+            else:
+                std = math.exp(log_var / 2)
+                phi = [
+                    (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3))) / 2
+                    for u in ((x - guess + 1 / 255) / std, (x - guess - 1 / 255) / std)
+                ]
+                upper, lower = (1.0 if x > 0.999 else phi[0]), (0.0 if x < -0.999 else phi[1])
+                total -= (density * np.log(np.maximum(upper - lower, 1e-12))).sum() / len(levels)
+    return float(total) / math.log(2)

@@ -1,0 +1,462 @@
+"""Bits per dimension against a literal transcription and against cases whose answer is known without a network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from torch import Tensor
+from torch.testing import assert_close
+
+from ddpm_ext.bound import (
+    PILOT_FLOOR,
+    BitsPerDim,
+    bits_per_dim,
+    full_sweep,
+    grid_images,
+    make_bound,
+    rate_distortion,
+    sampled_bound,
+)
+from ddpm_ext.data import load_images
+from ddpm_ext.images import to_x_0
+from ddpm_ext.scheduler import DDPMExtScheduler
+from ddpm_ext.schedules import kept_times
+from tests import oracles
+
+SHORT = {"num_train_timesteps": 20, "beta_start": 1e-3, "beta_end": 0.6}
+EVEN = {K: kept_times("even", 1000, K)[::-1] for K in (10, 50, 1000)}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, shape, generator=seeded(seed), dtype=torch.uint8)
+
+
+def float64_images(pixels: Tensor) -> Tensor:
+    """On the grid exactly, so that a callable network is run in float64."""
+    return pixels.double() / 127.5 - 1
+
+
+def alpha_bar_of(scheduler: DDPMExtScheduler, x: Tensor, t: Tensor) -> Tensor:
+    """ᾱ_t shaped beside x, in its precision: what an exact network knows of the schedule."""
+    return torch.cumprod(1 - scheduler.tables.beta, 0)[t].to(x.dtype).reshape(-1, 1, 1, 1)
+
+
+# Parity ---------------------------------------------------------------------------------------------------------------
+
+
+def wavy(scheduler: DDPMExtScheduler, heads: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """A nonlinear network of x and t with a prediction of the right size and, where asked, a variance head."""
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        phase = t.to(x.dtype).reshape(-1, 1, 1, 1)
+        prediction = 0.7 * x + 0.2 * torch.sin(3 * x + phase)
+        if heads == 1:
+            return prediction
+        head = torch.cos(2 * x - phase)
+        log_var = head - 5 if scheduler.config.variance_type == "learned" else 1.2 * head
+        return torch.cat([prediction, log_var], dim=1)
+
+    return network
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "posterior_mean"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large_log", "learned", "learned_range"])
+@pytest.mark.parametrize(
+    ("kept", "decoder_variance", "cdf", "clip"),
+    [(None, "base", "tanh", True), ([17, 9, 4, 2], "respaced", "exact", False), ([19, 6, 0], "base", "tanh", True)],
+)
+def test_the_record_equals_the_literal_formulas(
+    prediction: str, variance: str, kept: list[int] | None, decoder_variance: str, cdf: str, clip: bool
+) -> None:
+    scheduler = DDPMExtScheduler(prediction_type=prediction, variance_type=variance, **SHORT)
+    network = wavy(scheduler, 2 if variance.startswith("learned") else 1)
+    x_0 = float64_images(pictures(2, 1, 2, 2))
+    x_0[0, 0, 0] = torch.tensor([-1.0, 1.0])  # both tails
+    options: dict[str, Any] = {"decoder_variance": decoder_variance, "cdf": cdf}
+
+    ours = bits_per_dim(network, scheduler, x_0, timesteps=kept, generator=seeded(), clip_sample=clip, **options)
+    times, source = kept or list(range(19, -1, -1)), seeded()
+    noise = [torch.randn(x_0.shape, generator=source, dtype=torch.float64).numpy() for _ in times]
+    beta = np.linspace(1e-3, 0.6, 20)
+
+    def plain(x_t: np.ndarray, t: int) -> np.ndarray:
+        return network(torch.from_numpy(x_t), torch.full((len(x_t),), t)).numpy()
+
+    prior, steps, decoder = oracles.bound_in_bits(
+        plain, beta, x_0.numpy(), times, noise, prediction=prediction, variance=variance, clip=clip, **options
+    )
+    tight = {"rtol": 1e-9, "atol": 1e-12}  # float64 on both sides; the literal β̃/σ² - 1 - log cancels a little
+    assert_close(ours.prior, torch.from_numpy(prior), **tight)
+    assert_close(ours.steps, torch.from_numpy(steps), **tight)
+    assert_close(ours.decoder, torch.from_numpy(decoder), **tight)
+    assert_close(ours.total, torch.from_numpy(prior + steps.sum(1) + decoder), **tight)
+    assert ours.standard_error is None
+
+
+# Exact cases ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("K", [10, 50, 1000])
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float32, 1e-6), (torch.float64, 1e-9)])
+def test_point_mass_pays_decoder_and_prior_alone(K: int, dtype: torch.dtype, rel: float) -> None:
+    scheduler = DDPMExtScheduler()
+    grey = 2 * 128 / 255 - 1
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        assert x.dtype == dtype
+        bar = torch.cumprod(1 - scheduler.tables.beta, 0)[t].reshape(-1, 1, 1, 1)
+        return ((x.double() - bar.sqrt() * grey) / (1 - bar).sqrt()).to(dtype)
+
+    x_0 = torch.full((2, 1, 4, 4), 128, dtype=torch.uint8)
+    x_0 = float64_images(x_0) if dtype == torch.float64 else x_0
+    bits = bits_per_dim(network, scheduler, x_0, timesteps=EVEN[K], generator=seeded())
+
+    log_var = math.log(5.453187661302606e-05)
+    decoder = -oracles.decoder_log_likelihood(128, grey, log_var, "tanh") / math.log(2)
+    bar = 4.035829765375687e-05
+    prior = 0.5 * (bar * grey**2 - bar - math.log1p(-bar)) / math.log(2)
+    assert decoder == pytest.approx(1.305665, abs=5e-7)
+    assert bits.steps is not None and bits.steps.abs().max() < 1e-9
+    assert bits.total.tolist() == pytest.approx([decoder + prior] * 2, rel=rel)
+
+
+@pytest.mark.parametrize("kept", [None, EVEN[10], [900, 400, 30, 2]])
+@pytest.mark.parametrize("k", [0.0, 0.25])
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float32, 1e-6), (torch.float64, 1e-9)])
+def test_a_constant_predictor_pays_the_fall_of_the_snr(
+    kept: list[int] | None, k: float, dtype: torch.dtype, rel: float
+) -> None:
+    scheduler = DDPMExtScheduler(prediction_type="sample")
+    x_0 = torch.tensor([-1.0, 1.0, 1.0, -1.0]).reshape(1, 1, 2, 2).to(dtype)
+    bits = bits_per_dim(lambda x, t: torch.full_like(x, k), scheduler, x_0, timesteps=kept)
+
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    snr = alpha_bar / (1 - alpha_bar)
+    n_K, n_1 = (999, 0) if kept is None else (kept[0], kept[-1])
+    expected = 0.5 * (snr[n_1] - snr[n_K]) * (1 + k**2) / math.log(2)
+    if kept is None and k == 0:
+        assert expected == pytest.approx(7212.753828, abs=5e-7)
+    assert bits.steps is not None
+    assert bits.steps.sum().item() == pytest.approx(expected, rel=rel)
+
+
+def test_a_grey_level_mixture_is_its_quadrature_and_above_the_entropy() -> None:
+    scheduler = DDPMExtScheduler(prediction_type="sample")
+    levels = torch.tensor([0, 90, 128, 255], dtype=torch.uint8)
+    balanced = torch.stack([levels.repeat(64)[torch.randperm(256, generator=seeded(i))] for i in range(16)])
+    bits = bits_per_dim(
+        lambda x, t: oracles.mixture_mean(x, alpha_bar_of(scheduler, x, t)[..., None], to_x_0(levels).to(x)),
+        scheduler,
+        balanced.reshape(16, 1, 16, 16),
+        generator=seeded(),
+    )
+    expected = oracles.mixture_bound_in_bits(np.linspace(1e-4, 0.02, 1000), to_x_0(levels).double().numpy(), EVEN[1000])
+    noise = bits.total.std().item() / math.sqrt(16)  # every image holds the same levels: it differs by noise alone
+    assert noise < 0.01
+    assert bits.total.mean().item() == pytest.approx(expected, abs=4 * noise)
+    assert expected > 2 and bits.total.mean() > 2  # four equally likely levels
+
+
+def sigma_points(d: int) -> Tensor:
+    """2d points whose mean of any quadratic function is its expectation under N(0, I_d): ±√d on every axis."""
+    axes = math.sqrt(d) * torch.eye(d, dtype=torch.float64)
+    return torch.cat([axes, -axes])
+
+
+def expected_step(bound: Any, x_0: Tensor, t: int, eps: Tensor) -> float:
+    times = torch.full((len(x_0),), t)
+    return bound.terms(x_0, times, eps, decoder=False)[0].mean().item()
+
+
+@pytest.mark.parametrize("kept", [EVEN[10], EVEN[50], [700, 300, 5]])
+def test_terms_of_standard_normal_data_are_the_mutual_information(kept: list[int]) -> None:
+    scheduler = DDPMExtScheduler(variance_type="fixed_large")
+    points = sigma_points(2)  # (x_0, ε) of one pixel
+    x_0, eps = points[:, 0].reshape(-1, 1, 1, 1), points[:, 1].reshape(-1, 1, 1, 1)
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return (1 - alpha_bar_of(scheduler, x, t)).sqrt() * x
+
+    bound = make_bound(network, scheduler, x_0, timesteps=kept, clip_sample=False)
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    # The step is exact, so what it pays is I(x_s; x_0 | x_t) = ½ log(b̄_t / b̄_s).
+    for t, s in pairwise(kept):
+        expected = 0.5 * math.log((1 - alpha_bar[t]) / (1 - alpha_bar[s]))
+        assert expected_step(bound, x_0, t, eps) == pytest.approx(expected, rel=1e-9)
+    expected_prior = 0.5 * (-math.log(1 - alpha_bar[kept[0]]))  # E x_0² = 1
+    assert bound.prior(x_0).mean().item() == pytest.approx(expected_prior, rel=1e-9)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_terms_of_gaussian_data_follow_from_the_posterior_covariance(variance: str) -> None:
+    scheduler = DDPMExtScheduler(variance_type=variance)
+    rng = np.random.default_rng(0)
+    mean, factor = rng.normal(size=4) * 0.3, rng.normal(size=(4, 4)) * 0.5
+    covariance = factor @ factor.T
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    points = sigma_points(8).numpy()  # four pixels of x_0, four of ε
+    x_0 = torch.from_numpy(mean + points[:, :4] @ factor.T).reshape(-1, 1, 2, 2)
+    eps = torch.from_numpy(points[:, 4:]).reshape(-1, 1, 2, 2)
+
+    def gain(bar: float) -> np.ndarray:
+        return math.sqrt(bar) * covariance @ np.linalg.inv(bar * covariance + (1 - bar) * np.eye(4))
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        bar = alpha_bar[int(t[0])]
+        flat = x.reshape(-1, 4).numpy()
+        guess = mean + (flat - math.sqrt(bar) * mean) @ gain(bar).T
+        return torch.from_numpy((flat - math.sqrt(bar) * guess) / math.sqrt(1 - bar)).reshape(x.shape)
+
+    kept = [999, 600, 250, 80, 3]
+    bound = make_bound(network, scheduler, x_0, timesteps=kept, clip_sample=False)
+    for t, s in pairwise(kept):
+        a, bar_s, bar_t = alpha_bar[t] / alpha_bar[s], 1 - alpha_bar[s], 1 - alpha_bar[t]
+        small = (1 - a) * bar_s / bar_t
+        var = small if variance == "fixed_small" else 1 - a
+        error = np.trace(covariance - gain(alpha_bar[t]) @ covariance * math.sqrt(alpha_bar[t])) / 4
+        c1 = math.sqrt(alpha_bar[s]) * (1 - a) / bar_t
+        expected = 0.5 * (small / var - 1 - math.log(small / var) + c1**2 / var * error)
+        assert expected_step(bound, x_0, t, eps) == pytest.approx(expected, rel=1e-9)
+
+
+# The sweep ------------------------------------------------------------------------------------------------------------
+
+
+def equal(a: BitsPerDim, b: BitsPerDim) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True) if x is not None)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 7, 60, 1000])
+@pytest.mark.parametrize("n", [None, 10])
+def test_the_batch_size_changes_nothing(batch_size: int, n: int | None) -> None:
+    scheduler = DDPMExtScheduler(**SHORT)
+    images, widest = pictures(3, 1, 4, 4), []
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        widest.append(len(x))
+        return wavy(scheduler, 1)(x, t)
+
+    options: dict[str, Any] = {"num_timesteps_sampled": n}
+    first = bits_per_dim(wavy(scheduler, 1), scheduler, images, generator=seeded(), **options)
+    again = bits_per_dim(network, scheduler, images, generator=seeded(), batch_size=batch_size, **options)
+    assert equal(first, again)
+    assert max(widest) <= batch_size
+    if batch_size == 60 and n is None:
+        assert max(widest) == 57  # 19 jumps of 3 images in one call
+
+
+def test_a_generator_per_image_makes_it_independent_of_its_batch() -> None:
+    scheduler = DDPMExtScheduler(**SHORT)
+    images = pictures(3, 1, 4, 4)
+    network = wavy(scheduler, 1)
+    together = bits_per_dim(network, scheduler, images, generator=[seeded(i) for i in range(3)])
+    alone = bits_per_dim(network, scheduler, images[1:2], generator=[seeded(1)])
+    assert torch.equal(together.total[1:2], alone.total)
+    sampled = bits_per_dim(network, scheduler, images, generator=[seeded(i) for i in range(3)], num_timesteps_sampled=5)
+    assert torch.isfinite(sampled.total).all()
+
+
+def test_rate_and_distortion_of_a_constant_predictor() -> None:
+    scheduler = DDPMExtScheduler(prediction_type="sample")
+    kept = [999, 500, 100, 0]
+    images = torch.tensor([0, 255, 255, 0], dtype=torch.uint8).reshape(1, 1, 2, 2)
+    rows = rate_distortion(lambda x, t: torch.full_like(x, 0.2), scheduler, images, timesteps=kept)
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    snr, bar = alpha_bar / (1 - alpha_bar), alpha_bar[999]
+    prior = 0.5 * (bar - bar - math.log1p(-bar))
+    rates = [(prior + 0.5 * (snr[t] - snr[999]) * 1.04) / math.log(2) for t in kept]
+    assert rows.label == [1, 500, 900, 1000]
+    assert rows.timesteps == kept
+    assert_close(rows.rate_bits_per_dim, torch.tensor(rates, dtype=torch.float64), rtol=1e-6, atol=0)
+    rmse = 127.5 * math.sqrt((0.8**2 + 1.2**2) / 2)
+    assert_close(rows.distortion_rmse, torch.full((4,), rmse, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+# The estimate from some of the steps ----------------------------------------------------------------------------------
+
+
+def gaussian_network(scheduler: DDPMExtScheduler, train: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The best linear ε-network of some images: exact if they were Gaussian with their mean and covariance."""
+    flat = train.flatten(1).double()
+    mean = flat.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov(flat.T))
+    values = values.clamp(min=1e-6)
+    alpha_bar = torch.cumprod(1 - scheduler.tables.beta, 0)
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        bar = alpha_bar[t][:, None]
+        centred = x.flatten(1).double() - bar.sqrt() * mean
+        gain = (1 - bar).sqrt() / (bar * values + (1 - bar))  # ε̂ = √b̄ (ᾱC + b̄I)⁻¹ (x - √ᾱ m)
+        return ((centred @ vectors * gain) @ vectors.T).reshape(x.shape).to(x.dtype)
+
+    return network
+
+
+def test_fifty_of_a_thousand_steps_are_unbiased_and_their_error_is_stated() -> None:
+    scheduler = DDPMExtScheduler(prediction_type="epsilon")
+    train = load_images("digits", split="train").batch(range(1500)).pixels
+    images = load_images("digits", split="test").batch(range(256)).pixels
+    network = gaussian_network(scheduler, to_x_0(train))
+    repetitions = 12
+    estimates = [
+        bits_per_dim(network, scheduler, images, num_timesteps_sampled=50, generator=seeded(i))
+        for i in range(repetitions)
+    ]
+    means = torch.stack([estimate.total.mean() for estimate in estimates])
+    errors = torch.stack([estimate.standard_error for estimate in estimates])  # pyright: ignore
+    exact = bits_per_dim(network, scheduler, images, generator=seeded(99))
+    exact_error = errors.mean() * 0.5  # one noise for each of 1000 steps: far less than of 50
+    assert all(estimate.steps is None for estimate in estimates)
+    assert means.std() < 0.01
+    assert 0.5 < (means.std() / errors.mean()) < 1.5  # 12 repetitions know a spread to 20%
+    z = (means.mean() - exact.total.mean()) / (errors.mean() ** 2 / repetitions + exact_error**2).sqrt()
+    assert abs(z) < 3
+    assert_close(estimates[0].prior, exact.prior)
+
+
+def test_the_estimate_of_terms_without_noise_is_exact_where_p_follows_them() -> None:
+    # x̂_0 = 0 and images ±1 make every L_{t-1} the same for all noises and images: with p ∝ L but for the uniform
+    # share, every draw is the sum to within that share.
+    scheduler = DDPMExtScheduler(prediction_type="sample")
+    images = torch.tensor([0, 255, 255, 0], dtype=torch.uint8).reshape(1, 1, 2, 2).repeat(8, 1, 1, 1)
+    exact, bits = (
+        bits_per_dim(lambda x, t: 0 * x, scheduler, images, num_timesteps_sampled=n, generator=seeded())
+        for n in (None, 20)
+    )
+    assert bits.total.tolist() == pytest.approx(exact.total.tolist(), rel=2 * PILOT_FLOOR)
+    assert bits.standard_error is not None and bits.standard_error < PILOT_FLOOR * exact.total.mean()
+
+
+def test_what_the_pilot_images_do_not_pay_is_still_counted() -> None:
+    scheduler = DDPMExtScheduler(prediction_type="sample", **SHORT)
+    images = torch.zeros((20, 1, 2, 2), dtype=torch.uint8)
+    images[1] = 255  # not among the pilot's images, which x̂_0 = -1 fits exactly
+    bound = make_bound(lambda x, t: torch.full_like(x, -1), scheduler, images)
+    x_0 = grid_images(images)
+    exact = full_sweep(bound, x_0).bits_per_dim.total[1]
+    draws = torch.stack([sampled_bound(bound, x_0, 5, seeded(i)).total[1] for i in range(200)])
+    assert abs(draws.mean() - exact) < 4 * draws.std() / math.sqrt(200)
+
+
+# Networks, schedulers, input ------------------------------------------------------------------------------------------
+
+
+def tiny_unet(dropout: float = 0.0) -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        dropout=dropout,
+    )
+
+
+def test_a_unet_in_training_mode_is_evaluated_without_dropout_and_given_back_as_it_was() -> None:
+    unet, images = tiny_unet(dropout=0.5), pictures(2, 1, 8, 8)
+    scheduler = DDPMExtScheduler(**SHORT)
+    evaluated = bits_per_dim(unet.eval(), scheduler, images, generator=seeded(), num_inference_steps=5)
+    in_training = bits_per_dim(unet.train(), scheduler, images, generator=seeded(), num_inference_steps=5)
+    assert equal(evaluated, in_training)
+    assert unet.training
+    assert not evaluated.total.requires_grad
+
+
+def test_the_record_is_the_same_for_tensor_and_sample_and_float64_weights_run_in_float64() -> None:
+    unet, images = tiny_unet().eval(), pictures(2, 1, 8, 8)
+    scheduler = DDPMExtScheduler(**SHORT)
+    wrapped = bits_per_dim(unet, scheduler, images, generator=seeded())
+    plain = bits_per_dim(lambda x, t: SimpleNamespace(sample=unet(x, t)[0]), scheduler, images, generator=seeded())
+    assert equal(wrapped, plain)
+    assert wrapped.total.dtype == torch.float64
+    double = bits_per_dim(unet.double(), scheduler, images, generator=seeded())
+    assert torch.isfinite(double.total).all()
+
+
+def test_the_scheduler_is_left_as_it_is_and_stock_ones_are_taken() -> None:
+    scheduler = DDPMExtScheduler(clip_sample=False, thresholding=True, **SHORT)
+    scheduler.set_timesteps(4)
+    before, config = scheduler.timesteps.tolist(), dict(scheduler.config)
+    images, network = pictures(2, 1, 4, 4), wavy(scheduler, 1)
+    ours = bits_per_dim(network, scheduler, images, num_inference_steps=5, generator=seeded())
+    assert scheduler.timesteps.tolist() == before
+    assert dict(scheduler.config) == config
+    assert ours.steps is not None and ours.steps.shape == (2, 4)
+    for stock in (DDPMScheduler(**SHORT), DDIMScheduler(**SHORT)):
+        assert equal(ours, bits_per_dim(network, stock, images, num_inference_steps=5, generator=seeded()))
+
+
+def test_clipping_is_the_callers_choice() -> None:
+    scheduler = DDPMExtScheduler(clip_sample=False, **SHORT)
+    images = pictures(2, 1, 4, 4)
+    clipped, free = (
+        bits_per_dim(wavy(scheduler, 1), scheduler, images, generator=seeded(), clip_sample=clip)
+        for clip in (True, False)
+    )
+    assert clipped.total.mean() < free.total.mean()  # x̂_0 far outside [-1, 1] at large t
+
+
+def test_uint8_and_grid_floats_are_the_same_images() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    expected = pixels.double() / 127.5 - 1
+    for images in (pixels, to_x_0(pixels), expected):
+        assert torch.equal(grid_images(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(1, 8, 8), r"shape \(B, C, H, W\)"),
+        (torch.zeros(0, 1, 8, 8), "not be empty"),
+        (torch.zeros(1, 1, 8, 8, dtype=torch.int64), "uint8 pixels or floats"),
+        (torch.full((1, 1, 8, 8), math.nan), "finite"),
+        (torch.full((1, 1, 8, 8), 1.01), r"lie in \[-1, 1\], got values from 1.01"),
+        (torch.full((1, 1, 8, 8), 255.0), r"lie in \[-1, 1\]"),
+        (torch.full((1, 1, 8, 8), 0.0), "0.500 grey levels beside it"),
+        (torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8), "8-bit grid"),
+    ],
+)
+def test_images_off_the_grid_are_refused(images: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bits_per_dim(lambda x, t: x, DDPMExtScheduler(**SHORT), images)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoder_variance": "bass"}, "decoder_variance must be one of 'base', 'respaced', got 'bass'"),
+        ({"cdf": "erf"}, "cdf must be one of 'tanh', 'exact', got 'erf'"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"num_inference_steps": 21}, "num_inference_steps must be an int"),
+        ({"timesteps": [3, 9]}, "strictly descending"),
+        ({"num_timesteps_sampled": 1}, "num_timesteps_sampled must be an int from 2 to 19"),
+        ({"num_timesteps_sampled": 20}, "from 2 to 19"),
+        ({"num_timesteps_sampled": 2.5}, "got 2.5"),
+    ],
+)
+def test_bad_options_are_sentences(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bits_per_dim(lambda x, t: x, DDPMExtScheduler(**SHORT), pictures(2, 1, 4, 4), **options)
+
+
+def test_a_network_that_does_not_fit_or_diverged_is_named() -> None:
+    scheduler, images = DDPMExtScheduler(**SHORT), pictures(2, 1, 4, 4)
+    with pytest.raises(ValueError, match="model_output must have shape"):
+        bits_per_dim(lambda x, t: torch.cat([x, x], 1), scheduler, images)
+    with pytest.raises(ValueError, match=r"not finite at timestep 7 \(2 of"):
+        bits_per_dim(lambda x, t: x / (t != 7).reshape(-1, 1, 1, 1), scheduler, images, clip_sample=False)
