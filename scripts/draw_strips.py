@@ -35,19 +35,20 @@ class Options:
 
 def save(columns: list[Tensor], path: Path, scale: int) -> None:
     """One row per image, one column per step."""
-    rows = to_uint8(torch.cat([torch.cat(list(x), dim=1) for x in columns], dim=2))  # (C, rows·H, steps·W)
+    framed = [torch.nn.functional.pad(x, (0, 1, 0, 1), value=1.0) for x in columns]
+    rows = to_uint8(torch.cat([torch.cat(list(x), dim=1) for x in framed], dim=2))  # (C, rows·H, steps·W)
     picture = Image.fromarray(rows.permute(1, 2, 0).squeeze(-1).numpy())
-    path.parent.mkdir(parents=True, exist_ok=True)
     picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path, optimize=True)
     print(f"{path}: {picture.width}x{picture.height} pixels, {scale} times enlarged")
 
 
 def main(options: Options) -> None:
     """Draw forward.png, and reverse.png where a model is given."""
-    x_0 = to_x_0(load_images(dataset_name="digits").batch(list(range(options.rows))).pixels)
+    digits = load_images(dataset_name="digits")
+    chosen = torch.arange(options.rows) * (len(digits) // options.rows)  # spread over the set
+    x_0 = to_x_0(digits.batch(chosen).pixels)
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
-    tables = make_tables()
-    columns = [q_sample(x_0, torch.full((options.rows,), t), eps, tables) for t in STEPS]
+    columns = [q_sample(x_0, torch.full((options.rows,), t), eps, make_tables()) for t in STEPS]
     save(columns, Path(options.output_dir) / "forward.png", options.scale)
     if options.model is not None:
         pipe = DDPMExtPipeline.from_pretrained(options.model)
