@@ -23,7 +23,7 @@ from .chain import Chain, Weights, check_usable, checked_times, make_chain
 from .process import Gaussian, PredictionType
 from .reverse import Clip, DecoderVariance, ReverseStep, VarianceType
 from .scheduler_options import EXTENSION_KEY, check_options, check_terminal_snr, stock_words
-from .schedules import BetaSchedule, Tables, TimestepSpacing, kept_times, make_tables
+from .schedules import BetaSchedule, Tables, TimestepSpacing, is_whole, kept_times, make_tables
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Timesteps = int | Tensor
@@ -93,19 +93,19 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         )
         check_options(self.config)
         check_terminal_snr(self.config, self.tables)
-        self._sqrt_alpha_bar = self.tables.alpha_bar.sqrt()
-        self._sqrt_one_minus_alpha_bar = self.tables.one_minus_alpha_bar.sqrt()
+        self._device_tables: dict[torch.device, Tables] = {}
+        self._device_roots: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
         # Float32 views, for code that reads a stock scheduler's attributes.
         self.betas = self.tables.beta.float()
         self.alphas = self.tables.alpha.float()
         self.alphas_cumprod = self.tables.alpha_bar.float()
         self.init_noise_sigma = 1.0
-        self.variance_type = variance_type
 
         self.custom_timesteps = False
         self.num_inference_steps: int | None = None
-        self._start(list(range(num_train_timesteps - 1, -1, -1)), device=None)
+        # Nobody has asked for the full chain yet: `step` refuses the one timestep that epsilon may not be able to take.
+        self._start(self._chain_of(list(range(num_train_timesteps - 1, -1, -1))), device=None)
 
     # -- config: one key of ours, stock words on disk ---------------------------------------------------------------
 
@@ -123,6 +123,25 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
             if not extension:
                 del config[EXTENSION_KEY]
         return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Options registered after construction take effect at once, or not at all when they are not allowed.
+
+        Diffusers' `from_config` and pipelines register in this way. The schedule itself stays what it was built as.
+        """
+        before = self.__dict__.get("_internal_dict")
+        super().register_to_config(**kwargs)
+        if "_chain" in self.__dict__:
+            try:
+                self._current_chain()  # here and not in the first step, which may be compiled
+            except ValueError:
+                self._internal_dict = before
+                raise
+
+    @property
+    def variance_type(self) -> VarianceType:
+        """The config's, under the name by which stock schedulers read it."""
+        return self.config["variance_type"]
 
     def to_json_string(self) -> str:
         """The portable config: stock's class name and values that stock samples rightly, ours in `_ddpm_ext`.
@@ -171,7 +190,9 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         else:
             spacing, offset = self.config["timestep_spacing"], self.config["steps_offset"]
             times = kept_times(spacing, T, num_inference_steps, offset)[::-1]  # pyright: ignore[reportArgumentType]
-        self._start(times, device)
+        chain = self._chain_of(times)
+        check_usable(chain)
+        self._start(chain, device)
         self.num_inference_steps = len(times)
         self.custom_timesteps = timesteps is not None
 
@@ -184,7 +205,7 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             int64, the shape and device of timestep.
         """
-        t = torch.as_tensor(timestep)
+        t = _as_steps("timestep", timestep)
         self._check_steps(t)
         return self._current_chain().previous.to(t.device)[t]
 
@@ -290,7 +311,7 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         """
         process.check_same_shape("original_samples", original_samples, "noise", noise)
         signal, spread = self._marginal(timesteps, original_samples)
-        return self._mix_rounded(original_samples, signal, noise, spread)
+        return _mix(original_samples, signal, noise, spread).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Timesteps) -> Tensor:
         r"""v = √ᾱ_t ε - √(1-ᾱ_t) x_0.
@@ -304,7 +325,7 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         """
         process.check_same_shape("sample", sample, "noise", noise)
         signal, spread = self._marginal(timesteps, sample)
-        return self._mix_rounded(noise, signal, sample, -spread).to(sample.dtype)
+        return _mix(noise, signal, sample, -spread).to(sample.dtype)
 
     def scale_model_input(self, sample: Tensor, timestep: Timesteps | None = None) -> Tensor:
         """The sample itself: DDPM's network takes x_t as it is."""
@@ -317,39 +338,38 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
 
     def _get_variance(self, t: Timesteps, predicted_variance: Tensor | None = None) -> Tensor:
         """σ² with which `step` samples at t, 0 at the last jump. Diffusers' name for it."""
-        weights = self._weights(self._current_chain(), t, torch.empty(0, dtype=torch.float64))
-        if predicted_variance is not None:
-            return torch.as_tensor(self._learned_std(weights, predicted_variance)) ** 2
-        return torch.as_tensor(weights.std, dtype=torch.float64) ** 2
+        t = _as_steps("timestep", t)
+        weights = self._weights(self._current_chain(), t, torch.empty(t.numel(), dtype=torch.float64))
+        if self.variance_type not in reverse.LEARNED_VARIANCES:
+            return torch.as_tensor(weights.std, dtype=torch.float64) ** 2
+        if predicted_variance is None:
+            raise ValueError(f'variance_type "{self.variance_type}" needs predicted_variance, got none.')
+        return self._learned_std(weights, predicted_variance) ** 2
 
-    def _start(self, times: list[int], device: str | torch.device | None) -> None:
-        chain = make_chain(self.tables, times, self.config)
-        check_usable(chain, full=len(times) == len(self))
+    def _chain_of(self, times: list[int]) -> Chain:
+        return make_chain(self.tables, times, self.config)
+
+    def _start(self, chain: Chain, device: str | torch.device | None) -> None:
+        self.timesteps = torch.tensor(chain.times, dtype=torch.int64, device=device)
         self._chain = chain
-        self.timesteps = torch.tensor(times, dtype=torch.int64, device=device)
 
     def _current_chain(self) -> Chain:
         if self._chain.config is not self._internal_dict:  # an option was registered anew
             check_options(self.config)
-            self._chain = make_chain(self.tables, self._chain.times, self.config)
+            self._chain = self._chain_of(self._chain.times)
         return self._chain
 
     def _weights(self, chain: Chain, timestep: Timesteps, x: Tensor) -> Weights:
         if torch.compiler.is_compiling():
-            t = torch.as_tensor(timestep, device=x.device)
-            return chain.weights(t if t.is_floating_point() else t.long(), x)
-        if not isinstance(timestep, Tensor) or (timestep.ndim == 0 and timestep.device.type == "cpu"):
+            timestep = torch.as_tensor(timestep, device=x.device)
+        elif not isinstance(timestep, Tensor) or (timestep.ndim == 0 and timestep.device.type == "cpu"):
             index = _as_int(timestep)
             if index not in chain.rows:
                 raise ValueError(self._not_scheduled(index))
             return chain.rows[index]
         self._check_steps(timestep)
-        if timestep.numel() not in (1, x.shape[0]):
-            raise ValueError(
-                f"timestep must be one for all images or one per image, {x.shape[0]} here, got shape "
-                f"{tuple(timestep.shape)}."
-            )
-        return chain.weights(timestep.to(x.device, non_blocking=True), x)
+        _check_one_per_image("timestep", timestep, x)
+        return chain.weights(timestep.to(x.device, torch.int64, non_blocking=True), x)
 
     def _predict_x_0(self, prediction: Tensor, x_t: Tensor, weights: Weights) -> Tensor:
         if self.config["prediction_type"] == "sample":
@@ -373,16 +393,14 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         return (0.5 * log_var).exp() * noisy
 
     def _jump_times(self, timestep: Timesteps, x: Tensor) -> tuple[Tensor, Tensor]:
-        t = torch.as_tensor(timestep, device=x.device)
+        t = _as_steps("timestep", timestep, x.device)
         self._check_steps(t)
-        t = t.reshape(-1).expand(x.shape[0]) if t.numel() == 1 else t
+        _check_one_per_image("timestep", t, x)
+        t = t.reshape(-1).expand(x.shape[0])
         return t, self._current_chain().previous.to(t.device)[t]
 
     def _check_steps(self, t: Tensor) -> None:
-        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool or t.ndim > 1:
-            raise ValueError(
-                f"timestep must be an int, a 0-d or a (B,) tensor of ints, got {t.dtype} of shape {tuple(t.shape)}."
-            )
+        _check_ints("timestep", t)
         if t.device.type == "cpu" and not torch.compiler.is_compiling():
             rows = self._current_chain().rows
             for index in set(t.reshape(-1).tolist()):
@@ -403,41 +421,44 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         )
 
     def _marginal(self, timesteps: Timesteps, x: Tensor) -> tuple[Tensor, Tensor]:
-        t = torch.as_tensor(timesteps)
-        if t.is_floating_point() or t.numel() not in (1, x.shape[0]) or t.ndim > 1:
-            raise ValueError(
-                f"timesteps must be ints, one for all images or one per image, {x.shape[0]} here, got {t.dtype} of "
-                f"shape {tuple(t.shape)}."
-            )
-        if not torch.compiler.is_compiling() and t.device.type == "cpu":
-            low, high = (int(v) for v in t.aminmax())
-            if low < 0 or high >= len(self):
-                raise ValueError(f"timesteps must lie in 0..{len(self) - 1}, got values from {low} to {high}.")
-        t = t.to(x.device, non_blocking=True).reshape(-1)
-        tables = self._tables_on(x.device)
+        """(√ᾱ_t, √(1-ᾱ_t)) of each image, shaped beside it, in the dtype in which it is computed."""
+        t = _as_steps("timesteps", timesteps)
+        _check_one_per_image("timesteps", t, x)
+        roots = self._roots_on(x.device, process.compute_dtype(x))
+        try:
+            signal, spread = roots.index_select(1, t.to(x.device, non_blocking=True).reshape(-1))
+        except (
+            IndexError,
+            RuntimeError,
+        ):  # on the CPU the look-up itself checks; on an accelerator it stops the kernel
+            low, high = int(t.min()), int(t.max())
+            if 0 <= low and high < len(self):
+                raise
+            raise ValueError(f"timesteps must lie in 0..{len(self) - 1}, got values from {low} to {high}.") from None
         shape = (-1, *(1,) * (x.ndim - 1))
-        signal = tables.alpha_bar.sqrt() if x.device.type != "cpu" else self._sqrt_alpha_bar
-        spread = tables.one_minus_alpha_bar.sqrt() if x.device.type != "cpu" else self._sqrt_one_minus_alpha_bar
-        return signal.index_select(0, t).view(shape), spread.index_select(0, t).view(shape)
-
-    def _mix_rounded(self, x: Tensor, x_weight: Tensor, y: Tensor, y_weight: Tensor) -> Tensor:
-        dtype = process.compute_dtype(x)
-        return _mix(x.to(dtype), x_weight.to(dtype), y.to(dtype), y_weight.to(dtype)).to(x.dtype)
+        return signal.view(shape), spread.view(shape)
 
     def _tables_on(self, device: torch.device) -> Tables:
         if device.type == "cpu":
             return self.tables
-        cache: dict[torch.device, Tables] = self.__dict__.setdefault("_device_tables", {})
-        if device not in cache:
-            cache[device] = self.tables.to(device)
-        return cache[device]
+        if device not in self._device_tables:
+            self._device_tables[device] = self.tables.to(device)
+        return self._device_tables[device]
+
+    def _roots_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Rows √ᾱ and √(1-ᾱ) of all steps, rounded once to the dtype, (2, T)."""
+        if (device, dtype) not in self._device_roots:
+            tables = self._tables_on(device)
+            roots = torch.stack([tables.alpha_bar.sqrt(), tables.one_minus_alpha_bar.sqrt()])
+            self._device_roots[device, dtype] = roots.to(dtype)
+        return self._device_roots[device, dtype]
 
 
 def _mix(x: Tensor, x_weight: Any, y: Tensor, y_weight: Any) -> Tensor:
     """x_weight · x + y_weight · y in two passes; floats for one t, (B, 1, 1, 1) tensors for one t per image."""
     if isinstance(x_weight, float):
         return torch.mul(x, x_weight).add_(y, alpha=y_weight)
-    return torch.addcmul(x * x_weight, y, y_weight)
+    return torch.addcmul(x * x_weight, y.to(x_weight.dtype), y_weight)  # the weights' dtype is at least float32
 
 
 def _noise(sample: Tensor, generator: Generators) -> Tensor:
@@ -460,9 +481,29 @@ def _check_generators(generator: Generators, sample: Tensor) -> torch.Generator 
 
 
 def _as_int(timestep: Timesteps) -> int:
-    if isinstance(timestep, Tensor) and not timestep.is_floating_point() and timestep.dtype != torch.bool:
-        return int(timestep)
-    try:
+    if is_whole(timestep) and not (isinstance(timestep, Tensor) and timestep.dtype == torch.bool):
         return operator.index(timestep)  # pyright: ignore[reportArgumentType]
-    except TypeError:
-        raise ValueError(f"timestep must be an int or a tensor of ints, got {timestep!r}.") from None
+    raise ValueError(f"timestep must be an int or a tensor of ints, got {timestep!r}.")
+
+
+def _as_steps(name: str, timesteps: Timesteps, device: torch.device | None = None) -> Tensor:
+    try:
+        t = torch.as_tensor(timesteps, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be an int or a tensor of ints, got {timesteps!r}.") from None
+    _check_ints(name, t)
+    return t.long()
+
+
+def _check_ints(name: str, t: Tensor) -> None:
+    if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool or t.ndim > 1:
+        raise ValueError(
+            f"{name} must be an int, a 0-d or a (B,) tensor of ints, got {t.dtype} of shape {tuple(t.shape)}."
+        )
+
+
+def _check_one_per_image(name: str, t: Tensor, x: Tensor) -> None:
+    if t.numel() not in (1, x.shape[0]):
+        raise ValueError(
+            f"{name} must be one for all images or one per image, {x.shape[0]} here, got shape {tuple(t.shape)}."
+        )

@@ -6,6 +6,7 @@ Everything counts from 0: entry i of a table belongs to the paper's t = i + 1, a
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,8 +45,9 @@ class Tables:
         return self.beta.shape[0]
 
     def to(self, device: torch.device | str) -> Tables:
-        """The same tables on another device."""
-        return Tables(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        """The same tables on another device; rounded to float32 on MPS, which has no float64."""
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        return Tables(*(getattr(self, name).to(dtype).to(device) for name in self.__dataclass_fields__))
 
 
 def make_tables(
@@ -161,8 +163,9 @@ def kept_times(spacing: TimestepSpacing, num_timesteps: int, num_inference_steps
     """
     T, K = num_timesteps, num_inference_steps
     check_word("timestep_spacing", spacing, get_args(TimestepSpacing))
-    if isinstance(K, bool) or not hasattr(K, "__index__") or not 1 <= K <= T:
+    if not is_whole(K) or not 1 <= K <= T:
         raise ValueError(f"num_inference_steps must be an int from 1 to num_train_timesteps = {T}, got {K!r}.")
+    K = operator.index(K)
     if spacing == "leading":
         times = [k * (T // K) + offset for k in range(K)]
         if not 0 <= times[0] <= times[-1] < T:
@@ -196,6 +199,14 @@ def warn_if_signal_remains(tables: Tables) -> None:
             f"{1000 / tables.num_timesteps:.3g}, or use a zero terminal SNR or the squaredcos_cap_v2 schedule.",
             stacklevel=3,
         )
+
+
+def is_whole(number: object) -> bool:
+    """True for what Python takes as an int: int, NumPy's and torch's integers, but no bool and no float."""
+    try:
+        return not isinstance(number, bool) and operator.index(number) is not None  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return False
 
 
 def check_word(name: str, word: object, words: Sequence[str]) -> None:
