@@ -3,7 +3,7 @@ r"""One choice of sampling timesteps as a table of weights: a row per step, look
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -82,10 +82,8 @@ def make_chain(tables: Tables, times: list[int], config: Mapping[str, Any]) -> C
     return Chain(config, times, table, {i: Weights(*row) for i, row, fits in rows if fits}, previous)
 
 
-def check_usable(chain: Chain, full: bool) -> None:
-    """Raise a ValueError when a respaced chain visits a step at which x̂_0 is undefined (epsilon at ᾱ_t = 0)."""
-    if full:  # the chain before set_timesteps: `step` refuses the one step that epsilon cannot take
-        return
+def check_usable(chain: Chain) -> None:
+    """Raise a ValueError when a chain visits a step at which x̂_0 is undefined (epsilon at ᾱ_t = 0)."""
     missing = [i for i in chain.times if i not in chain.rows]
     if missing:
         raise ValueError(
@@ -97,11 +95,14 @@ def check_usable(chain: Chain, full: bool) -> None:
 def checked_times(timesteps: Sequence[int] | Tensor | np.ndarray, T: int) -> list[int]:
     """Custom timesteps as ints, when they are whole, strictly descending and in [0, T); a ValueError otherwise."""
     arrays = isinstance(timesteps, Tensor | np.ndarray)
-    times: list[Any] = timesteps.tolist() if arrays else list(timesteps)  # pyright: ignore[reportAttributeAccessIssue]
+    times: Any = timesteps.tolist() if arrays else timesteps  # pyright: ignore[reportAttributeAccessIssue]
+    if not isinstance(times, Iterable):
+        raise ValueError(f"timesteps must be a sequence of descending steps, got {timesteps!r}.")
+    times = list(times)
     if not times:
         raise ValueError("timesteps must hold at least one step, got none.")
     for time in times:
-        if isinstance(time, bool) or not isinstance(time, int | float | np.integer) or time != int(time):
+        if isinstance(time, bool) or not isinstance(time, int | float | np.integer) or time % 1 != 0:  # NaN, inf too
             raise ValueError(f"timesteps must be whole numbers, got {time!r}.")
     times = [int(time) for time in times]
     wrong = [time for time in times if not 0 <= time < T]
