@@ -95,6 +95,7 @@ class ImageSet:
     """Pictures by number. Build it with `load_images`.
 
     Attributes:
+        num_images: Number of pictures in one epoch, len(self).
         shape: (C, H, W) of every picture.
         num_classes: Number of labels, or None where the set has none.
         fingerprint: Hex digest of what the set holds and how it is cut to size; equal sets have equal fingerprints.
@@ -114,7 +115,7 @@ class ImageSet:
     ) -> None:
         self._read = read
         self._labels = labels
-        self._length = length
+        self.num_images = length
         self.shape = shape
         self.num_classes = num_classes
         self.fingerprint = fingerprint
@@ -122,7 +123,7 @@ class ImageSet:
 
     def __len__(self) -> int:
         """Number of pictures in one epoch."""
-        return self._length
+        return self.num_images
 
     def batch(self, indices: Sequence[int] | Tensor) -> Batch:
         """The pictures of these numbers, each in [0, len(self))."""
@@ -208,17 +209,18 @@ def load_images(
     rows = Rows(table, find_image_column(table.features, image_column))
     labels, num_classes = read_labels(table, find_label_column(table.features, label_column))
     form = picture_format(rows, resolution, channels, center_crop)
-    decoder = Decoder(rows, form, strict, num_workers)
+    decoder = Decoder(form, strict, num_workers)
     shape = (form.channels, form.height, form.width)
 
     num_bytes = len(rows) * form.channels * form.height * form.width
     if num_bytes > mapped_bytes:
         mark = fingerprint(source_digest(rows, form), labels, shape)
-        return ImageSet(decoder.nearest_readable, labels, len(rows), shape, num_classes, mark, decoder.skipped)
+        read = partial(decoder.nearest_readable, rows)
+        return ImageSet(read, labels, len(rows), shape, num_classes, mark, decoder.skipped)
     if num_bytes > memory_bytes:
-        decoded = decode_to_file(decoder, Path(cache_dir or HF_DATASETS_CACHE) / "ddpm_ext")
+        decoded = decode_to_file(decoder, rows, Path(cache_dir or HF_DATASETS_CACHE) / "ddpm_ext")
     else:
-        decoded = decode_to_memory(decoder)
+        decoded = decode_to_memory(decoder, rows)
     labels = None if labels is None else labels[decoded.kept]
     mark = fingerprint(decoded.digest, labels, shape)
     read = partial(np.take, decoded.pixels, axis=0)

@@ -10,20 +10,29 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from filelock import FileLock
 from PIL import Image
 
 from ddpm_ext.pictures import UNREADABLE, PictureFormat, decode_picture, eight_bits, open_picture, upright_size
-from ddpm_ext.sources import Rows, encoded_picture, picture_name
+from ddpm_ext.sources import Cell, Rows, encoded_picture, file_bytes, picture_name
 
 ROWS_AT_ONCE = 512
 SAMPLED_ROWS = 256  # rows whose whole content enters the fingerprint of a set too large to be read for it
 
-Cell = dict[str, Any] | None
 Result = TypeVar("Result")
+
+
+class Cells(Protocol):
+    """Encoded pictures by number: the rows of a set, or a block of a stream."""
+
+    def __len__(self) -> int: ...
+
+    def cells(self, numbers: Sequence[int]) -> list[Cell]:
+        """The cells of these numbers."""
+        ...
 
 
 class Decoded(NamedTuple):
@@ -39,7 +48,7 @@ class Decoded(NamedTuple):
 
 
 def picture_format(
-    rows: Rows, resolution: int | tuple[int, int] | None, channels: int | None, center_crop: bool
+    rows: Cells, resolution: int | tuple[int, int] | None, channels: int | None, center_crop: bool
 ) -> PictureFormat:
     """Size and channels of the set; what is not given is read from its pictures, which must then agree in size."""
     if resolution is not None:
@@ -55,7 +64,7 @@ def picture_format(
     return PictureFormat(size[0], size[1], channels, center_crop)
 
 
-def common_size(rows: Rows) -> tuple[int, int]:
+def common_size(rows: Cells) -> tuple[int, int]:
     """(H, W) of every picture, from the headers alone."""
     first: tuple[str, tuple[int, int]] | None = None
     for number, cell in each_cell(rows):
@@ -73,7 +82,7 @@ def common_size(rows: Rows) -> tuple[int, int]:
     return first[1]
 
 
-def first_mode(rows: Rows) -> str:
+def first_mode(rows: Cells) -> str:
     """Pillow's mode of the first readable picture, at 8 bits."""
     for _, cell in each_cell(rows):
         mode = read_or_none(lambda image: eight_bits(image).mode, cell)
@@ -91,7 +100,7 @@ def read_or_none(what: Callable[[Image.Image], Result], cell: Cell) -> Result | 
         return None
 
 
-def each_cell(rows: Rows) -> Iterator[tuple[int, Cell]]:
+def each_cell(rows: Cells) -> Iterator[tuple[int, Cell]]:
     """Number and cell of every row."""
     for start in range(0, len(rows), ROWS_AT_ONCE):
         numbers = range(start, min(start + ROWS_AT_ONCE, len(rows)))
@@ -102,10 +111,9 @@ def each_cell(rows: Rows) -> Iterator[tuple[int, Cell]]:
 
 
 class Decoder:
-    """Pictures of rows by number, with the unreadable ones counted and named, or fatal with `strict`."""
+    """Encoded pictures -> pixels, with the unreadable ones counted and named, or fatal with `strict`."""
 
-    def __init__(self, rows: Rows, form: PictureFormat, strict: bool, num_workers: int) -> None:
-        self.rows = rows
+    def __init__(self, form: PictureFormat, strict: bool, num_workers: int) -> None:
         self.form = form
         self.strict = strict
         self.skipped: list[str] = []
@@ -128,55 +136,55 @@ class Decoder:
                 self.skipped.append(name)
             return None
 
-    def nearest_readable(self, numbers: np.ndarray) -> np.ndarray:
+    def nearest_readable(self, rows: Cells, numbers: np.ndarray) -> np.ndarray:
         """Pixels of these rows, shape (B, C, H, W); where one cannot be read, those of the next that can."""
-        pixels = self.decode(numbers.tolist(), self.rows.cells(numbers.tolist()))
+        pixels = self.decode(numbers.tolist(), rows.cells(numbers.tolist()))
         for place, number in enumerate(numbers.tolist()):
             following = number
             while pixels[place] is None:
-                following = (following + 1) % len(self.rows)
+                following = (following + 1) % len(rows)
                 if following == number:
-                    raise ValueError(f"None of the {len(self.rows)} pictures can be read.")
-                pixels[place] = self.decode([following], self.rows.cells([following]))[0]
+                    raise ValueError(f"None of the {len(rows)} pictures can be read, e.g. {self.skipped[0]}.")
+                pixels[place] = self.decode([following], rows.cells([following]))[0]
         return np.stack([one for one in pixels if one is not None])
 
-    def every_picture(self) -> Iterator[tuple[int, np.ndarray]]:
+    def every_picture(self, rows: Rows) -> Iterator[tuple[int, np.ndarray]]:
         """Row number and pixels of every readable picture."""
-        for start in range(0, len(self.rows), ROWS_AT_ONCE):
-            numbers = range(start, min(start + ROWS_AT_ONCE, len(self.rows)))
-            for number, pixels in zip(numbers, self.decode(numbers, self.rows.cells(numbers)), strict=True):
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            numbers = range(start, min(start + ROWS_AT_ONCE, len(rows)))
+            for number, pixels in zip(numbers, self.decode(numbers, rows.cells(numbers)), strict=True):
                 if pixels is not None:
                     yield number, pixels
 
 
-def fill(decoder: Decoder, pixels: np.ndarray) -> tuple[list[int], str]:
+def fill(decoder: Decoder, rows: Rows, pixels: np.ndarray) -> tuple[list[int], str]:
     """Write every readable picture into `pixels`, one after the other; their rows and the digest of their pixels."""
     kept, digest = [], hashlib.blake2b(digest_size=16)
-    for number, picture in decoder.every_picture():
+    for number, picture in decoder.every_picture(rows):
         pixels[len(kept)] = picture
         digest.update(picture.data)
         kept.append(number)
     if not kept:
-        raise ValueError(f"None of the {len(decoder.rows)} pictures can be read, e.g. {decoder.skipped[0]}.")
+        raise ValueError(f"None of the {len(rows)} pictures can be read, e.g. {decoder.skipped[0]}.")
     return kept, digest.hexdigest()
 
 
-def decode_to_memory(decoder: Decoder) -> Decoded:
+def decode_to_memory(decoder: Decoder, rows: Rows) -> Decoded:
     """Every readable picture, held in memory."""
     form = decoder.form
-    pixels = np.empty((len(decoder.rows), form.channels, form.height, form.width), np.uint8)
-    kept, digest = fill(decoder, pixels)
+    pixels = np.empty((len(rows), form.channels, form.height, form.width), np.uint8)
+    kept, digest = fill(decoder, rows, pixels)
     return Decoded(pixels[: len(kept)], np.asarray(kept, np.int64), decoder.skipped, digest)
 
 
-def decode_to_file(decoder: Decoder, cache: Path) -> Decoded:
+def decode_to_file(decoder: Decoder, rows: Rows, cache: Path) -> Decoded:
     """Every readable picture in a file that all processes map; the first of them writes it, the others wait."""
-    source = f"{decoder.rows.identity} {source_digest(decoder.rows, decoder.form)}"
+    source = f"{rows.identity} {source_digest(rows, decoder.form)}"
     folder = cache / hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            write_decoded(decoder, folder)
+            write_decoded(decoder, rows, folder)
     stored = json.loads((folder / "decoded.json").read_text(encoding="utf-8"))
     if decoder.strict and stored["skipped"]:
         raise ValueError(f"The picture {stored['skipped'][0]} cannot be read.")
@@ -185,10 +193,10 @@ def decode_to_file(decoder: Decoder, cache: Path) -> Decoded:
     return Decoded(pixels[: len(kept)], kept, stored["skipped"], stored["digest"])
 
 
-def write_decoded(decoder: Decoder, folder: Path) -> None:
+def write_decoded(decoder: Decoder, rows: Rows, folder: Path) -> None:
     """Decode into a folder of another name and rename it: a folder of this name is complete."""
     form = decoder.form
-    shape = (len(decoder.rows), form.channels, form.height, form.width)
+    shape = (len(rows), form.channels, form.height, form.width)
     needed, free = int(np.prod(shape)), shutil.disk_usage(folder.parent).free
     if free < needed:
         raise ValueError(
@@ -196,7 +204,7 @@ def write_decoded(decoder: Decoder, folder: Path) -> None:
         )
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         pixels = np.lib.format.open_memmap(f"{temporary}/pixels.npy", "w+", np.uint8, shape)
-        kept, digest = fill(decoder, pixels)
+        kept, digest = fill(decoder, rows, pixels)
         pixels.flush()
         np.save(f"{temporary}/kept.npy", np.asarray(kept, np.int64))
         stored = {"digest": digest, "skipped": decoder.skipped}
@@ -213,10 +221,7 @@ def source_digest(rows: Rows, form: PictureFormat) -> str:
     digest = hashlib.blake2b(f"{len(rows)} {tuple(form)}".encode(), digest_size=16)
     numbers = np.unique(np.linspace(0, len(rows) - 1, SAMPLED_ROWS).astype(np.int64)).tolist()
     for cell in rows.cells(numbers):
-        encoded = encoded_picture(cell)
-        if isinstance(encoded, str):
-            encoded = Path(encoded).read_bytes() if Path(encoded).is_file() else None
-        digest.update(hashlib.blake2b(encoded or b"").digest())
+        digest.update(hashlib.blake2b(file_bytes(cell)).digest())
     return digest.hexdigest()
 
 

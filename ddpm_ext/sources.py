@@ -18,8 +18,7 @@ from datasets.table import InMemoryTable
 DIGITS = "digits"
 DIGITS_DIR = Path(__file__).parent / "digits"
 
-# An encoded picture: the file's bytes, its path, or None where the row is empty.
-Encoded = bytes | str | None
+Cell = dict[str, Any] | None  # one cell of an image column as `datasets` gives it undecoded; None where it is empty
 
 
 # Opening --------------------------------------------------------------------------------------------------------------
@@ -67,7 +66,9 @@ def _open_folder(folder: Path, config: str | None, split: str, cache_dir: str | 
             saved = saved[split]
         return saved.to_iterable_dataset() if streaming else saved
     load: Callable[..., Any] = datasets.load_dataset  # its overloads know no variable `streaming`
-    options = {"split": split, "cache_dir": cache_dir, "streaming": streaming}
+    # In a cache beside the folder, `datasets` would write into the folder itself and read that as data the next time.
+    cache = None if cache_dir is None else str(Path(cache_dir) / "opened_folders")
+    options = {"split": split, "cache_dir": cache, "streaming": streaming}
     if any(folder.rglob("*.parquet")) or any(folder.glob("*.md")):  # a card may say which files make which split
         return load(str(folder), config, **options)
     if (folder / split).is_dir():
@@ -126,22 +127,31 @@ def read_labels(table: datasets.Dataset, column: str | None) -> tuple[np.ndarray
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
-def undecoded(table: Any, column: str) -> Any:
-    """The table with one column, whose pictures stay encoded."""
+def undecoded(table: Any, column: str, label_column: str | None = None) -> Any:
+    """The table with the column of pictures, which stay encoded, and that of labels."""
+    wanted = [column] if label_column is None else [column, label_column]
     try:
-        return table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        return table.select_columns(wanted).cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # Arrow has many words for "this cannot be a picture"
         raise ValueError(f"image_column {column!r} does not hold pictures: {table.features[column]}.") from error
 
 
-def encoded_picture(cell: dict[str, Any] | None) -> Encoded:
-    """The bytes or the path in one cell of an image column."""
+def encoded_picture(cell: Cell) -> bytes | str | None:
+    """The bytes or the path of the picture in a cell."""
     if cell is None:
         return None
     return cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
 
 
-def picture_name(cell: dict[str, Any] | None, number: int) -> str:
+def file_bytes(cell: Cell) -> bytes:
+    """The encoded picture itself; nothing where the row is empty or the file is gone."""
+    encoded = encoded_picture(cell)
+    if isinstance(encoded, str):
+        return Path(encoded).read_bytes() if Path(encoded).is_file() else b""
+    return encoded or b""
+
+
+def picture_name(cell: Cell, number: int) -> str:
     """How a picture is called in messages: its path where it has one, and its number."""
     path = cell.get("path") if cell is not None else None
     return f"{path} (row {number})" if path else f"row {number}"
@@ -153,11 +163,11 @@ class Rows:
     def __init__(self, table: datasets.Dataset, column: str) -> None:
         self._table = undecoded(table, column)
         self._column = column
-        self.identity = str(table._fingerprint)  # changes with the files' names, sizes and times
+        self.identity = str(table._fingerprint)  # of the opened files: their names, sizes and times
 
     def __len__(self) -> int:
         return len(self._table)
 
-    def cells(self, numbers: Sequence[int]) -> list[dict[str, Any] | None]:
+    def cells(self, numbers: Sequence[int]) -> list[Cell]:
         """The cells of these numbers."""
         return self._table[list(numbers)][self._column]
