@@ -81,6 +81,7 @@ def test_kernel_distance_of_whole_sets_has_no_spread_and_of_subsets_is_unbiased(
     all_of_it = metrics.kernel_distance(x, y, num_subsets=3, subset_size=30)
     assert all_of_it.mean == pytest.approx(whole, **AGREE)
     assert all_of_it.std == pytest.approx(0, abs=1e-9 * whole)
+    assert metrics.kernel_distance(x, y, num_subsets=1, subset_size=10).std == 0
     some = metrics.kernel_distance(x, y, num_subsets=400, subset_size=10, seed=1)
     assert some.standard_error == pytest.approx(some.std / 20)
     assert abs(some.mean - whole) < 4 * some.standard_error
