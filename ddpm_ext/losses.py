@@ -11,9 +11,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .likelihood import discretized_log_likelihood, gaussian_kl, mean_over_dims
-from .process import PredictionType, compute_dtype, jump, q_posterior, training_target
-from .reverse import LEARNED_VARIANCES, VarianceType, p_mean_variance, split_output
+from .likelihood import decoder_nll, mean_over_dims, step_kl
+from .process import PredictionType, check_range, check_same_shape, compute_dtype, jump, per_image, training_target
+from .reverse import (
+    LEARNED_VARIANCES,
+    VarianceType,
+    decoder_log_var,
+    p_mean_variance,
+    split_output,
+    variance_bounds,
+)
 from .schedules import Tables, check_word
 
 Loss = Literal["simple", "vlb", "hybrid"]
@@ -66,6 +73,7 @@ def training_loss(
     prediction, head = split_output(output, x_t, variance_type)
     target = training_target(x_0, x_t, eps, t, tables, prediction_type)
     dtype = compute_dtype(prediction)
+    check_same_shape("the target", target, "the prediction", prediction)
     simple = mean_over_dims((target.to(dtype) - prediction.to(dtype)) ** 2)
     if snr_gamma is not None:
         simple = simple * min_snr_weight(t, tables, prediction_type, snr_gamma).to(simple.dtype)
@@ -103,11 +111,14 @@ def bound_term(
 
     Source: Ho et al. 2020, arXiv:2006.11239, Eqs. (5), (12), (13).
     """
+    check_same_shape("x_0", x_0, "x_t", x_t)
+    output, x_t = output.to(compute_dtype(x_t)), x_t.to(compute_dtype(x_t))
     p = p_mean_variance(output, x_t, t, tables, prediction_type=prediction_type, variance_type=variance_type)
-    q = q_posterior(x_0, x_t, t, tables)
-    q_log_var = q.var.clamp(min=torch.finfo(q.var.dtype).tiny).log()  # -inf at t = 0, where the decoder counts instead
-    kl = mean_over_dims(gaussian_kl(q.mean, q_log_var, p.mean, p.log_var))
-    decoder = -mean_over_dims(discretized_log_likelihood(x_0, p.mean, p.log_var))
+    step = jump(tables, t)
+    log_posterior_var, _ = variance_bounds(step, decoder_log_var(tables))  # finite at t = 0, where the decoder counts
+    c1, log_posterior_var = per_image(step.c1, x_t), per_image(log_posterior_var, x_t)
+    kl = mean_over_dims(step_kl(x_0.to(c1), p.pred_original_sample, c1, log_posterior_var, p.log_var))
+    decoder = mean_over_dims(decoder_nll(x_0, p.pred_original_sample, p.log_var))
     return torch.where(t == 0, decoder.to(kl.dtype), kl)
 
 
@@ -130,6 +141,7 @@ def min_snr_weight(t: Tensor, tables: Tables, prediction_type: PredictionType, g
 
     Source: Hang et al. 2023, arXiv:2303.09556, §3.4.
     """
+    check_range(t, tables)
     snr = tables.alpha_bar[t] / tables.one_minus_alpha_bar[t]
     capped = snr.clamp(max=gamma)
     if prediction_type == "epsilon":

@@ -63,7 +63,8 @@ def jump(tables: Tables, t: Tensor, s: Tensor | None = None) -> Jump:
 
     Source: Ho et al. 2020, arXiv:2006.11239, Eqs. (6)-(7), with β_t replaced by 1 - ᾱ_t/ᾱ_s.
     """
-    s = t - 1 if s is None else s
+    check_range(t, tables)
+    s = t - 1 if s is None else check_targets(s, t)
     clean = s < 0
     s = s.clamp(min=0)
     log_alpha_bar_t = tables.log_alpha_bar[t]
@@ -104,6 +105,7 @@ def x_0_weights(tables: Tables, t: Tensor, prediction_type: PredictionType) -> A
     Returns:
         Float64 weights in the shape of t. Where ᾱ_t = 0, epsilon has none: they are infinite.
     """
+    check_range(t, tables)
     alpha_bar, one_minus_alpha_bar = tables.alpha_bar[t], tables.one_minus_alpha_bar[t]
     if prediction_type == "epsilon":
         return Affine(alpha_bar.rsqrt(), -(one_minus_alpha_bar / alpha_bar).sqrt())
@@ -182,7 +184,7 @@ def q_posterior(x_0: Tensor, x_t: Tensor, t: Tensor, tables: Tables, s: Tensor |
     Source: Ho et al. 2020, arXiv:2006.11239, Eqs. (6)-(7).
     """
     check_same_shape("x_0", x_0, "x_t", x_t)
-    step = jump(tables, check_steps(t, x_t, tables), check_targets(s, t))
+    step = jump(tables, check_steps(t, x_t, tables), s)
     return Gaussian(weighted_sum(x_0, step.c1, x_t, step.c2, dtype=x_t.dtype), per_image(step.var, x_t))
 
 
@@ -283,17 +285,20 @@ def check_steps(t: Tensor, x: Tensor, tables: Tables) -> Tensor:
         raise ValueError(
             f"t must be one int64 step per image, shape ({x.shape[0]},), got {t.dtype} of shape {tuple(t.shape)}."
         )
+    check_range(t, tables)
+    return t
+
+
+def check_range(t: Tensor, tables: Tables) -> None:
+    """Raise a ValueError unless 0 <= t < T. Looked at on the CPU only."""
     if not torch.compiler.is_compiling() and t.device.type == "cpu" and t.numel():
         low, high = int(t.min()), int(t.max())
         if low < 0 or high >= tables.num_timesteps:
             raise ValueError(f"t must lie in 0..{tables.num_timesteps - 1}, got values from {low} to {high}.")
-    return t
 
 
-def check_targets(s: Tensor | None, t: Tensor) -> Tensor | None:
-    """s, when it is None or one earlier step per image, -1 <= s < t; a ValueError otherwise."""
-    if s is None:
-        return None
+def check_targets(s: Tensor, t: Tensor) -> Tensor:
+    """s, when it is one earlier step per image, -1 <= s < t; a ValueError otherwise. Looked at on the CPU only."""
     if s.dtype != torch.int64 or s.shape != t.shape:
         raise ValueError(f"s must be int64 in the shape of t, {tuple(t.shape)}, got {s.dtype} of {tuple(s.shape)}.")
     if not torch.compiler.is_compiling() and s.device.type == "cpu" and bool(((s < -1) | (s >= t)).any()):

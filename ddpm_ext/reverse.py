@@ -15,7 +15,6 @@ from torch import Tensor
 from .process import (
     Jump,
     PredictionType,
-    check_targets,
     compute_dtype,
     jump,
     per_image,
@@ -193,7 +192,7 @@ def p_mean_variance(
     prediction, head = split_output(output, x_t, variance_type)
     dtype = compute_dtype(x_t)
     x_0 = clip_x_0(predict_x_0(prediction.to(dtype), x_t.to(dtype), t, tables, prediction_type), clip)
-    step = jump(tables, t, check_targets(s, t))
+    step = jump(tables, t, s)
     mean = weighted_sum(x_0, step.c1, x_t, step.c2, dtype=x_t.dtype)
     last_log_var = decoder_log_var(tables) if last_log_var is None else last_log_var
     log_small, log_large = (per_image(v, x_t) for v in variance_bounds(step, last_log_var))
