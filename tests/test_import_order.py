@@ -11,10 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # The road of a picture, top to bottom. `__init__` stands last; its `__version__` alone may be read by everyone.
-MATHEMATICS = ["images", "schedules", "process", "likelihood", "losses", "optimal", "denoise_diffusion"]
-DIFFUSERS_SHAPE = ["unet", "scheduler", "hub", "pipeline", "bound"]
+MATHEMATICS = ["images", "schedules", "process", "reverse", "likelihood", "losses", "optimal", "denoise_diffusion"]
+DIFFUSERS_SHAPE = ["unet", "chain", "scheduler_options", "scheduler", "hub", "pipeline", "bound"]
 WORK = [
     "config",
+    "arguments",
     "pictures",
     "sources",
     "decoded",
@@ -22,6 +23,10 @@ WORK = [
     "stream",
     "ema",
     "run_dir",
+    "signals",
+    "checkpoint",
+    "launch",
+    "randomness",
     "sample",
     "features",
     "metrics",
@@ -30,6 +35,9 @@ WORK = [
     "calibrate",
     "convert",
     "card",
+    "assemble",
+    "progress",
+    "resume",
     "train",
 ]
 ORDER = [*MATHEMATICS, *DIFFUSERS_SHAPE, *WORK, "__init__"]
