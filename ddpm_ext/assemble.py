@@ -1,0 +1,187 @@
+"""Options -> the objects of a run: network, scheduler, data, optimiser, learning rate, and the plan of a batch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.optimization import get_scheduler
+from torch import nn
+
+from .config import TrainConfig
+from .data import ImageSet, load_images
+from .reverse import LEARNED_VARIANCES
+from .run_dir import RunError
+from .scheduler import DDPMExtScheduler
+from .unet import UNET_PRESETS, build_unet, unet_config
+
+
+class BatchPlan(NamedTuple):
+    """How one update's global batch is cut: by process, then by forward pass."""
+
+    global_batch: int
+    processes: int
+    accumulation: int
+
+    @property
+    def micro_batch(self) -> int:
+        return self.global_batch // (self.processes * self.accumulation)
+
+    def rows(self, rank: int, micro: int) -> range:
+        """Places in the global batch of one forward pass of one process."""
+        start = (rank * self.accumulation + micro) * self.micro_batch
+        return range(start, start + self.micro_batch)
+
+
+def plan_batch(config: TrainConfig, processes: int, global_batch: int | None = None) -> BatchPlan:
+    """Cut the global batch into equal parts of at most `train_batch_size` pictures.
+
+    Args:
+        config: The options.
+        processes: Number of processes.
+        global_batch: That of the run being resumed, which rules over the options.
+
+    Raises:
+        RunError: the global batch cannot be shared equally.
+    """
+    asked = config.train_batch_size * config.gradient_accumulation_steps * processes
+    total = global_batch or config.global_batch_size or asked
+    if total % processes:
+        raise RunError(
+            f"A global batch of {total} cannot be shared equally among {processes} processes; choose a number of "
+            f"processes that divides it{'' if global_batch else ', or another --global_batch_size'}."
+        )
+    share = total // processes
+    accumulation = config.gradient_accumulation_steps if total == asked else math.ceil(share / config.train_batch_size)
+    while share % accumulation:
+        accumulation += 1
+    return BatchPlan(total, processes, accumulation)
+
+
+def total_updates(config: TrainConfig, num_images: int, plan: BatchPlan) -> int:
+    """Length of the run in updates."""
+    if config.max_train_steps is not None:
+        return config.max_train_steps
+    updates = epochs_to_updates(config.num_epochs, num_images, plan)
+    assert updates is not None  # TrainConfig has one of the two
+    return updates
+
+
+def lr_factor(config: TrainConfig, updates: int) -> Callable[[int], float]:
+    """Learning rate after n updates, as a share of `learning_rate`: a formula of n, with no state to save.
+
+    The courses are Diffusers' own. A prepared scheduler would advance once per process, and under accumulation stock's
+    script stretches it.
+    """
+    name = config.lr_scheduler
+    if name == "constant" and config.lr_warmup_steps:
+        name = "constant_with_warmup"
+    stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=config.learning_rate)
+    schedule = get_scheduler(name, stand_in, num_warmup_steps=config.lr_warmup_steps, num_training_steps=updates)
+    return schedule.lr_lambdas[0]
+
+
+def build_scheduler(config: TrainConfig) -> DDPMExtScheduler:
+    return DDPMExtScheduler(
+        num_train_timesteps=config.ddpm_num_steps,
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule=config.ddpm_beta_schedule,
+        prediction_type=config.prediction_type,
+        variance_type=config.variance_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+    )
+
+
+def network_config(config: TrainConfig) -> dict[str, Any]:
+    """Arguments of UNet2DModel before the data is known."""
+    source = config.model_config_name_or_path
+    base = load_network_config(source, config.cache_dir) if source else config.unet or "train_unconditional"
+    size = None if config.size is None else list(config.size)
+    found = unet_config(base, sample_size=size, dropout=config.dropout)
+    channels = found.setdefault("in_channels", 3)
+    if config.variance_type in LEARNED_VARIANCES:
+        found["out_channels"] = 2 * channels
+    return found
+
+
+def load_network_config(source: str, cache_dir: str | None) -> dict[str, Any]:
+    """A network's configuration from a JSON file, the folder of a network or of a pipeline, or the Hub."""
+    path = Path(source)
+    for file in (path, path / "config.json", path / "unet" / "config.json"):
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+    if path.exists():
+        raise RunError(f"--model_config_name_or_path {source} holds neither config.json nor unet/config.json.")
+    return cast(dict[str, Any], UNet2DModel.load_config(source, cache_dir=cache_dir))
+
+
+def build_data(config: TrainConfig, network: dict[str, Any]) -> ImageSet:
+    """The pictures at the network's size and channels.
+
+    Raises:
+        ValueError: no pictures, or none that fit the network.
+    """
+    size = network.get("sample_size")
+    return load_images(
+        config.dataset_name,
+        config.dataset_config_name,
+        config.train_data_dir,
+        config.train_split,
+        config.image_column,
+        config.label_column,
+        tuple(size) if isinstance(size, (list, tuple)) else size,
+        network["in_channels"],
+        center_crop=config.center_crop,
+        strict=config.strict_data,
+        cache_dir=config.cache_dir,
+        num_workers=config.dataloader_num_workers,
+    )
+
+
+def build_network(config: TrainConfig, network: dict[str, Any], data: ImageSet) -> UNet2DModel:
+    """The network at the pictures' size, with first weights that the seed decides."""
+    if config.class_conditional and data.num_classes is None:
+        raise RunError("--class_conditional needs pictures with classes, this data set has none; see --label_column.")
+    _, height, width = data.shape
+    preset = None if config.model_config_name_or_path else config.unet or "train_unconditional"
+    return build_unet(
+        network,
+        seed=config.seed,
+        init=UNET_PRESETS[preset].init if preset else None,
+        sample_size=height if height == width else (height, width),
+        num_class_embeds=data.num_classes if config.class_conditional else None,
+    )
+
+
+def speed_up(config: TrainConfig, network: UNet2DModel) -> None:
+    """The switches of the network itself."""
+    if config.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if config.enable_xformers_memory_efficient_attention:
+        network.enable_xformers_memory_efficient_attention()
+    if config.compile:
+        network.compile()
+
+
+def epochs_to_updates(epochs: int | None, num_images: int, plan: BatchPlan) -> int | None:
+    """Updates of a number of epochs, rounded up; None stays None."""
+    return None if epochs is None else math.ceil(epochs * num_images / plan.global_batch)
+
+
+def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.AdamW:
+    """AdamW; with weight decay 0 it is the paper's Adam."""
+    speed = {"fused": True} if config.fused_optimizer else {"foreach": True}
+    return torch.optim.AdamW(
+        network.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        **speed,
+    )

@@ -1,0 +1,272 @@
+"""What a run is at one update, to disk and back: weights, averages, moments, counters; and whether it may go on.
+
+Nothing random is stored: draws, order and dropout seeds are functions of (seed, step).
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from . import checkpoint
+from .assemble import BatchPlan, plan_batch
+from .config import TrainConfig, config_changes, recorded
+from .data import ImageSet
+from .ema import ForeachEMA
+from .launch import fill, whole
+from .progress import Meter
+from .run_dir import RunDir, RunError, package_versions
+
+BATCH_OPTIONS = ("train_batch_size", "gradient_accumulation_steps", "global_batch_size")
+
+
+class Found(NamedTuple):
+    """An intact checkpoint and its state."""
+
+    folder: Path
+    state: dict[str, Any]
+
+
+class RunState:
+    """What a checkpoint holds of a run: its objects and counters. The trainer is one."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    run: RunDir
+    data: ImageSet
+    plan: BatchPlan
+    updates: int  # length of the run
+    network: Any  # the UNet2DModel without what the launcher wraps around it
+    parameters: list[torch.nn.Parameter]
+    averages: list[ForeachEMA]
+    optimizer: AcceleratedOptimizer
+    meter: Meter
+    numerics: dict[str, Any]
+    update_count: int  # optimiser updates done
+    step: int  # global batches seen: the updates and the skipped steps
+    skipped: int
+    bad_in_a_row: int
+
+    @property
+    def position(self) -> int:
+        """Global position of the next picture."""
+        return self.step * self.plan.global_batch
+
+
+def find(config: TrainConfig, run: RunDir, accelerator: Accelerator) -> Found | None:
+    """The checkpoint to go on from; the main process looks, all others hear of it.
+
+    Raises:
+        RunError: checkpoints are there and none is intact, the one named is damaged, or resuming was refused.
+    """
+    folder = on_main(accelerator, lambda: choose(config, run))
+    return None if folder is None else Found(Path(folder), checkpoint.read_state(Path(folder)))
+
+
+def choose(config: TrainConfig, run: RunDir) -> str | None:
+    wanted = config.resume_from_checkpoint
+    checkpoint.sweep(run.checkpoints)
+    if wanted not in (None, "latest"):
+        named = Path(str(wanted))
+        folder = named if named.is_dir() else run.checkpoints / named
+        checkpoint.verify(folder)
+        return str(folder)
+    if wanted is None and checkpoint.list_checkpoints(run.checkpoints):
+        raise RunError(
+            f"{run.path} holds checkpoints and --resume_from_checkpoint is none. Give --resume_from_checkpoint latest, "
+            "another --output_dir, or --overwrite_output_dir to delete them."
+        )
+    newest = checkpoint.newest_intact(run.checkpoints)
+    return None if newest is None else str(newest)
+
+
+def on_main(accelerator: Accelerator, work: Any) -> Any:
+    """Run something on the main process; its result, or its RunError, reaches every process."""
+    result: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            result[0] = work()
+        except RunError as error:
+            result[1] = str(error)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(result)
+    if result[1] is not None:
+        raise RunError(result[1])
+    return result[0]
+
+
+# May it go on? --------------------------------------------------------------------------------------------------------
+
+
+def global_batch_to_keep(config: TrainConfig, found: Found | None) -> int | None:
+    """The recorded global batch, which rules on another number of processes as long as the options are the same."""
+    if found is None:
+        return None
+    old = found.state["config"]
+    same = all(getattr(config, name) == old[name] for name in BATCH_OPTIONS)
+    return found.state["global_batch"] if same else None
+
+
+def differences(
+    config: TrainConfig, state: dict[str, Any], global_batch: int, updates: int, data: str
+) -> dict[str, Any]:
+    """What alters the weights and is not as it was: name -> (old, new)."""
+    found = config_changes(state["config"], recorded(config))
+    old_options = state["config"]
+    if global_batch != state["global_batch"]:
+        for name in BATCH_OPTIONS:
+            if getattr(config, name) != old_options[name]:
+                found[name] = (old_options[name], getattr(config, name))
+    if updates != state["updates"] and config.lr_scheduler not in ("constant", "constant_with_warmup"):
+        name = "max_train_steps" if config.max_train_steps is not None else "num_epochs"
+        found[name] = (old_options[name] or state["updates"], getattr(config, name))
+    if data != state["data"]["fingerprint"]:
+        found["data"] = (state["data"]["fingerprint"], data)
+    return found
+
+
+def refuse_changes(config: TrainConfig, changes: dict[str, Any]) -> None:
+    """Only changes that `allow_config_change` names are let through.
+
+    Raises:
+        RunError: with the list of the others.
+    """
+    unknown = [name for name in changes if name not in config.allow_config_change]
+    if unknown:
+        lines = [f"  {name}: {old!r} -> {new!r}" for name, (old, new) in sorted(changes.items()) if name in unknown]
+        raise RunError(
+            "The run in the folder was started with other options, and going on would give other weights:\n"
+            + "\n".join(lines)
+            + "\nGive the old values, another --output_dir, or --allow_config_change "
+            + " ".join(sorted(unknown))
+            + "."
+        )
+
+
+def warn_of_numerics(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """The last digits depend on threads, device and versions; a resume elsewhere is right, and not bitwise equal."""
+    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
+    if changed:
+        warnings.warn(
+            f"Resuming under other conditions ({', '.join(changed)}): the weights will not be bitwise equal to an "
+            "uninterrupted run's.",
+            stacklevel=2,
+        )
+
+
+# To disk --------------------------------------------------------------------------------------------------------------
+
+
+def save(trainer: RunState) -> None:
+    """Write a checkpoint, then delete those beyond the limit. Every process must call this.
+
+    Raises:
+        RunError: the disk is full; raised on every process.
+    """
+    tensors, state = gather(trainer)
+    folder, limit = trainer.run.checkpoints, trainer.config.checkpoints_total_limit
+
+    def write() -> None:
+        checkpoint.write_checkpoint(folder, trainer.update_count, tensors, state)
+        checkpoint.prune(folder, limit)
+
+    on_main(trainer.accelerator, write)
+
+
+def gather(trainer: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Everything of a run, in full: tensors by file, and plain JSON. Every process must call this."""
+    names = [name for name, _ in trainer.network.named_parameters()]
+    tensors = {"model": {name: whole(p) for name, p in zip(names, trainer.parameters, strict=True)}}
+    for i, average in enumerate(trainer.averages):
+        stem = "ema" if i == 0 else f"ema-{i}"
+        tensors[stem] = {name: whole(p) for name, p in zip(names, average.shadow_params, strict=True)}
+    inner = trainer.optimizer.optimizer
+    moments = {name: inner.state[p] for name, p in zip(names, trainer.parameters, strict=True) if p in inner.state}
+    tensors["optimizer"] = {key: whole(tensor) for key, tensor in checkpoint.flatten(moments)}
+    return tensors, state_of(trainer)
+
+
+def state_of(trainer: RunState) -> dict[str, Any]:
+    scaler = trainer.accelerator.scaler
+    return {
+        "seed": trainer.config.seed,
+        "epoch": trainer.position // len(trainer.data),
+        "update": trainer.update_count,
+        "step": trainer.step,
+        "global_position": trainer.position,
+        "global_batch": trainer.plan.global_batch,
+        "updates": trainer.updates,
+        "skipped": trainer.skipped,
+        "bad_in_a_row": trainer.bad_in_a_row,
+        "data": {"fingerprint": trainer.data.fingerprint, "state": trainer.data.state_dict(trainer.position)},
+        "meter": trainer.meter.total(trainer.accelerator).tolist(),
+        "averages": [average.optimization_step for average in trainer.averages],
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "numerics": trainer.numerics,
+        "versions": package_versions(),
+        "config": recorded(trainer.config),
+    }
+
+
+# And back -------------------------------------------------------------------------------------------------------------
+
+
+def restore(trainer: RunState, found: Found) -> None:
+    """Bring a new trainer to the checkpoint's update, on any number of processes.
+
+    Raises:
+        RunError: options that alter the weights have changed.
+    """
+    folder, state = found
+    changes = differences(trainer.config, state, trainer.plan.global_batch, trainer.updates, trainer.data.fingerprint)
+    refuse_changes(trainer.config, changes)
+    warn_of_numerics(state["numerics"], trainer.numerics)
+
+    named = dict(trainer.network.named_parameters())
+    restore_tensors(dict(zip(named, trainer.parameters, strict=True)), checkpoint.read_tensors(folder, "model"))
+    for i, (average, updates) in enumerate(zip(trainer.averages, state["averages"], strict=False)):
+        saved = checkpoint.read_tensors(folder, "ema" if i == 0 else f"ema-{i}")
+        restore_tensors(dict(zip(named, average.shadow_params, strict=True)), saved)
+        average.optimization_step = updates
+    restore_optimizer(trainer, list(named), checkpoint.unflatten(checkpoint.read_tensors(folder, "optimizer")))
+    if trainer.accelerator.scaler is not None and state["scaler"]:
+        trainer.accelerator.scaler.load_state_dict(state["scaler"])
+
+    trainer.update_count, trainer.step = state["update"], state["global_position"] // trainer.plan.global_batch
+    trainer.skipped, trainer.bad_in_a_row = state["skipped"], state["bad_in_a_row"]
+    if trainer.accelerator.is_main_process:
+        trainer.meter.sums.copy_(torch.tensor(state["meter"], dtype=trainer.meter.sums.dtype))
+    trainer.data.load_state_dict(state["data"]["state"])
+
+
+def restore_tensors(targets: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    if targets.keys() != saved.keys():
+        names = sorted(targets.keys() ^ saved.keys())
+        raise RunError(f"The checkpoint is of another network: {len(names)} weights differ by name, as {names[0]}.")
+    for name, target in targets.items():
+        fill(target, saved[name])
+
+
+def restore_optimizer(trainer: RunState, names: list[str], moments: dict[str, dict[str, Tensor]]) -> None:
+    inner = trainer.optimizer.optimizer
+    state: dict[int, dict[str, Tensor]] = {}
+    for i, (name, parameter) in enumerate(zip(names, trainer.parameters, strict=True)):
+        for moment, tensor in moments.get(name, {}).items():
+            if tensor.shape == parameter.shape and tensor.ndim:
+                placed = torch.empty_like(parameter)
+                fill(placed, tensor)
+                tensor = placed
+            state.setdefault(i, {})[moment] = tensor
+    inner.load_state_dict({"state": state, "param_groups": inner.state_dict()["param_groups"]})
+
+
+def planned(config: TrainConfig, found: Found | None, processes: int) -> BatchPlan:
+    """The batch plan of a fresh or resumed run."""
+    return plan_batch(config, processes, global_batch_to_keep(config, found))

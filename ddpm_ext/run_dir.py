@@ -1,0 +1,195 @@
+"""The files of a run: their names, atomic writes, the lock, and the record of what made them.
+
+    runs/<name>/config.json      every option, versions, commit, seed, hardware
+                checkpoints/     step-00000500/ ...: see checkpoint.py
+                pipeline/        averaged weights, loadable by ddpm_ext and by stock Diffusers
+                samples/         grids, step-00000500.png
+                log.jsonl        one line per log interval
+                snapshots/       power-function averages, where they are kept
+                status.json      running, preempted, finished or failed, and the update
+                training.png     loss, loss by quarter of t, learning rate
+
+Whatever is written anew is written whole: a kill leaves the file before it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+VERSIONED = ("ddpm-ext", "torch", "diffusers", "transformers", "accelerate", "datasets", "safetensors", "numpy")
+
+
+class RunError(RuntimeError):
+    """A run cannot start or go on, and the message is the whole story: scripts print it without a traceback."""
+
+
+class RunDir:
+    """Paths of one run folder."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.snapshots = self.path / "snapshots"
+        self.pipeline = self.path / "pipeline"
+        self.samples = self.path / "samples"
+        self.log = self.path / "log.jsonl"
+        self.status = self.path / "status.json"
+        self.plot = self.path / "training.png"
+        self.lock_file = self.path / ".lock"
+        self._lock: IO[str] | None = None
+
+    def lock(self) -> None:
+        """Hold the folder for this process until it ends.
+
+        Raises:
+            RunError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = self.lock_file.open("a+")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            holder = handle.read().strip() or "unknown"
+            raise RunError(
+                f"{self.path} is being written by another run (process {holder}). Wait for its end, stop it, or give "
+                "another --output_dir."
+            ) from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        self._lock = handle
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def clear(self) -> None:
+        """Delete what an earlier run left, and nothing that a run does not write."""
+        for folder in (self.checkpoints, self.snapshots, self.pipeline, self.samples):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.config, self.log, self.status, self.plot):
+            file.unlink(missing_ok=True)
+
+    def write_status(self, state: str, update: int, **more: Any) -> None:
+        record = {"status": state, "update": update, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **more}
+        write_json(self.status, record)
+
+    def is_finished(self) -> bool:
+        """Whether the last run in the folder ended by itself and its pipeline is there."""
+        return self.status.exists() and read_json(self.status)["status"] == "finished" and self.pipeline.exists()
+
+    def starts(self) -> list[dict[str, Any]]:
+        """The entries of config.json for earlier starts of this run."""
+        return read_json(self.config)["starts"] if self.config.exists() else []
+
+    def append_log(self, record: dict[str, Any]) -> None:
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """Every complete line of the log; a line cut off by a kill is left out."""
+        records = []
+        for line in self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return records
+
+    def rewind_log(self, update: int) -> None:
+        """Drop the lines after an update: the resumed run writes them again."""
+        kept = [record for record in self.read_log() if record["update"] <= update]
+        if self.log.exists():
+            write_atomically(self.log, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a temporary neighbour, flushed to disk, renamed over it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(record, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def environment() -> dict[str, Any]:
+    """What made the numbers beside the options: command, versions, commit, hardware."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "command": [Path(sys.argv[0]).name, *without_token(sys.argv[1:])],
+        "versions": {"python": platform.python_version(), **package_versions()},
+        "commit": commit(),
+        "hardware": {"machine": platform.machine(), "processor": processor(), "cores": os.cpu_count(), "gpu": gpu},
+    }
+
+
+def without_token(words: list[str]) -> list[str]:
+    """The command line with the Hub token's value left out, so that no file ever holds it."""
+    hidden, after_token = [], False
+    for word in words:
+        name = word.split("=")[0].replace("-", "_")
+        if after_token:
+            hidden.append("***")
+        else:
+            hidden.append(f"{word.split('=')[0]}=***" if name == "__hub_token" and "=" in word else word)
+        after_token = name == "__hub_token" and "=" not in word
+    return hidden
+
+
+def package_versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Commit of the checkout that holds this package, with "-dirty" where files differ; None outside a checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

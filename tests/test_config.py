@@ -1,0 +1,171 @@
+"""Options: presets, YAML, flags, and the refusal of whatever would be accepted and ignored."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ddpm_ext.arguments import parse_train_config, to_yaml
+from ddpm_ext.config import NEUTRAL, PRESETS, TrainConfig, config_changes, recorded
+from ddpm_ext.unet import UNET_PRESETS
+
+# Flags of Diffusers 0.42.1's examples/unconditional_image_generation/train_unconditional.py, but for those of its
+# launcher (local_rank) and of 16-bit pictures (preserve_input_precision).
+STOCK_COMMAND = shlex.split(
+    "--dataset_name huggan/flowers-102-categories --dataset_config_name default --cache_dir cache --resolution 64 "
+    "--center_crop --random_flip --output_dir ddpm-ema-flowers-64 --overwrite_output_dir --train_batch_size 16 "
+    "--eval_batch_size 9 --dataloader_num_workers 2 --num_epochs 100 --save_images_epochs 5 --save_model_epochs 7 "
+    "--gradient_accumulation_steps 2 --learning_rate 1e-4 --lr_scheduler cosine --lr_warmup_steps 500 "
+    "--adam_beta1 0.9 --adam_beta2 0.99 --adam_weight_decay 1e-5 --adam_epsilon 1e-7 --use_ema --ema_inv_gamma 2.0 "
+    "--ema_power 0.7 --ema_max_decay 0.999 --push_to_hub --hub_token secret --hub_model_id me/flowers "
+    "--hub_private_repo --logger tensorboard --logging_dir tb --mixed_precision no --prediction_type sample "
+    "--ddpm_num_steps 500 --ddpm_num_inference_steps 250 --ddpm_beta_schedule linear --checkpointing_steps 300 "
+    "--checkpoints_total_limit 3 --resume_from_checkpoint latest"
+)
+
+
+def test_a_command_of_diffusers_script_is_understood_word_by_word() -> None:
+    config = dataclasses.asdict(parse_train_config(STOCK_COMMAND))
+    options = [option.split() for option in " ".join(STOCK_COMMAND).split("--")[1:]]
+    given = {words[0]: words[1] if len(words) > 1 else "True" for words in options}
+    assert len(given) == 40
+    given["report_to"] = given.pop("logger")
+    for name, value in given.items():
+        word = str(config[name])
+        assert word == value or float(word) == float(value), name
+
+
+def test_without_data_the_digits_are_trained_and_with_data_diffusers_defaults_hold() -> None:
+    assert parse_train_config([]) == PRESETS["digits"].config
+    stock = parse_train_config(["--dataset_name", "user/pictures"])
+    # The defaults of train_unconditional.py, read from its parser.
+    expected = {"resolution": "64", "train_batch_size": 16, "num_epochs": 100, "learning_rate": 1e-4}
+    expected |= {
+        "adam_beta1": 0.95,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 500,
+        "adam_weight_decay": 1e-6,
+        "ema_power": 0.75,
+    }
+    assert {name: getattr(stock, name) for name in expected} == expected
+
+
+def test_the_paper_stands_in_the_cifar10_preset() -> None:
+    config = PRESETS["cifar10"].config
+    paper = {"learning_rate": 2e-4, "lr_warmup_steps": 5000, "max_grad_norm": 1.0, "ema_max_decay": 0.9999}
+    paper |= {"global_batch_size": 128, "max_train_steps": 800_000, "dropout": 0.1, "random_flip": True}
+    paper |= {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 0.0, "variance_type": "fixed_large"}
+    assert {name: getattr(config, name) for name in paper} == paper
+    assert PRESETS["lsun256"].config.learning_rate == 2e-5 and PRESETS["lsun256"].config.dropout == 0.0
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_names_a_network_and_says_what_it_reaches(name: str) -> None:
+    preset = PRESETS[name]
+    assert preset.config.unet is None or preset.config.unet in UNET_PRESETS
+    assert len(preset.expected) > 20
+    config = parse_train_config(["--preset", name])
+    assert config == preset.config
+
+
+def test_preset_below_yaml_below_flags(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    lines = (
+        "preset: cifar10",
+        "learning_rate: 1e-3",
+        "lr_warmup_steps: 7",
+        "max_grad_norm: null",
+        "random_flip: false",
+    )
+    file.write_text("\n".join(lines))
+    config = parse_train_config(["--config", str(file), "--lr_warmup_steps", "9"])
+    assert (config.unet, config.learning_rate, config.lr_warmup_steps) == ("cifar10", 1e-3, 9)
+    assert config.max_grad_norm is None and config.random_flip is False
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_configuration_survives_yaml_and_the_run_folders_json(name: str, tmp_path: Path) -> None:
+    config = PRESETS[name].config
+    (tmp_path / "a.yaml").write_text(to_yaml(config))
+    (tmp_path / "config.json").write_text(json.dumps({"config": recorded(config), "seed": 0}))
+    for file in ("a.yaml", "config.json"):
+        assert parse_train_config([f"--config={tmp_path / file}"]) == config
+
+
+@pytest.mark.parametrize(
+    ("spelling", "value"),
+    [("--no_random_flip", False), ("--no-random-flip", False), ("--random_flip=false", False), ("--random-flip", True)],
+)
+def test_switches_have_every_spelling(spelling: str, value: bool) -> None:
+    assert parse_train_config(["--preset", "cifar10", spelling]).random_flip is value
+
+
+def test_an_option_by_hand_replaces_the_presets_other_way_of_saying_it() -> None:
+    assert parse_train_config(["--num_epochs", "3"]).max_train_steps is None
+    assert parse_train_config(["--train_batch_size", "4"]).global_batch_size is None
+    both = parse_train_config(["--train_batch_size", "4", "--global_batch_size", "8"])
+    assert both.global_batch_size == 8
+    assert parse_train_config(["--preset", "cifar10", "--train_data_dir", "pictures"]).dataset_name is None
+    assert parse_train_config(["--ema_power", "0.5"]).ema == "warmup"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--lerning_rate 1", "no option --lerning_rate. Did you mean --learning_rate?"),
+        ("--max_train_st 4", "Did you mean --max_train_steps?"),
+        ("--learning_rate fast", "invalid float value: 'fast'"),
+        ("--loss hybird", "invalid choice: 'hybird'"),
+        ("--preset cifr", "preset must be one of digits, cifar10"),
+        ("--config missing.yaml", "there is none at missing.yaml"),
+        ("--preset", "--preset needs a value"),
+        ("--learning_rate 0", "learning_rate must be above 0, got 0"),
+        ("--train_batch_size 0", "train_batch_size must be at least 1, got 0"),
+        ("--ema_max_decay 1.0", "ema_max_decay must be in [0, 1), got 1.0"),
+        ("--resolution 8x", "resolution must be like 32 or 24x32"),
+        ("--ema_sigma_rel 0.3 --ema power_function", "ema_sigma_rel must lie in (0, 0.28)"),
+        ("--dataset_name a --train_data_dir b", "both name the data"),
+        ("--max_train_steps 4 --num_epochs 4", "both give the length"),
+        ("--loss vlb --snr_gamma 5", "snr_gamma weights the simple loss only"),
+        ("--variance_type learned_range", 'by the loss "vlb" or "hybrid"'),
+        ("--ema_power 0.5 --ema constant", '--ema_power has an effect only with ema "warmup"'),
+        ("--ema_sigma_rel 0.1", '--ema_sigma_rel has an effect only with ema "power_function"'),
+        ("--hub_model_id me/it", "--hub_model_id has an effect only with push_to_hub true"),
+        ("--beta_end 0.03 --ddpm_beta_schedule squaredcos_cap_v2", "--beta_end has an effect only with"),
+        ("--double --mixed_precision bf16", "float64"),
+    ],
+)
+def test_what_is_wrong_or_idle_is_refused_with_a_sentence(words: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        parse_train_config(words.split())
+
+
+def test_a_word_is_checked_without_the_parser_too() -> None:
+    with pytest.raises(ValueError, match='loss must be one of "simple", "vlb", "hybrid", got \'l2\''):
+        TrainConfig(max_train_steps=1, loss="l2")  # pyright: ignore[reportArgumentType]
+
+
+def test_the_token_is_written_nowhere() -> None:
+    config = parse_train_config(["--push_to_hub", "--hub_token", "hf_secret"])
+    assert "hf_secret" not in to_yaml(config) + json.dumps(recorded(config))
+
+
+def test_changes_that_alter_the_weights_are_found_and_others_are_not() -> None:
+    old = recorded(PRESETS["digits"].config)
+    new = {**old, "learning_rate": 1.0, "logging_steps": 1, "output_dir": "elsewhere"}
+    assert config_changes(old, new) == {"learning_rate": (old["learning_rate"], 1.0)}
+    assert NEUTRAL <= {f.name for f in dataclasses.fields(TrainConfig)}
+
+
+def test_every_option_has_a_help_text_that_argparse_can_print(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        parse_train_config(["--help"])
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    for option in dataclasses.fields(TrainConfig):
+        assert f"--{option.name}" in text and option.metadata["help"]
