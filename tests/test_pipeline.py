@@ -1,4 +1,4 @@
-"""DDPMExtPipeline against closed forms of analytic networks, against stock pipelines on the same noise, and its words."""
+"""DDPMExtPipeline against closed forms of analytic networks and against stock pipelines on the same noise."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_latents_choose_the_size_and_are_the_start() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_sample(dtype: torch.dtype) -> None:
-    # The noise drawn in half precision is another: give x_T and take the chain's noise from stock, which draws it alike.
+    # Stock's step draws its noise in half precision too, so both chains see the same numbers.
     unet = tiny_unet().to(dtype)
     x_T = torch.randn(1, 3, 8, 8, generator=seeded()).to(dtype)
     pipe = pipeline(unet)
