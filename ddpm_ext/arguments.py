@@ -16,7 +16,8 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from .config import PRESETS, TrainConfig, recorded
+from .config import TrainConfig, recorded
+from .presets import PRESETS
 
 ALIASES = {"logger": "report_to", "ema_decay": "ema_max_decay", "output_folder": "output_dir"}
 

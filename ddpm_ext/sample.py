@@ -91,24 +91,24 @@ def sample_images(
         yield (np.asarray(images) * 255).round().astype(np.uint8)
 
 
-def make_grid(images: np.ndarray, min_side: int = 32) -> np.ndarray:
-    """Images side by side in a square as near as can be; small ones enlarged by whole pixels.
+def make_grid(images: np.ndarray, min_side: int = 48) -> np.ndarray:
+    """Images in rows, as near to a square as can be, a grey line around each; small ones enlarged by whole pixels.
 
     Args:
         images: uint8, shape (N, H, W, C).
         min_side: Shortest side of one image in the grid.
 
     Returns:
-        uint8, shape (rows · H', columns · W', C); places without an image are white.
+        uint8, shape (rows · H', columns · W', C); places without an image are grey.
     """
     number, height, width, channels = images.shape
     columns = int(np.ceil(np.sqrt(number)))
     rows = -(-number // columns)
-    cells = np.full((rows * columns, height, width, channels), 255, dtype=np.uint8)
-    cells[:number] = images
     times = -(-min_side // min(height, width))
-    cells = cells.repeat(times, axis=1).repeat(times, axis=2)
-    _, tall, wide, _ = cells.shape
+    border = times // 2 + 1
+    tall, wide = height * times + 2 * border, width * times + 2 * border
+    cells = np.full((rows * columns, tall, wide, channels), 128, dtype=np.uint8)
+    cells[:number, border:-border, border:-border] = images.repeat(times, axis=1).repeat(times, axis=2)
     return cells.reshape(rows, columns, tall, wide, channels).swapaxes(1, 2).reshape(rows * tall, columns * wide, -1)
 
 

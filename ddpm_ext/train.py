@@ -7,7 +7,6 @@ One update: pictures and draws of (seed, step) -> x_t -> network -> loss -> clip
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
-from safetensors.torch import save_file
 from torch import Tensor
 
 from . import assemble, resume
@@ -23,6 +21,7 @@ from .checkpoint import checkpoint_name, list_checkpoints
 from .config import TrainConfig, recorded
 from .data import Batch, ImageSet, prefetch, random_flip
 from .ema import PowerFunctionEMA, make_averages, swapped
+from .export import push, write_pipeline, write_snapshot
 from .images import to_x_0
 from .launch import make_accelerator, set_numerics, whole
 from .losses import training_loss
@@ -322,35 +321,6 @@ class Trainer(RunState):
                 print("training.png is not drawn: it needs matplotlib (pip install ddpm-ext[plots]) and logged losses.")
             push(self.config, self.run)
         self.write_status("finished")
-
-
-def write_snapshot(run: RunDir, weights: dict[str, Tensor], update: int, sigma_rel: float) -> None:
-    """snapshots/step-N-sigma.safetensors, whole or not at all; update and width stand in its metadata."""
-    run.snapshots.mkdir(parents=True, exist_ok=True)
-    path = run.snapshots / f"{checkpoint_name(update)}-{sigma_rel:g}.safetensors"
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(weights, temporary, metadata={"update": str(update), "sigma_rel": repr(sigma_rel)})
-    temporary.replace(path)
-
-
-def write_pipeline(run: RunDir, pipeline: DDPMExtPipeline) -> None:
-    """pipeline/, replaced as a whole."""
-    temporary, old = run.path / ".pipeline.tmp", run.path / ".pipeline.old"
-    for folder in (temporary, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    pipeline.save_pretrained(str(temporary))
-    if run.pipeline.exists():
-        run.pipeline.rename(old)
-    temporary.rename(run.pipeline)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def push(config: TrainConfig, run: RunDir) -> None:
-    """Upload pipeline/ when --push_to_hub asks for it."""
-    if config.push_to_hub:
-        pipeline = DDPMExtPipeline.from_pretrained(run.pipeline)
-        name = config.hub_model_id or run.path.name
-        pipeline.push_to_hub(name, token=config.hub_token, private=config.hub_private_repo)
 
 
 def train(config: TrainConfig) -> int:

@@ -56,9 +56,17 @@ _HO_256: dict[str, Any] = {"sample_size": 256, **_levels((128, 128, 256, 256, 51
 
 UNET_PRESETS: dict[str, UNetPreset] = {
     "digits": UNetPreset(
-        {"sample_size": 8, "in_channels": 1, "out_channels": 1, **_levels((32, 64), (1,)), **_HO, "norm_num_groups": 8},
+        {
+            "sample_size": 8,
+            "in_channels": 1,
+            "out_channels": 1,
+            **_levels((32, 64), (1,)),
+            **_HO,
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+        },
         "ddpm",
-        1_001_729,
+        701_345,
     ),
     "cifar10-small": UNetPreset(
         {

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from ddpm_ext.arguments import parse_train_config, to_yaml
-from ddpm_ext.config import NEUTRAL, PRESETS, TrainConfig, config_changes, recorded
+from ddpm_ext.config import NEUTRAL, TrainConfig, config_changes, recorded
+from ddpm_ext.presets import PRESETS
 from ddpm_ext.unet import UNET_PRESETS
 
 # Flags of Diffusers 0.42.1's examples/unconditional_image_generation/train_unconditional.py, but for those of its
