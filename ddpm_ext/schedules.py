@@ -175,7 +175,8 @@ def kept_times(spacing: TimestepSpacing, num_timesteps: int, num_inference_steps
             )
         return times
     if spacing == "trailing":
-        return sorted(round(T - k * (T / K)) - 1 for k in range(K))
+        # Diffusers' own arithmetic, whose last digit decides halves; np.arange may run one step too far.
+        return (np.arange(T, 0, -T / K)[:K].round().astype(int) - 1)[::-1].tolist()
     if K == 1:
         return [0] if spacing == "linspace" else [T - 1]
     if spacing == "linspace":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import mpmath
 import numpy as np
@@ -223,3 +224,165 @@ def mixture_bound_in_bits(beta: np.ndarray, levels: np.ndarray, kept: list[int])
                 upper, lower = (1.0 if x > 0.999 else phi[0]), (0.0 if x < -0.999 else phi[1])
                 total -= (density * np.log(np.maximum(upper - lower, 1e-12))).sum() / len(levels)
     return float(total) / math.log(2)
+
+
+# The process, 50 digits -----------------------------------------------------------------------------------------------
+
+
+def exact_betas(schedule: str, T: int, beta_start: str = "0.0001", beta_end: str = "0.02") -> list[mpmath.mpf]:
+    """β_1..β_T of a named schedule, 50 digits. The two ends come as the decimal numbers that the papers print."""
+    with mpmath.workdps(50):
+        first, last = mpmath.mpf(beta_start), mpmath.mpf(beta_end)
+
+        def line(a: mpmath.mpf, b: mpmath.mpf, i: int) -> mpmath.mpf:
+            return a if T == 1 else a + (b - a) * i / (T - 1)
+
+        def cosine(u: mpmath.mpf) -> mpmath.mpf:
+            return mpmath.cos((u + mpmath.mpf("0.008")) / mpmath.mpf("1.008") * mpmath.pi / 2) ** 2
+
+        def laplace(u: mpmath.mpf) -> mpmath.mpf:
+            sign = -1 if u > mpmath.mpf("0.5") else 1
+            log_snr = -sign * mpmath.log(1 - 2 * abs(mpmath.mpf("0.5") - u) + mpmath.mpf("1e-6")) / 2
+            return mpmath.sqrt(mpmath.exp(log_snr) / (1 + mpmath.exp(log_snr)))
+
+        def capped(f: Callable[[mpmath.mpf], mpmath.mpf], i: int) -> mpmath.mpf:
+            return min(1 - f(mpmath.mpf(i + 1) / T) / f(mpmath.mpf(i) / T), mpmath.mpf("0.999"))
+
+        formulas: dict[str, Callable[[int], mpmath.mpf]] = {
+            "linear": lambda i: line(first, last, i),
+            "scaled_linear": lambda i: line(mpmath.sqrt(first), mpmath.sqrt(last), i) ** 2,
+            "sigmoid": lambda i: first + (last - first) / (1 + mpmath.exp(-line(mpmath.mpf(-6), mpmath.mpf(6), i))),
+            "squaredcos_cap_v2": lambda i: capped(cosine, i),
+            "laplace": lambda i: capped(laplace, i),
+        }
+        return [formulas[schedule](i) for i in range(T)]
+
+
+def exact_alpha_bar(beta: Sequence[float | mpmath.mpf]) -> list[mpmath.mpf]:
+    """ᾱ_t as the product it is, 50 digits."""
+    with mpmath.workdps(50):
+        products, product = [], mpmath.mpf(1)
+        for b in beta:
+            product *= 1 - mpmath.mpf(b)
+            products.append(product)
+        return products
+
+
+def exact_zero_terminal_snr(beta: Sequence[float]) -> list[mpmath.mpf]:
+    """ᾱ after the rescaling that makes the last one 0 (Lin et al. 2023, Algorithm 1), 50 digits."""
+    with mpmath.workdps(50):
+        r = [mpmath.sqrt(a) for a in exact_alpha_bar(beta)]
+        return [((x - r[-1]) * r[0] / (r[0] - r[-1])) ** 2 for x in r]
+
+
+class ExactJump(NamedTuple):
+    """q(x_s | x_t, x_0) by conditioning a two-dimensional Gaussian, 50 digits."""
+
+    c1: mpmath.mpf
+    c2: mpmath.mpf
+    var: mpmath.mpf
+    b: mpmath.mpf
+
+
+def exact_jump(alpha_bar: Sequence[mpmath.mpf], t: int, s: int) -> ExactJump:
+    """Given x_0, x_s ~ N(√ᾱ_s x_0, 1 - ᾱ_s) and x_t = √a x_s + √b z: condition x_s on x_t."""
+    with mpmath.workdps(50):
+        bar_s = alpha_bar[s] if s >= 0 else mpmath.mpf(1)
+        a = alpha_bar[t] / bar_s
+        var_s, b = 1 - bar_s, 1 - a
+        gain = mpmath.sqrt(a) * var_s / (a * var_s + b)  # Cov(x_s, x_t) / Var(x_t)
+        # mean = √ᾱ_s x_0 + gain (x_t - √a √ᾱ_s x_0);  var = Var(x_s) - gain Cov(x_s, x_t)
+        c1 = mpmath.sqrt(bar_s) * (1 - gain * mpmath.sqrt(a))
+        return ExactJump(c1, gain, var_s - gain * mpmath.sqrt(a) * var_s, b)
+
+
+def exact_x_0(kind: str, output: float, x_t: float, alpha_bar: Sequence[mpmath.mpf], t: int) -> mpmath.mpf:
+    """x̂_0 of one pixel from what the network says, 50 digits."""
+    with mpmath.workdps(50):
+        signal, noise = mpmath.sqrt(alpha_bar[t]), mpmath.sqrt(1 - alpha_bar[t])
+        output, x_t = mpmath.mpf(output), mpmath.mpf(x_t)
+        if kind == "epsilon":
+            return (x_t - noise * output) / signal
+        if kind == "v_prediction":  # x_t = signal x_0 + noise ε and v = signal ε - noise x_0: a rotation
+            return signal * x_t - noise * output
+        if kind == "posterior_mean":
+            training = exact_jump(alpha_bar, t, t - 1)
+            return (output - training.c2 * x_t) / training.c1
+        assert kind == "sample"
+        return output
+
+
+def exact_log_var(kind: str, alpha_bar: Sequence[mpmath.mpf], t: int, s: int, head: float = 0.0) -> mpmath.mpf:
+    """log σ² of one pixel, the last jump by the decoder's rule (base), 50 digits."""
+    with mpmath.workdps(50):
+        step = exact_jump(alpha_bar, t, s)
+        small = mpmath.log(step.var if s >= 0 else exact_jump(alpha_bar, 1, 0).var)
+        if kind.startswith("fixed_small") or (kind.startswith("fixed_large") and s < 0):
+            return small
+        if kind.startswith("fixed_large"):
+            return mpmath.log(step.b)
+        if kind == "learned":
+            return mpmath.mpf(head)
+        assert kind == "learned_range"
+        f = (mpmath.mpf(head) + 1) / 2
+        return f * mpmath.log(step.b) + (1 - f) * small
+
+
+def dynamic_threshold(x_0: np.ndarray, quantile: float, largest: float) -> np.ndarray:
+    """Each image by sorting its |values| and walking to the quantile by hand."""
+    images = []
+    for image in x_0:
+        values = sorted(abs(float(v)) for v in image.flat)
+        place = quantile * (len(values) - 1)
+        low = math.floor(place)
+        high = min(low + 1, len(values) - 1)
+        s = min(max(values[low] + (place - low) * (values[high] - values[low]), 1.0), largest)
+        images.append(np.vectorize(lambda v, s=s: max(-s, min(s, v)) / s)(image))
+    return np.stack(images)
+
+
+def training_loss_of_image(
+    output: np.ndarray,
+    x_0: np.ndarray,
+    eps: np.ndarray,
+    t: int,
+    beta: Sequence[float],
+    *,
+    prediction: str = "epsilon",
+    variance: str = "fixed_small",
+    loss: str = "simple",
+    gamma: float | None = None,
+) -> float:
+    """One image's loss, pixel by pixel from DDPM Eqs. (5), (13), (14), IDDPM Eq. (16) and min-SNR, 50 digits."""
+    with mpmath.workdps(50):
+        bar = exact_alpha_bar(beta)
+        signal, noise = mpmath.sqrt(bar[t]), mpmath.sqrt(1 - bar[t])
+        step = exact_jump(bar, t, t - 1)
+        head = output[x_0.shape[0] :].ravel()
+        simple, bound = mpmath.mpf(0), mpmath.mpf(0)
+        for i, (x, e) in enumerate(zip(x_0.ravel(), eps.ravel(), strict=True)):
+            x, e, out = mpmath.mpf(float(x)), mpmath.mpf(float(e)), mpmath.mpf(float(output.ravel()[i]))
+            x_t = signal * x + noise * e
+            mean = step.c1 * x + step.c2 * x_t
+            target = {
+                "epsilon": e,
+                "sample": x,
+                "v_prediction": signal * e - noise * x,
+                "posterior_mean": mean,
+            }[prediction]
+            simple += (target - out) ** 2
+            guess = exact_x_0(prediction, out, x_t, bar, t)
+            log_var = exact_log_var(variance, bar, t, t - 1, float(head[i]) if len(head) else 0.0)
+            if t == 0:
+                bound -= decoder_log_likelihood(round(float((x + 1) * 127.5)), float(guess), float(log_var), "tanh")
+            else:
+                var, distance = mpmath.exp(log_var), mean - (step.c1 * guess + step.c2 * x_t)
+                bound += (step.var / var - 1 - mpmath.log(step.var / var) + distance**2 / var) / 2
+        simple, bound = simple / x_0.size, bound / x_0.size / mpmath.log(2)
+        if gamma is not None:
+            snr = bar[t] / (1 - bar[t])
+            scale = {"epsilon": snr, "sample": 1, "v_prediction": snr + 1, "posterior_mean": step.c1**2}[prediction]
+            simple *= min(snr, gamma) / scale
+        if loss == "vlb":
+            return float(len(bar) * bound)
+        return float(simple if loss == "simple" else simple + len(bar) * bound / 1000)
