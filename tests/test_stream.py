@@ -87,6 +87,9 @@ def test_the_order_is_shuffled_by_shard_and_in_blocks(whole_run: list[list[int]]
     assert order != sorted(order)
     assert (np.diff(read[:BLOCK]) != 1).mean() > 0.9  # inside a block, neighbours of the file are apart
     assert (read[:NUM_IMAGES] != read[NUM_IMAGES : 2 * NUM_IMAGES]).mean() > 0.9
+    orders = [np.argsort(read[start : start + BLOCK]).tolist() for start in (0, BLOCK, NUM_IMAGES)]
+    assert orders[0] != orders[1]  # each block has a permutation of its own, in each epoch another
+    assert orders[0] != orders[2]
 
 
 def test_another_seed_is_another_order(shards: str, whole_run: list[list[int]]) -> None:
