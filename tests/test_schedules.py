@@ -168,7 +168,9 @@ def test_even_keeps_both_ends_and_rounds_as_published():
 
 @pytest.mark.parametrize("K", [0, -5, 1001, 2.5, 5.0, "5", None, True, torch.tensor(2.5)])
 def test_number_of_steps_is_an_int_from_1_to_T(K: object):
-    with pytest.raises(ValueError, match=r"num_inference_steps must be an int from 1 to num_train_timesteps = 1000, got"):
+    with pytest.raises(
+        ValueError, match=r"num_inference_steps must be an int from 1 to num_train_timesteps = 1000, got"
+    ):
         kept_times("leading", 1000, K)  # pyright: ignore[reportArgumentType]
 
 
