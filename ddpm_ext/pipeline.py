@@ -18,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from . import hub, pull
 from .images import to_x_0
 from .reverse import LEARNED_VARIANCES
 from .scheduler import DDPMExtScheduler, Generators
@@ -239,7 +240,14 @@ class DDPMExtPipeline(DiffusionPipeline):
 
     # -- on disk ----------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, variant: str | None = None, **kwargs: Any):
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *args: Any,
+        variant: str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Save in the layout that stock Diffusers loads; see `diffusers.DiffusionPipeline.save_pretrained`.
 
         Args:
@@ -247,8 +255,16 @@ class DDPMExtPipeline(DiffusionPipeline):
             *args: Stock's further arguments.
             variant: "fp16" and "bf16" write weights that really are of that precision; any other word only names
                 the files, as in stock.
-            **kwargs: Stock's further options.
+            push_to_hub: Upload the folder, and nothing else that it holds, with `ddpm_ext.push_to_hub`.
+            **kwargs: Stock's further options, and those of `ddpm_ext.push_to_hub`; `repo_id` is the folder's name.
         """
+        if push_to_hub:
+            names = hub.PUSH_OPTIONS & kwargs.keys()
+            push = {name: kwargs.pop(name) for name in names}
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
+            self.save_pretrained(save_directory, *args, variant=variant, **kwargs)
+            hub.push_to_hub(save_directory, repo_id, variant=variant, **push)
+            return
         unet = self.unet
         try:
             if variant in HALF_VARIANTS:
@@ -257,6 +273,17 @@ class DDPMExtPipeline(DiffusionPipeline):
             super().save_pretrained(os.fspath(save_directory), *args, variant=variant, **kwargs)
         finally:
             self.unet = unet
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> hub.Push:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Upload in the portable layout; see `ddpm_ext.push_to_hub`, which takes the same options."""
+        return hub.push_to_hub(self, repo_id, **options)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """The cached folder of a Hub repository, its content checked; `from_pretrained` calls this."""
+        if kwargs.pop("trust_remote_code", False):
+            raise ValueError("trust_remote_code runs code of the repository; no DDPM needs it, leave it out.")
+        return str(pull.pull(super().download, pretrained_model_name, **kwargs))
 
     def to_json_string(self) -> str:
         """The portable index: stock's class names, so that every Diffusers installation loads the folder."""

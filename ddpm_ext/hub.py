@@ -1,0 +1,275 @@
+"""Upload to the Hub: one commit, made on top of the state that it was compared with.
+
+Afterwards every file is checked against the Hub's checksums. Downloads stand in pull.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants, get_token
+from huggingface_hub.utils import validate_repo_id
+
+from . import __version__
+from .hub_client import Client, State
+from .patience import Errand, HubError, Patience, conflict, in_sentences, patiently
+from .repository import INDEX, VARIANTS, Files, check_no_token, collect, components, stage
+
+logger = logging.getLogger(__name__)
+MINIMAL_CARD = """---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags:
+- ddpm
+- unconditional-image-generation
+- pytorch
+---
+
+# {name}
+
+```python
+from diffusers import DDPMPipeline
+
+image = DDPMPipeline.from_pretrained("{repo_id}")(num_inference_steps=1000).images[0]
+```
+"""
+
+
+class Push(NamedTuple):
+    """Where a push went."""
+
+    repo_id: str
+    commit: str  # the commit that holds the files
+    url: str
+    changed: bool  # False where the repository already held every file
+    pull_request: str | None  # its URL, with create_pr
+
+
+# Options of push_to_hub that DiffusionPipeline.save_pretrained passes on to it.
+PUSH_OPTIONS = frozenset(
+    ("private", "revision", "create_pr", "token", "commit_message", "tags", "parent_commit", "patience")
+)
+
+
+def push_to_hub(
+    folder_or_pipeline: Any,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    commit_message: str | None = None,
+    tags: Sequence[str] = (),
+    variant: str | None = None,
+    parent_commit: str | None = None,
+    patience: Patience | None = None,
+) -> Push:
+    """Upload a run or a pipeline in one commit; `repository.collect` says which files.
+
+    Files of an earlier push in the pipeline's folders that this one does not have are deleted in the same commit, so
+    that no old weights stay beside new ones; all else in the repository stays, `.gitattributes` with it. Pushing
+    unchanged files makes no commit; pushing again after an interruption sends what is missing.
+
+    Args:
+        folder_or_pipeline: A run folder, the folder of a saved pipeline, or a pipeline. Nothing in it is changed.
+        repo_id: "user/model", or "model" for the token's owner. Made if missing.
+        private: Whether a new repository is private; None leaves it to the account's default.
+        revision: Branch to commit to, made if missing; None for main.
+        create_pr: Open a pull request in place of committing to main.
+        token: Token with write right; None takes HF_TOKEN or the one of `hf auth login`.
+        commit_message: First line of the commit.
+        tags: Tags to put on the commit, "v1.0" for a release.
+        variant: "fp16" or "bf16": upload weights of that precision, too.
+        parent_commit: The commit that the branch must be at; None takes where it is when the push begins. If someone
+            else pushes in between, nothing is overwritten.
+        patience: How long failing calls are tried again.
+
+    Raises:
+        HubError: the push failed, with what to do about it.
+    """
+    again = f"python scripts/push_to_hub.py --model {_name(folder_or_pipeline)} --hub_model_id {repo_id}"
+    token = token or get_token()
+    errand = Errand(repo_id, "push", again, has_token=token is not None, revision=revision)
+    if create_pr and revision not in (None, constants.DEFAULT_REVISION):
+        raise HubError(f"A pull request is opened against main, got revision={revision!r}: leave one of them out.")
+    with tempfile.TemporaryDirectory(prefix="ddpm_ext_push_") as staging, in_sentences(errand):
+        validate_repo_id(repo_id)
+        files = _files(folder_or_pipeline, Path(staging), variant)
+        check_no_token(files, token)
+        client = Client(token, patience)
+        repo_id, user = client.open(repo_id, private, errand)
+        errand = Errand(repo_id, "push", again, has_token=True, revision=revision, user=user)
+        with in_sentences(errand):
+            push = _commit(client, errand, files, Path(staging), create_pr, commit_message, parent_commit)
+            for tag in tags:
+                client.tag(repo_id, tag, push.commit)
+    return push
+
+
+def _name(folder_or_pipeline: Any) -> str:
+    return str(folder_or_pipeline) if isinstance(folder_or_pipeline, str | os.PathLike) else "<folder>"
+
+
+def _files(folder_or_pipeline: Any, staging: Path, variant: str | None) -> Files:
+    if isinstance(folder_or_pipeline, str | os.PathLike):
+        return collect(folder_or_pipeline, staging, variant)
+    folder = staging / "pipeline"
+    folder_or_pipeline.save_pretrained(str(folder))
+    return collect(folder, staging / "variant", variant)
+
+
+def _commit(
+    client: Client,
+    errand: Errand,
+    files: Files,
+    staging: Path,
+    create_pr: bool,
+    message: str | None,
+    parent: str | None,
+) -> Push:
+    """Bring the repository to hold the files, in one commit or none, and check that it does."""
+    repo_id, branch = errand.repo_id, errand.revision or constants.DEFAULT_REVISION
+    before = client.branch(repo_id, errand.revision)
+    if parent is not None and not before.commit.startswith(parent):
+        raise HubError(conflict(errand, f"{branch} is at {before.commit[:10]}, not at {parent[:10]}"))
+    if "README.md" not in files and "README.md" not in before.checksums:
+        files = {**files, "README.md": staging / "README.md"}
+        card = MINIMAL_CARD.format(repo_id=repo_id, name=repo_id.split("/")[-1])
+        files["README.md"].write_text(card, encoding="utf-8")
+    changed = before.lacks(files)
+    stale = _stale(before, files)
+    if not changed and not stale:
+        return Push(repo_id, before.commit, _url(repo_id, before.commit), False, None)
+    requests = client.pull_requests(repo_id) if create_pr else set()
+
+    def made() -> Push | None:
+        """The commit of an attempt whose answer was lost."""
+        refs = client.pull_requests(repo_id) - requests if create_pr else {branch}
+        for ref in refs:
+            now = client.state(repo_id, ref)
+            if now.commit != before.commit:
+                if not now.lacks(files):
+                    request = f"{constants.ENDPOINT}/{repo_id}/discussions/{ref.split('/')[-1]}" if create_pr else None
+                    return Push(repo_id, now.commit, _url(repo_id, now.commit), True, request)
+                raise HubError(conflict(errand, f"{ref} is at {now.commit[:10]} now"))
+        return None
+
+    attempts = 0
+
+    def attempt() -> Push:
+        nonlocal attempts
+        attempts += 1
+        if attempts > 1 and (found := made()) is not None:
+            return found
+        info = client.api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationAdd(name, str(files[name])) for name in changed),
+                *(CommitOperationDelete(name, is_folder=False) for name in stale),
+            ],
+            commit_message=message or f"Upload {repo_id.split('/')[-1]} with ddpm_ext {__version__}",
+            revision=errand.revision,
+            create_pr=create_pr,
+            parent_commit=before.commit,
+        )
+        return Push(repo_id, info.oid, str(info.commit_url), True, info.pr_url)
+
+    push = patiently(attempt, client.patience)
+    if wrong := client.state(repo_id, push.commit).lacks(files):
+        raise HubError(
+            f"After the push {repo_id} holds other bytes than were sent, in {', '.join(wrong)}. {errand.repo_id} at "
+            f"commit {push.commit[:10]} should not be used. The local files are as they were: {errand.again}"
+        )
+    return push
+
+
+def _stale(before: State, files: Files) -> list[str]:
+    """Files of earlier pushes in the pipeline's folders; none where a variant alone is pushed."""
+    folders = components(files[INDEX])
+    if all(Path(name).stem.split(".")[-1] in VARIANTS for name in files if name.endswith(".safetensors")):
+        return []
+    return [name for name in before.checksums if "/" in name and name.split("/")[0] in folders and name not in files]
+
+
+def _url(repo_id: str, commit: str) -> str:
+    return f"{constants.ENDPOINT}/{repo_id}/commit/{commit}"
+
+
+class BackgroundPush:
+    """Pushes beside a running training: `push` returns at once, `wait` ends with the newest state on the Hub.
+
+    One push runs at a time. Of those that come in meanwhile only the newest is kept: each holds the whole model. A push
+    that fails is logged and forgotten when a later one succeeds.
+
+    Args:
+        repo_id: As in `push_to_hub`.
+        **options: Further options of `push_to_hub`.
+    """
+
+    def __init__(self, repo_id: str, **options: Any) -> None:
+        self.repo_id, self.options = repo_id, options
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="push_to_hub")
+        self._lock = threading.Lock()
+        self._waiting: tuple[tempfile.TemporaryDirectory[str], dict[str, Any]] | None = None
+        self._last: Future[Push | None] | None = None
+
+    def push(self, folder: str | os.PathLike[str], **options: Any) -> None:
+        """Upload a run folder as it is now, in the background.
+
+        Args:
+            folder: As in `push_to_hub`; links to its files are taken before this returns, so it may change afterwards.
+            **options: Over those of the constructor, such as commit_message.
+
+        Raises:
+            HubError: the folder holds nothing to push.
+        """
+        folder = Path(folder).resolve()
+        snapshot = tempfile.TemporaryDirectory(prefix=".push_", dir=folder.parent)  # links stay on one disk
+        try:
+            stage(collect(folder, Path(snapshot.name)), Path(snapshot.name))
+        except BaseException:
+            snapshot.cleanup()
+            raise
+        with self._lock:
+            if self._waiting is not None:
+                self._waiting[0].cleanup()
+            self._waiting = (snapshot, {**self.options, **options})
+        self._last = self._worker.submit(self._push_waiting)
+
+    def _push_waiting(self) -> Push | None:
+        with self._lock:
+            task, self._waiting = self._waiting, None
+        if task is None:  # an earlier call took the newest already
+            return None
+        with task[0] as folder:
+            try:
+                self._done, self._failure = push_to_hub(folder, self.repo_id, **task[1]), None
+                return self._done
+            except HubError as error:
+                logger.warning("Pushing in the background failed, training goes on: %s", error)
+                self._done, self._failure = None, error
+                return None
+
+    _done: Push | None = None
+    _failure: HubError | None = None
+
+    def wait(self) -> Push | None:
+        """Wait for the last push; None where there was none.
+
+        Raises:
+            HubError: the last push failed.
+        """
+        if self._last is not None:
+            self._last.result()
+        self._worker.shutdown()
+        if self._failure is not None:
+            raise self._failure
+        return self._done

@@ -1,0 +1,82 @@
+"""The Hub's calls that push and pull are made of, each of them tried again, and a repository's state as checksums."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+from huggingface_hub import HfApi, constants
+
+from . import __version__
+from .patience import Errand, HubError, Patience, answer, in_sentences, patiently
+from .repository import Files, checksums, has_checksum
+
+
+class State(NamedTuple):
+    """A revision of a repository."""
+
+    commit: str
+    checksums: dict[str, str]  # name -> SHA-256 of a large file, git SHA-1 of any other
+
+    def lacks(self, files: Files) -> list[str]:
+        """Names of the files that it does not hold with this content."""
+        known = self.checksums
+        return [name for name, path in files.items() if name not in known or not has_checksum(path, known[name])]
+
+
+class Client:
+    """The calls of a push, each of them tried again."""
+
+    def __init__(self, token: str | bool | None, patience: Patience | None) -> None:
+        self.api = HfApi(token=token, library_name="ddpm_ext", library_version=__version__)
+        self.patience = patience
+
+    def open(self, repo_id: str, private: bool | None, errand: Errand) -> tuple[str, str]:
+        """Make the repository if it is missing; its full name, and whose token this is."""
+        me = patiently(self.api.whoami, self.patience)
+        name, access = str(me["name"]), (me.get("auth") or {}).get("accessToken") or {}
+        full = repo_id if "/" in repo_id else f"{name}/{repo_id}"
+        if access.get("role") == "read":
+            raise HubError(
+                f"The token of {name} may read only, and {full} would be written. The local files are as they were. "
+                f"Make one with write right at {constants.ENDPOINT}/settings/tokens, run `hf auth login`, then: "
+                f"{errand.again}"
+            )
+        with in_sentences(Errand(full, "push", errand.again, user=name)):
+            patiently(partial(self.api.create_repo, full, private=private, exist_ok=True), self.patience)
+        return full, name
+
+    def state(self, repo_id: str, revision: str | None) -> State:
+        call = partial(self.api.model_info, repo_id, revision=revision, files_metadata=True, timeout=60)
+        info = patiently(call, self.patience)
+        return State(str(info.sha), checksums(info.siblings))
+
+    def branch(self, repo_id: str, revision: str | None) -> State:
+        """The state of a branch, which is made from main if it is missing."""
+        try:
+            return self.state(repo_id, revision or constants.DEFAULT_REVISION)
+        except Exception as error:
+            if revision is None or error_code(error) != "RevisionNotFound":
+                raise
+        patiently(partial(self.api.create_branch, repo_id, branch=revision, exist_ok=True), self.patience)
+        return self.state(repo_id, revision)
+
+    def pull_requests(self, repo_id: str) -> set[str]:
+        refs = patiently(partial(self.api.list_repo_refs, repo_id, include_pull_requests=True), self.patience)
+        return {ref.ref for ref in refs.pull_requests or ()}
+
+    def tag(self, repo_id: str, tag: str, commit: str) -> None:
+        refs = patiently(partial(self.api.list_repo_refs, repo_id), self.patience)
+        placed = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
+        if placed is None:
+            patiently(partial(self.api.create_tag, repo_id, tag=tag, revision=commit, exist_ok=True), self.patience)
+        elif placed != commit:
+            raise HubError(
+                f"The files are at {repo_id}, commit {commit[:10]}, but the tag {tag!r} already stands on commit "
+                f"{placed[:10]} and is not moved. Take another name for it."
+            )
+
+
+def error_code(error: BaseException) -> str | None:
+    found = answer(error)
+    return found.headers.get("X-Error-Code") if found is not None else None

@@ -1,0 +1,201 @@
+"""A folder on disk -> the files of a Hub repository: what is pushed, under which name, and by which checksum known.
+
+    model_index.json
+    unet/            config.json, diffusion_pytorch_model.safetensors, diffusion_pytorch_model.fp16.safetensors
+    scheduler/       scheduler_config.json
+    README.md        the card, and the pictures that it shows
+    eval.json, config.json      of the run
+
+Nothing else of a run folder: no checkpoints, no optimiser state, no logs, no pickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from .patience import HubError
+
+Files = dict[str, Path]  # name in the repository -> file on disk
+INDEX = "model_index.json"
+RUN_FILES = ("README.md", "config.json", "eval.json")
+PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+
+
+def collect(folder: str | os.PathLike[str], staging: Path, variant: str | None = None) -> Files:
+    """The files to push of a run folder or of a saved pipeline.
+
+    Args:
+        folder: A run folder, which holds pipeline/, or a folder that holds model_index.json.
+        staging: An empty folder for what has to be made; nothing is written to `folder`.
+        variant: "fp16" or "bf16": also weights of that precision, made from the full ones where they are missing.
+
+    Raises:
+        HubError: the folder holds no pipeline, its weights are pickles, or the variant is not what its name says.
+    """
+    folder = Path(folder)
+    pipeline = next((path for path in (folder, folder / "pipeline") if (path / INDEX).is_file()), None)
+    if pipeline is None:
+        raise HubError(
+            f"{folder} holds neither {INDEX} nor pipeline/{INDEX}: it is no saved pipeline and no finished run. Give "
+            "the folder of one; scripts/train.py writes it."
+        )
+    files = pipeline_files(pipeline)
+    if variant is not None:
+        files |= variant_files(files, variant, staging)
+    files |= {name: folder / name for name in RUN_FILES if (folder / name).is_file()}
+    return files | pictures(folder)
+
+
+def pipeline_files(pipeline: Path) -> Files:
+    """The index and each component's configuration and safetensors."""
+    files = {INDEX: pipeline / INDEX}
+    for name in components(pipeline / INDEX):
+        present = sorted(path for path in (pipeline / name).glob("*") if path.suffix in (".json", ".safetensors"))
+        pickled = [path.name for path in (pipeline / name).glob("*") if path.suffix in PICKLES]
+        if pickled and not any(path.suffix == ".safetensors" for path in present):
+            raise HubError(
+                f"{pipeline / name} holds its weights as a pickle ({pickled[0]}), which can run code where it is "
+                "loaded. Convert it first: python scripts/convert.py --source diffusers --checkpoint "
+                f"{pipeline} --output_dir <folder>"
+            )
+        files |= {f"{name}/{path.name}": path for path in present}
+    return files
+
+
+def components(index: Path) -> list[str]:
+    """Sub-folders that a model_index.json names."""
+    entries = json.loads(index.read_text(encoding="utf-8"))
+    return [name for name, entry in entries.items() if isinstance(entry, list) and entry[0] is not None]
+
+
+def pictures(folder: Path) -> Files:
+    """The pictures that the card shows, and the newest grid of samples."""
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    named = set(re.findall(r"[\w./-]+\.(?:png|jpe?g|gif|webp)", text))
+    grids = sorted(path for path in (folder / "samples").glob("*") if path.suffix in PICTURES)
+    named |= {f"samples/{grids[-1].name}"} if grids else set()
+    inside = folder.resolve()
+    return {
+        name: folder / name
+        for name in sorted(named)
+        if (folder / name).is_file() and (folder / name).resolve().is_relative_to(inside)
+    }
+
+
+def variant_files(files: Files, variant: str, staging: Path) -> Files:
+    """Weights of half the precision beside every full one, really of the precision that their name says."""
+    if variant not in VARIANTS:
+        raise HubError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}.")
+    made: Files = {}
+    for name, path in files.items():
+        stem, suffix = os.path.splitext(name)
+        if suffix != ".safetensors" or stem.split(".")[-1] in VARIANTS:
+            continue
+        if re.search(r"-\d{5}-of-\d{5}$", stem):
+            raise HubError(
+                f"{name} is one of several shards: save the {variant} variant with "
+                f'pipeline.save_pretrained(folder, variant="{variant}"), then push the folder.'
+            )
+        half = f"{stem}.{variant}{suffix}"
+        if half not in files:
+            made[half] = staging / half
+            write_half(path, made[half], VARIANTS[variant])
+        elif not is_of(files[half], VARIANTS[variant]):
+            raise HubError(
+                f"{files[half]} is named {variant}, but its weights are not of that precision. Delete it, and it is "
+                f"made from {path.name}."
+            )
+    return made
+
+
+def write_half(full: Path, half: Path, dtype: torch.dtype) -> None:
+    weights = load_file(full)
+    half.parent.mkdir(parents=True, exist_ok=True)
+    halved = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
+    save_file(halved, half, metadata={"format": "pt"})
+
+
+def is_of(path: Path, dtype: torch.dtype) -> bool:
+    """Whether every floating-point tensor of a safetensors file has this precision."""
+    word = {torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    with safe_open(path, "pt") as weights:
+        words = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118 (not a dict)
+    return words.isdisjoint({"F64", "F32", "F16", "BF16"} - {word})
+
+
+def stage(files: Files, staging: Path) -> Files:
+    """The same files under `staging`, as they are now: linked where the disk allows it, else copied.
+
+    A run replaces its files whole, so a link keeps the old content while the run goes on.
+    """
+    staged: Files = {}
+    for name, path in files.items():
+        staged[name] = staging / name
+        staged[name].parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path.resolve(), staged[name])
+        except OSError:
+            shutil.copy2(path, staged[name])
+    return staged
+
+
+def check_no_token(files: Files, token: str | None) -> None:
+    """Raise HubError where a file that would be pushed holds a token of the Hub."""
+    for name, path in files.items():
+        if path.suffix in (".json", ".md", ".yaml", ".yml", ".txt", ".py"):
+            content = path.read_bytes()
+            if TOKEN.search(content) or (token and token.encode() in content):
+                raise HubError(
+                    f"{path} holds what looks like a token of the Hub, and {name} would be pushed for all to see. "
+                    f"Delete it from the file, revoke it at the Hub's settings/tokens, and push again."
+                )
+
+
+# Checksums ------------------------------------------------------------------------------------------------------------
+
+
+def sha256(path: Path) -> str:
+    """The checksum by which the Hub knows a large file."""
+    return digest(path, hashlib.sha256())
+
+
+def git_sha1(path: Path) -> str:
+    """The checksum by which git knows any other file: SHA-1 of "blob", its size, a zero byte, the content."""
+    return digest(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size))
+
+
+def digest(path: Path, state: "hashlib._Hash") -> str:  # noqa: UP037 (a name of the type stubs alone)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            state.update(block)
+    return state.hexdigest()
+
+
+def has_checksum(path: Path, checksum: str) -> bool:
+    """Whether a file's content is the one known by this SHA-256 (64 letters) or git SHA-1 (40)."""
+    return (sha256(path) if len(checksum) == 64 else git_sha1(path)) == checksum
+
+
+def checksums(siblings: object) -> dict[str, str]:
+    """Name -> checksum of a repository's files, from `model_info(files_metadata=True).siblings`."""
+    known: dict[str, str] = {}
+    for file in siblings or ():  # pyright: ignore[reportGeneralTypeIssues]
+        lfs = file.lfs
+        checksum = (lfs["sha256"] if isinstance(lfs, Mapping) else lfs.sha256) if lfs else file.blob_id
+        if checksum:
+            known[file.rfilename] = checksum
+    return known

@@ -1,0 +1,239 @@
+"""Push: what one commit holds, and what a second one changes. The real client against a Hub on loopback."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import Hub
+from hub_worker import Client, fixture_client, fixture_hub, fixture_run, make_run, push, tree  # noqa: F401
+
+from ddpm_ext.patience import HubError
+from ddpm_ext.repository import collect, git_sha1
+
+PUSHED = {
+    ".gitattributes",
+    "README.md",
+    "config.json",
+    "eval.json",
+    "model_index.json",
+    "samples/step-00001000.png",
+    "scheduler/scheduler_config.json",
+    "training.png",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+}
+
+
+def test_a_push_is_one_commit_of_the_portable_pipeline_and_nothing_else(hub: Hub, client: Client, run: Path) -> None:
+    before = tree(run)
+    done = client(push, str(run), "alice/digits", commit_message="First")
+    assert done.get("error") is None
+    assert hub.history("alice/digits") == ["First", "initial commit"]
+    head = hub.head("alice/digits")
+    assert set(head.files) == PUSHED
+    assert (done["repo_id"], done["commit"], done["changed"]) == ("alice/digits", head.oid, True)
+    assert done["url"] == f"{hub.url}/alice/digits/commit/{head.oid}"
+    assert b"filter=lfs" in head.files[".gitattributes"]
+    index = json.loads(head.files["model_index.json"])
+    assert index["_class_name"] == "DDPMPipeline"
+    assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
+    assert head.files["config.json"] == before["config.json"]  # the run's own, not the network's
+    assert tree(run) == before
+    assert not hub.repos["alice/digits"].private
+
+
+def test_unchanged_files_make_no_commit_and_changed_ones_alone_are_sent(hub: Hub, client: Client, run: Path) -> None:
+    first = client(push, str(run), "alice/digits")
+    hub.log.clear()
+    again = client(push, str(run), "alice/digits")
+    assert (again["changed"], again["commit"]) == (False, first["commit"])
+    assert len(hub.history("alice/digits")) == 2
+    assert not hub.requests("PUT", "") and not hub.requests("POST", "/commit/")
+
+    (run / "eval.json").write_text('{"metrics": {"fid": 3.17}}')
+    hub.log.clear()
+    client(push, str(run), "alice/digits", commit_message="Scores")
+    assert hub.history("alice/digits")[0] == "Scores"
+    assert hub.head("alice/digits").files["eval.json"] == (run / "eval.json").read_bytes()
+    assert not hub.requests("PUT", "")
+
+
+def test_weights_of_an_earlier_push_do_not_stay_beside_new_ones(hub: Hub, client: Client, run: Path) -> None:
+    client(push, str(run), "alice/digits", variant="fp16")
+    hub.commit("alice/digits", "refs/heads/main", "notes", {"NOTES.md": b"mine", "unet/pytorch_model.bin": b"old"})
+    client(make_run, str(run), seed=1)
+    client(push, str(run), "alice/digits")
+    assert set(hub.head("alice/digits").files) == PUSHED | {"NOTES.md"}
+
+
+def test_the_fp16_variant_is_of_half_precision(hub: Hub, client: Client, run: Path) -> None:
+    client(push, str(run), "alice/digits", variant="fp16")
+    files = hub.head("alice/digits").files
+    assert set(files) == PUSHED | {"unet/diffusion_pytorch_model.fp16.safetensors"}
+    full, half = (files[f"unet/diffusion_pytorch_model{v}.safetensors"] for v in ("", ".fp16"))
+    header = json.loads(half[8 : 8 + int.from_bytes(half[:8], "little")])
+    assert {entry["dtype"] for name, entry in header.items() if name != "__metadata__"} == {"F16"}
+    assert len(half) < 0.6 * len(full)
+    assert client(push, str(run), "alice/digits", variant="fp16")["changed"] is False
+
+
+def test_a_variant_that_only_has_the_name_is_refused(client: Client, run: Path) -> None:
+    unet = run / "pipeline" / "unet"
+    full = (unet / "diffusion_pytorch_model.safetensors").read_bytes()
+    (unet / "diffusion_pytorch_model.fp16.safetensors").write_bytes(full)
+    assert "not of that precision" in client(push, str(run), "alice/digits", variant="fp16")["error"]
+
+
+def push_pipeline(folder: str, how: str) -> dict[str, Any]:
+    from ddpm_ext import DDPMExtPipeline
+
+    pipe = DDPMExtPipeline.from_pretrained(f"{folder}/pipeline")
+    if how == "method":
+        return pipe.push_to_hub("digits", token="tok-alice", private=True, tags=["v1.0"])._asdict()
+    pipe.save_pretrained(Path(folder) / "digits", push_to_hub=True, token="tok-alice")
+    return {}
+
+
+@pytest.mark.parametrize("how", ["method", "save_pretrained"])
+def test_a_pipeline_in_memory_gets_a_card_and_its_owners_name(hub: Hub, client: Client, run: Path, how: str) -> None:
+    done = client(push_pipeline, str(run), how)
+    assert set(hub.head("alice/digits").files) == {n for n in PUSHED if "/" in n and "samples" not in n} | {
+        ".gitattributes",
+        "README.md",
+        "model_index.json",
+    }
+    assert b'from_pretrained("alice/digits")' in hub.head("alice/digits").files["README.md"]
+    if how == "method":
+        assert hub.repos["alice/digits"].private
+        assert hub.repos["alice/digits"].refs["refs/tags/v1.0"] == done["commit"]
+
+
+def test_a_card_on_the_hub_is_not_replaced_by_the_minimal_one(hub: Hub, client: Client, run: Path) -> None:
+    hub.create("alice/digits")
+    hub.commit("alice/digits", "refs/heads/main", "by hand", {"README.md": b"---\nlicense: mit\n---\nby hand"})
+    client(push_pipeline, str(run), "method")
+    assert hub.head("alice/digits").files["README.md"].endswith(b"by hand")
+
+
+def test_branches_tags_and_pull_requests(hub: Hub, client: Client, run: Path) -> None:
+    client(push, str(run), "alice/digits")
+    (run / "eval.json").write_text("{}")
+    done = client(push, str(run), "alice/digits", revision="step-500", tags=["v0.1"])
+    refs = hub.repos["alice/digits"].refs
+    assert refs["refs/heads/step-500"] == refs["refs/tags/v0.1"] == done["commit"] != refs["refs/heads/main"]
+    again = client(push, str(run), "alice/digits", revision="step-500", tags=["v0.1"])
+    assert again["changed"] is False
+    (run / "eval.json").write_text("[]")
+    moved = client(push, str(run), "alice/digits", tags=["v0.1"])
+    assert "already stands on commit" in moved["error"] and refs["refs/tags/v0.1"] == done["commit"]
+
+    (run / "eval.json").write_text("[1]")
+    before = refs["refs/heads/main"]
+    request = client(push, str(run), "alice/digits", create_pr=True)
+    assert request["pull_request"] == f"{hub.url}/alice/digits/discussions/1"
+    assert refs["refs/heads/main"] == before
+    assert hub.head("alice/digits", "refs/pr/1").files["eval.json"] == b"[1]"
+    assert "leave one of them out" in client(push, str(run), "alice/digits", create_pr=True, revision="b")["error"]
+
+
+def test_parent_commit_guards_what_someone_else_pushed(hub: Hub, client: Client, run: Path) -> None:
+    first = client(push, str(run), "alice/digits")
+    theirs = hub.commit("alice/digits", "refs/heads/main", "theirs", {"eval.json": b"theirs"})
+    done = client(push, str(run), "alice/digits", parent_commit=first["commit"])
+    assert "changed by someone else" in done["error"]
+    assert hub.head("alice/digits").oid == theirs
+
+
+def test_no_token_in_any_file(hub: Hub, client: Client, run: Path) -> None:
+    (run / "config.json").write_text(json.dumps({"hub_token": "tok-alice"}))
+    done = client(push, str(run), "alice/digits")
+    assert "looks like a token" in done["error"] and "config.json" in done["error"]
+    (run / "config.json").write_text(json.dumps({"command": "--hub_token hf_" + "a1" * 17}))
+    assert "looks like a token" in client(push, str(run), "alice/digits")["error"]
+    assert hub.repos == {}
+
+
+def test_what_is_no_pipeline_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(HubError, match=r"no saved pipeline and no finished run"):
+        collect(tmp_path, tmp_path / "staging")
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DModel"], "scheduler": [null, null]}')
+    (tmp_path / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(HubError, match=r"as a pickle \(diffusion_pytorch_model.bin\)"):
+        collect(tmp_path, tmp_path / "staging")
+
+
+def test_a_card_cannot_take_pictures_from_outside_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "secret.png").write_bytes(b"")
+    (tmp_path / "run" / "model_index.json").write_text("{}")
+    (tmp_path / "run" / "README.md").write_text("![](../secret.png)")
+    assert set(collect(tmp_path / "run", tmp_path / "staging")) == {"model_index.json", "README.md"}
+
+
+def test_checksums_are_gits_own(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"what is up, doc?")
+    # Pro Git, "Git Internals - Git Objects", prints this one.
+    assert git_sha1(tmp_path / "a") == "bd9dbf5aae1a3862dd1526723246b20206e5fc37"
+    assert hashlib.sha1(b"blob 16\0what is up, doc?").hexdigest() == git_sha1(tmp_path / "a")
+
+
+def background(folder: str, times: int) -> dict[str, Any]:
+    import threading
+    import time
+
+    from ddpm_ext import hub
+
+    gate, real, pushed, blocked = threading.Event(), hub.push_to_hub, [], []
+
+    def slow(folder: str, repo_id: str, **options: Any) -> Any:
+        gate.wait(10)
+        pushed.append(options["commit_message"])
+        return real(folder, repo_id, **options)
+
+    hub.push_to_hub = slow
+    try:
+        push = hub.BackgroundPush("alice/digits", token="tok-alice")
+        for i in range(times):
+            start = time.perf_counter()
+            (Path(folder) / "eval.json").unlink()  # as a run writes: a new file over the old name
+            (Path(folder) / "eval.json").write_text(json.dumps(i))
+            push.push(folder, commit_message=f"update {i}")
+            blocked.append(time.perf_counter() - start)
+        (Path(folder) / "eval.json").unlink()
+        gate.set()
+        done = push.wait()
+    finally:
+        hub.push_to_hub = real
+    return {"pushed": pushed, "blocked": max(blocked), "commit": done.commit if done else None}
+
+
+def test_a_push_in_the_background_blocks_nothing_and_the_newest_wins(hub: Hub, client: Client, run: Path) -> None:
+    parent = set(run.parent.iterdir())
+    done = client(background, str(run), 5)
+    assert done["blocked"] < 1.0
+    assert done["pushed"] in (["update 0", "update 4"], ["update 4"])  # the first may not have begun
+    assert hub.head("alice/digits").oid == done["commit"]
+    assert hub.head("alice/digits").files["eval.json"] == b"4"  # as it was when push was called
+    assert set(run.parent.iterdir()) == parent
+
+
+def failing_background(folder: str) -> str:
+    from ddpm_ext.hub import BackgroundPush
+    from ddpm_ext.patience import HubError
+
+    push = BackgroundPush("bob/digits", token="tok-alice")
+    push.push(folder)
+    try:
+        push.wait()
+    except HubError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_failed_push_in_the_background_is_told_at_the_end(hub: Hub, client: Client, run: Path) -> None:
+    assert "may not write to bob/digits" in client(failing_background, str(run))
