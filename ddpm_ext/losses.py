@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from .likelihood import decoder_nll, mean_over_dims, step_kl
-from .process import PredictionType, check_range, check_same_shape, compute_dtype, jump, per_image, training_target
+from .process import (
+    PredictionType,
+    check_range,
+    check_same_shape,
+    check_steps,
+    compute_dtype,
+    jump,
+    per_image,
+    training_target,
+)
 from .reverse import (
     LEARNED_VARIANCES,
     VarianceType,
@@ -66,6 +75,7 @@ def training_loss(
         ValueError: options that do not go together (`check_loss_options`), or shapes that do not fit.
     """
     check_loss_options(loss, variance_type, snr_gamma)
+    check_steps(t, x_t, tables)
     if loss == "vlb":
         bound = bound_term(output, x_0, x_t, t, tables, prediction_type=prediction_type, variance_type=variance_type)
         return bound * (tables.num_timesteps / math.log(2))
