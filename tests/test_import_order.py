@@ -35,8 +35,8 @@ WORK = [
     "reference",
     "measure",
     "plots",
-    "figures",
     "tables",
+    "figures",
     "evaluate_options",
     "evaluate",
     "calibrate",
@@ -47,6 +47,7 @@ WORK = [
     "resume",
     "export",
     "train",
+    "benchmark",
 ]
 ORDER = [*MATHEMATICS, *DIFFUSERS_SHAPE, *WORK, "__init__"]
 # Mathematics opens no file, starts no process and draws no hidden number.
