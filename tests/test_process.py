@@ -252,7 +252,7 @@ def test_bad_steps_and_shapes_are_refused():
             q_posterior(x_0, eps, TIMES, TABLES, s)
     with pytest.raises(ValueError, match="s must be int64 in the shape of t"):
         q_posterior(x_0, eps, TIMES, TABLES, TIMES[:2] - 1)
-    with pytest.raises(ValueError, match="prediction_type must be one of 'epsilon'.*got 'score'"):
+    with pytest.raises(ValueError, match=r"prediction_type must be one of 'epsilon'.*got 'score'"):
         predict_x_0(eps, x_0, TIMES, TABLES, "score")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="prediction_type must be one of"):
         training_target(x_0, x_0, eps, TIMES, TABLES, "score")  # pyright: ignore[reportArgumentType]

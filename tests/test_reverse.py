@@ -96,7 +96,7 @@ def test_learned_is_the_log_variance_itself():
 
 
 def test_last_jump_takes_the_second_variance():
-    """log β̃_2 (base), also for fixed_large and from a distant n_1; log β̃(n_1, n_2) when the chain's own is asked for."""
+    """log β̃_2 (base), also for fixed_large and from a distant n_1; log β̃(n_1, n_2) when that one is asked for."""
     x_t, t, s = noise(4), torch.full((5,), 40), torch.full((5,), -1)
     for variance_type in ("fixed_small", "fixed_large"):
         p = p_mean_variance(noise(5), x_t, t, TABLES, s=s, variance_type=variance_type)
@@ -150,7 +150,7 @@ def test_output_must_fit_image_and_variance():
         p_mean_variance(noise(5), x_t, t, TABLES, variance_type="learned")
     with pytest.raises(ValueError, match=r"got \(1, 2, 3, 2\)"):
         split_output(noise(5)[:1], x_t, "fixed_small")
-    with pytest.raises(ValueError, match="variance_type must be one of 'fixed_small'.*got 'fixed'"):
+    with pytest.raises(ValueError, match=r"variance_type must be one of 'fixed_small'.*got 'fixed'"):
         p_mean_variance(noise(5), x_t, t, TABLES, variance_type="fixed")  # pyright: ignore[reportArgumentType]
 
 
