@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent.parent / "ddpm_ext" / "digits")
     output_dir: Path = parser.parse_args().output_dir
 
-    source = load_digits()
+    source: Any = load_digits()
     pixels = np.round(source["images"] * 255 / 16).astype(np.uint8)
     order = np.random.default_rng(SEED).permutation(len(pixels))
     features = datasets.Features(
