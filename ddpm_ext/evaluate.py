@@ -1,0 +1,347 @@
+"""Pipeline + images -> eval.json and eval.md: every score with what made it.
+
+    eval.json   {"figures": [{"metric": "fid", "value": ..., what it was measured on and how ..., "certificate": ...}]}
+    eval.md     the same as tables
+
+A figure is replaced when it is measured again under the same conditions, and kept otherwise. What takes long is done
+in pieces (`shards`): the same command after a kill goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from .bound import rate_distortion_rows
+from .data import ImageSet, load_images
+from .evaluate_options import EvalConfig, recorded, words_of
+from .features import Extractor, make_extractor, weights_hash
+from .figures import draw_bound, draw_nearest, draw_paper, draw_quality
+from .images import to_x_0
+from .launch import check_world
+from .measure import Samples, SetBound, make_scheduler, sample_features, set_bound, standard_error_of_mean
+from .metrics import (
+    feature_statistics,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    rbf_mmd,
+)
+from .pipeline import DDPMExtPipeline
+from .reference import Reference, make_reference
+from .run_dir import environment, read_json, write_atomically, write_json
+from .tables import markdown
+
+RESULTS = (
+    "value",
+    "std",
+    "standard_error",
+    "parts",
+    "rows",
+    "note",
+    "certificate",
+)  # the rest of a figure identifies it
+
+
+def evaluate(config: EvalConfig) -> list[dict[str, Any]]:
+    """Measure what the options ask for, write eval.json, eval.md and plots, and return the figures measured."""
+    accelerator = Accelerator(cpu=config.cpu or not torch.accelerator.is_available())
+    check_world(accelerator)
+    session = Session(config, accelerator)
+    figures: list[dict[str, Any]] = []
+    if config.of_bound:
+        figures += session.bound_figures()
+    if config.of_samples:
+        figures += session.sample_figures()
+    if accelerator.is_main_process:
+        merged = merge(config.folder / "eval.json", figures)
+        write_atomically(config.folder / "eval.md", markdown(merged))
+        if config.plots:
+            session.draw(merged)
+    accelerator.wait_for_everyone()
+    return figures
+
+
+def merge(path: Path, figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put figures into eval.json in the place of those measured under the same conditions; return all it holds."""
+
+    def identity(figure: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in figure.items() if name not in RESULTS}
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    there = read_json(path)["figures"] if path.exists() else []
+    fresh = [identity(figure) for figure in figures]
+    merged = [figure for figure in there if identity(figure) not in fresh] + figures
+    write_json(path, {"format": 1, "figures": merged})
+    return merged
+
+
+class Session:
+    """One evaluation: its model, its images, and what has been measured."""
+
+    def __init__(self, config: EvalConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.folder = config.folder
+        self.pipeline: DDPMExtPipeline = DDPMExtPipeline.from_pretrained(config.model)  # pyright: ignore
+        self.pipeline.to(accelerator.device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.scheduler = self.pipeline.scheduler
+        self.weights = weights_hash(self.pipeline.unet)
+        self.started, self.environment = time.perf_counter(), environment()
+        self.bounds: dict[str | None, SetBound] = {}
+        self.samples: Samples | None = None
+        self.reference: Reference | None = None
+
+    # -- real images --------------------------------------------------------------------------------------------------
+
+    def bound_figures(self) -> list[dict[str, Any]]:
+        """bpd and rate_distortion for each variance asked for."""
+        config, images = self.config, self.images(self.config.bpd_split)
+        count = min(config.max_bpd_images or len(images), len(images))
+        figures: list[dict[str, Any]] = []
+        for variance in config.variances:
+            scheduler = make_scheduler(self.scheduler, "ddpm", variance)
+            self.started = time.perf_counter()
+            found = set_bound(
+                self.pipeline.unet,
+                scheduler,
+                images,
+                num_images=count,
+                seed=config.seed,
+                batch_size=None,
+                num_inference_steps=config.bpd_num_inference_steps,
+                num_timesteps_sampled=config.num_timesteps_sampled,
+                decoder_variance=config.decoder_variance,
+                cdf=config.cdf,
+                folder=self.folder / "eval_pieces",
+                key={"weights": self.weights, "scheduler": dict_of(scheduler)},
+                accelerator=self.accelerator,
+            )
+            self.bounds[scheduler.config.variance_type] = found
+            conditions = {
+                "dataset": self.dataset(images, config.bpd_split, count),
+                "variance_type": scheduler.config.variance_type,
+                "num_inference_steps": config.bpd_num_inference_steps or len(scheduler),
+                "num_timesteps_sampled": config.num_timesteps_sampled,
+                "decoder_variance": config.decoder_variance,
+                "cdf": config.cdf,
+                "seed": config.seed,
+            }
+            if "bpd" in config.of_bound:
+                figures.append(self.figure("bpd", **bits_of(found), **conditions))
+            if "rate_distortion" in config.of_bound:
+                figures.append(self.figure("rate_distortion", **rows_of(found, len(scheduler)), **conditions))
+        return figures
+
+    # -- generated images ---------------------------------------------------------------------------------------------
+
+    def sample_figures(self) -> list[dict[str, Any]]:
+        """Scores of generated images for every sampler, variance and number of steps."""
+        config = self.config
+        images = self.images(config.reference_split)
+        extractor = make_extractor(
+            config.extractor,
+            device=self.accelerator.device,
+            size=config.extractor_size,
+            weights=config.inception_weights,
+        )
+        self.reference = make_reference(
+            images,
+            extractor,
+            config.hand_off,
+            self.accelerator,
+            cache_dir=config.reference_cache,
+            num_images=config.max_reference_images,
+        )
+        check_reference(self.reference, config)
+        figures: list[dict[str, Any]] = []
+        for sampler, variance, steps in self.plan():
+            figures += self.scores(extractor, images, sampler, variance, steps)
+        return figures
+
+    def plan(self) -> list[tuple[str, str | None, int]]:
+        """(sampler, variance, steps) of every set of images; only ddpm has a variance to choose."""
+        samplers = [
+            (sampler, variance)
+            for sampler in words_of(self.config.sampler)
+            for variance in (self.config.variances if sampler == "ddpm" else [None])
+        ]
+        return [(*pair, steps) for pair, steps in itertools.product(samplers, self.config.steps)]
+
+    def scores(
+        self, extractor: Extractor, images: ImageSet, sampler: Any, variance: str | None, steps: int
+    ) -> list[dict[str, Any]]:
+        """The scores of one set of generated images."""
+        config, reference = self.config, self.reference
+        assert reference is not None
+        self.started = time.perf_counter()
+        scheduler = make_scheduler(self.scheduler, sampler, variance, config.timestep_spacing)
+        self.pipeline.register_modules(scheduler=scheduler)
+        self.samples = sample_features(
+            self.pipeline,
+            extractor,
+            config.hand_off,
+            num_samples=config.num_samples,
+            num_inference_steps=steps,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            folder=self.folder / "eval_pieces",
+            key={"weights": self.weights, "scheduler": dict_of(scheduler)},
+            accelerator=self.accelerator,
+        )
+        self.pipeline.register_modules(scheduler=self.scheduler)
+        conditions = {
+            "sampler": sampler,
+            "variance_type": scheduler.config.variance_type if sampler == "ddpm" else None,
+            "num_inference_steps": steps,
+            "timestep_spacing": scheduler.config.timestep_spacing,
+            "num_samples": config.num_samples,
+            "seed": config.seed,
+            "extractor": extractor.description,
+            "hand_off": config.hand_off,
+            "reference": self.dataset(images, config.reference_split, len(reference.features)),
+        }
+        return [self.figure(metric, **self.score(metric), **conditions) for metric in config.of_samples]
+
+    def score(self, metric: str) -> dict[str, Any]:
+        """One score of the images at hand, with its error where it has one."""
+        config, reference, samples = self.config, self.reference, self.samples
+        assert reference is not None and samples is not None
+        features, logits = samples.features
+        if metric == "fid":
+            note = None
+            if len(features) <= features.shape[1]:
+                note = f"{len(features)} images for {features.shape[1]} features: biased upwards"
+            return {"value": frechet_distance(reference.statistics, feature_statistics(features)), "note": note}
+        if metric == "kid":
+            found = kernel_distance(
+                reference.features, features, num_subsets=config.kid_subsets, subset_size=config.kid_subset_size
+            )
+            size = {"kid_subsets": config.kid_subsets, "kid_subset_size": config.kid_subset_size}
+            return {"value": found.mean, "std": found.std, "standard_error": found.standard_error, **size}
+        if metric == "cmmd":
+            return {"value": rbf_mmd(reference.features, features)}
+        if metric == "is":
+            assert logits is not None
+            score = inception_score(logits)
+            return {"value": score.mean, "std": score.std}
+        parts = precision_recall(reference.features, features)
+        return {"value": parts.precision, "parts": parts._asdict()}
+
+    # -- shared -------------------------------------------------------------------------------------------------------
+
+    def images(self, split: str) -> ImageSet:
+        """A split at the network's size."""
+        config, unet = self.config, self.pipeline.unet.config
+        size = unet["sample_size"]
+        if size is None:
+            raise ValueError("The network's config names no sample_size: there is no size to bring the images to.")
+        name = config.dataset_name or (None if config.data_dir else "digits")
+        return load_images(
+            name,
+            config.dataset_config_name,
+            config.data_dir,
+            split,
+            config.image_column,
+            resolution=tuple(size) if isinstance(size, (list, tuple)) else size,
+            channels=unet["in_channels"],
+        )
+
+    def dataset(self, images: ImageSet, split: str, count: int) -> dict[str, Any]:
+        """What a figure says of the images it rests on."""
+        name = self.config.dataset_name or self.config.data_dir or "digits"
+        return {"name": name, "split": split, "num_images": count, "fingerprint": images.fingerprint}
+
+    def figure(self, metric: str, **more: Any) -> dict[str, Any]:
+        """One entry of eval.json."""
+        found = {
+            "metric": metric,
+            "model": self.config.model,
+            "weights": self.weights,
+            "averaged": self.averaged(),
+            **more,
+        }
+        found["certificate"] = {
+            **self.environment,
+            "options": recorded(self.config),
+            "num_processes": self.accelerator.num_processes,
+            "device": str(self.accelerator.device),
+            "wall_time_s": round(time.perf_counter() - self.started, 1),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        return {name: value for name, value in found.items() if value is not None or name not in RESULTS}
+
+    def averaged(self) -> bool | None:
+        """Whether the weights are averages, as the option or the run's record says; None where nothing does."""
+        record = Path(self.config.model).parent / "config.json"
+        if self.config.averaged is not None or not (Path(self.config.model).name == "pipeline" and record.exists()):
+            return self.config.averaged
+        return read_json(record).get("config", {}).get("use_ema")
+
+    def draw(self, figures: list[dict[str, Any]]) -> None:
+        """The plots that the measurements allow, in the folder `plots`."""
+        folder = self.folder / "plots"
+        for variance, bound in self.bounds.items():
+            if bound.sweep is not None:
+                draw_bound(bound.sweep, len(make_scheduler(self.scheduler)), folder, variance)
+        draw_quality(figures, folder)
+        self.pipeline.register_modules(scheduler=make_scheduler(self.scheduler))
+        training = self.images(self.config.reference_split)
+        draw_paper(self.pipeline, to_x_0(training.batch([0, 1]).pixels), folder, self.config.seed)
+        if self.samples is not None and self.reference is not None:
+            draw_nearest(self.samples, self.reference, training, self.config.extractor, folder / "nearest.png")
+
+
+def bits_of(found: SetBound) -> dict[str, Any]:
+    """Mean bits/dim and its three parts. The error is of sampled steps; that of other images stands beside it."""
+    bits = found.bits_per_dim
+    total, prior, decoder = (part.mean().item() for part in (bits.total, bits.prior, bits.decoder))
+    return {
+        "value": total,
+        "standard_error": None if bits.standard_error is None else bits.standard_error.item(),
+        "parts": {
+            "prior": prior,
+            "rate": total - prior - decoder,
+            "decoder": decoder,
+            "standard_error_over_images": standard_error_of_mean(bits.total),
+        },
+    }
+
+
+def rows_of(found: SetBound, num_timesteps: int) -> dict[str, Any]:
+    """About ten rows of DDPM Table 4; value is the distortion of the last."""
+    assert found.sweep is not None
+    rows = rate_distortion_rows(found.sweep, num_timesteps)
+    count = len(rows.label)
+    chosen = sorted({math.ceil(count * k / 10) - 1 for k in range(1, 11)})
+    names = ("label", "timesteps", "rate_bits_per_dim", "distortion_rmse")
+    columns = (rows.label, rows.timesteps, rows.rate_bits_per_dim.tolist(), rows.distortion_rmse.tolist())
+    return {
+        "value": columns[-1][-1],
+        "rows": [{name: column[i] for name, column in zip(names, columns, strict=True)} for i in chosen],
+    }
+
+
+def check_reference(reference: Reference, config: EvalConfig) -> None:
+    """Raise a ValueError when the reference cannot serve the metrics asked for, before images are generated."""
+    if "is" in config.of_samples and reference.logits is None:
+        raise ValueError(f'is needs a classifier as extractor, and "{config.extractor}" gives no logits.')
+    needs = {"kid": config.kid_subset_size, "prdc": 6}
+    for metric in config.of_samples:
+        if len(reference.features) < needs.get(metric, 2):
+            raise ValueError(
+                f"{metric} needs at least {needs.get(metric, 2)} reference images, the split "
+                f'"{config.reference_split}" gives {len(reference.features)}.'
+            )
+
+
+def dict_of(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's options, in a form that JSON can hold."""
+    return {"class": type(scheduler).__name__, **{name: str(value) for name, value in scheduler.config.items()}}

@@ -1,0 +1,146 @@
+"""Pipeline -> the pictures of the paper: progressive generation, shared latents, interpolation, nearest neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bound import Sweep, rate_distortion_rows
+from .data import ImageSet
+from .images import to_uint8
+from .measure import Samples
+from .metrics import nearest
+from .pipeline import DDPMExtPipeline
+from .plots import plot_against_steps, plot_bits_per_step, plot_images, plot_rate_distortion
+from .reference import Reference
+from .tables import sampler_words
+
+
+def spread(num_timesteps: int, count: int) -> list[int]:
+    """`count` steps from T - 1 down to 0, evenly spaced."""
+    return [round((num_timesteps - 1) * (1 - k / (count - 1))) for k in range(count)]
+
+
+def draw_progressive(
+    pipeline: DDPMExtPipeline, path: Path, num_images: int = 6, columns: int = 10, seed: int = 0
+) -> Path:
+    """DDPM Figure 6: x̂_0 as generation goes on."""
+    T = pipeline.scheduler.config.num_train_timesteps
+    at = spread(T, columns)
+    generator = [torch.Generator().manual_seed(seed + i) for i in range(num_images)]
+    views = list(pipeline.progressive(num_images, generator, num_inference_steps=T, at=at))
+    guesses = torch.stack([as_pixels(view.x_0) for view in views], dim=1)
+    return plot_images(list(guesses), path, column_labels=[f"t = {view.t}" for view in views])
+
+
+def draw_shared_latents(
+    pipeline: DDPMExtPipeline, path: Path, times: Sequence[int] | None = None, num_samples: int = 8, seed: int = 0
+) -> Path:
+    """DDPM Figure 7: images that share x_t; the later t, the less they share."""
+    T = pipeline.scheduler.config.num_train_timesteps
+    times = list(times or (round(T * share) for share in (0.999, 0.75, 0.5, 0.25)))
+    latents = pipeline.progressive(1, torch.Generator().manual_seed(seed), num_inference_steps=T, at=times)
+    rows = []
+    for view in list(latents):
+        generators = [torch.Generator().manual_seed(seed + 1 + i) for i in range(num_samples)]
+        found = pipeline.continue_from(view.x_t, view.t, num_samples, generators, output_type="latent")
+        rows.append(as_pixels(found.images))  # pyright: ignore[reportArgumentType]
+    return plot_images(rows, path, row_labels=[f"share x_t, t = {t}" for t in sorted(times, reverse=True)])
+
+
+def draw_interpolation(
+    pipeline: DDPMExtPipeline, images: Tensor, path: Path, times: Sequence[int] | None = None, seed: int = 0
+) -> Path:
+    """DDPM Figure 8: between two images, mixed after t forward steps.
+
+    Args:
+        pipeline: Network and scheduler.
+        images: x_0 of the two, shape (2, C, H, W), values in [-1, 1].
+        path: The file.
+        times: Where they are mixed; None for four times.
+        seed: Of the shared noise.
+    """
+    T = pipeline.scheduler.config.num_train_timesteps
+    weights = [k / 8 for k in range(9)]
+    times = list(times or (round(T * share) for share in (0.125, 0.25, 0.5, 0.75)))
+    rows = []
+    for t in times:
+        generator = torch.Generator().manual_seed(seed)
+        found = pipeline.interpolate(images[0], images[1], t, weights, generator, output_type="latent")
+        rows.append(as_pixels(found.images))  # pyright: ignore[reportArgumentType]
+    labels = [f"λ = {weight:g}" for weight in weights]
+    return plot_images(rows, path, row_labels=[f"mixed at t = {t}" for t in times], column_labels=labels)
+
+
+def draw_paper(pipeline: DDPMExtPipeline, pair: Tensor, folder: Path, seed: int = 0) -> None:
+    """Figures 6, 7 and 8 of the paper, at every step of the chain; `pair` as in `draw_interpolation`."""
+    draw_progressive(pipeline, folder / "progressive.png", seed=seed)
+    draw_shared_latents(pipeline, folder / "shared_latents.png", seed=seed)
+    draw_interpolation(pipeline, pair, folder / "interpolation.png", seed=seed)
+
+
+def draw_bound(sweep: Sweep, num_timesteps: int, folder: Path, name: str | None) -> None:
+    """Rate against distortion, and the bits of every step."""
+    rows = rate_distortion_rows(sweep, num_timesteps)
+    plot_rate_distortion(
+        rows.label, rows.rate_bits_per_dim, rows.distortion_rmse, folder / f"rate_distortion_{name}.png"
+    )
+    bits = sweep.bits_per_dim
+    assert bits.steps is not None
+    terms = torch.cat([bits.steps, bits.decoder[:, None]], dim=1).mean(0)
+    plot_bits_per_step(sweep.timesteps, terms, folder / f"bits_per_step_{name}.png")
+
+
+def draw_quality(figures: list[dict[str, Any]], folder: Path) -> None:
+    """Every score of generated images against denoising steps, where it was measured at several."""
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for figure in figures:
+        if "num_samples" in figure and figure["metric"] != "prdc":
+            name = f"{figure['metric']}_{figure['num_samples']}_{Path(figure['extractor']['name']).name}"
+            curve = curves.setdefault(name, {}).setdefault(sampler_words(figure), [])
+            curve.append((figure["num_inference_steps"], figure["value"]))
+    for name, of_samplers in curves.items():
+        if len({steps for points in of_samplers.values() for steps, _ in points}) > 1:
+            plot_against_steps(of_samplers, name, folder / f"{name}_against_steps.png")
+
+
+def draw_nearest(
+    samples: Samples, reference: Reference, training: ImageSet, name: str, path: Path, count: int = 8
+) -> Path:
+    """Generated images above their nearest training images in pixels and in feature space: copies would show.
+
+    Args:
+        samples: Generated images with their features.
+        reference: Features of the training images.
+        training: The images themselves.
+        name: Of the feature space.
+        path: The file.
+        count: How many.
+    """
+    images = samples.images[:count]
+    _, in_features = nearest(samples.features.features[: len(images)], reference.features)
+    in_pixels = nearest_in_pixels(images, training, len(reference.features))
+    rows = [images, training.batch(in_pixels).pixels, training.batch(in_features[:, 0]).pixels]
+    return plot_images(rows, path, row_labels=["generated", "nearest in pixels", f"nearest in {Path(name).name}"])
+
+
+def nearest_in_pixels(samples: Tensor, training: ImageSet, number: int, chunk: int = 4096) -> Tensor:
+    """Numbers of the nearest of the first training images, shape (n,), a chunk of them in memory at a time."""
+    best = torch.full((len(samples),), torch.inf, dtype=torch.float64)
+    index = torch.zeros(len(samples), dtype=torch.int64)
+    for start in range(0, number, chunk):
+        some = training.batch(list(range(start, min(start + chunk, number)))).pixels
+        distance, found = (part[:, 0] for part in nearest(samples.flatten(1), some.flatten(1)))
+        index = torch.where(distance < best, found + start, index)
+        best = torch.minimum(distance, best)
+    return index
+
+
+def as_pixels(x_0: Tensor | None) -> Tensor:
+    """uint8 images of x_0 in about [-1, 1]."""
+    assert x_0 is not None
+    return to_uint8(x_0.detach().float().cpu())

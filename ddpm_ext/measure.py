@@ -1,0 +1,205 @@
+"""Pipeline + images -> measurements over any number of processes: features of generated images, bits of real ones.
+
+Image i of a measurement draws all its noise from a generator seeded by seed + i, so that neither batches nor processes
+change what it measures but for the last digits of the network's sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from torch import Tensor
+
+from .bound import BitsPerDim, Sweep, full_sweep, grid_images, make_bound, sampled_bound
+from .data import ImageSet
+from .features import Extractor, Features, HandOff, extract, hand_off
+from .likelihood import Cdf
+from .pipeline import DDPMExtPipeline
+from .reference import as_features, as_tensors
+from .reverse import DecoderVariance
+from .scheduler import DDPMExtScheduler
+from .schedules import check_word
+from .shards import run_shards
+
+Sampler = Literal["ddpm", "ddim", "dpm++"]
+KEPT_IMAGES = 64  # generated images that are kept for a grid
+SAMPLE_SHARD, SWEEP_SHARD, SAMPLED_SHARD = 500, 32, 256
+
+
+class Samples(NamedTuple):
+    """What is kept of generated images."""
+
+    features: Features
+    images: Tensor  # uint8, (n, C, H, W): the first KEPT_IMAGES
+
+
+class SetBound(NamedTuple):
+    """The bound of the images of a set."""
+
+    bits_per_dim: BitsPerDim  # per image; standard_error that of the mean over the set
+    sweep: Sweep | None  # None where the steps were sampled
+
+
+def make_scheduler(
+    scheduler: Any, sampler: Sampler = "ddpm", variance_type: str | None = None, timestep_spacing: str | None = None
+) -> Any:
+    """The scheduler of a sampler: ancestral, DDIM (η = 0) or DPM-Solver++ (2M), with a network's own noise schedule.
+
+    Args:
+        scheduler: The pipeline's own.
+        sampler: One of the words.
+        variance_type: Reverse variance of "ddpm"; None for the scheduler's own.
+        timestep_spacing: None for the scheduler's own.
+    """
+    check_word("sampler", sampler, get_args(Sampler))
+    changes: dict[str, Any] = {} if timestep_spacing is None else {"timestep_spacing": timestep_spacing}
+    if sampler == "ddpm":
+        if variance_type is not None:
+            changes["variance_type"] = variance_type
+        return DDPMExtScheduler.from_config(scheduler.config, **changes)
+    if variance_type is not None:
+        raise ValueError(
+            f'variance_type is an option of the sampler "ddpm"; "{sampler}" has none, got {variance_type!r}.'
+        )
+    if scheduler.config.prediction_type == "posterior_mean":
+        raise ValueError(f'The sampler "{sampler}" knows no prediction_type "posterior_mean". Use "ddpm".')
+    if sampler == "dpm++":
+        changes["algorithm_type"] = "dpmsolver++"
+    kind: Any = DDIMScheduler if sampler == "ddim" else DPMSolverMultistepScheduler
+    return kind.from_config(scheduler.config, **changes)
+
+
+def generate(
+    pipeline: DDPMExtPipeline, numbers: range, seed: int, num_inference_steps: int, batch_size: int
+) -> Iterator[Tensor]:
+    """Images of these numbers in batches, float in [0, 1], shape (b, C, H, W). Labels go round the classes."""
+    classes = pipeline.unet.config.get("num_class_embeds")
+    for start in range(numbers.start, numbers.stop, batch_size):
+        some = range(start, min(start + batch_size, numbers.stop))
+        output: Any = pipeline(
+            batch_size=len(some),
+            generator=[torch.Generator().manual_seed(seed + i) for i in some],
+            num_inference_steps=num_inference_steps,
+            class_labels=None if classes is None else [i % classes for i in some],
+            output_type="pt",
+        )
+        yield output.images
+
+
+def sample_features(
+    pipeline: DDPMExtPipeline,
+    extractor: Extractor,
+    kind: HandOff,
+    *,
+    num_samples: int,
+    num_inference_steps: int,
+    seed: int,
+    batch_size: int,
+    folder: Path,
+    key: dict[str, Any],
+    accelerator: Accelerator,
+) -> Samples:
+    """Features of generated images, piece by piece; the images themselves are not held.
+
+    Args:
+        pipeline: Network and scheduler.
+        extractor: Makes the features.
+        kind: The pixel hand-off.
+        num_samples: Number of images.
+        num_inference_steps: Denoising steps.
+        seed: Image i is drawn from seed + i.
+        batch_size: Images of one process at a time.
+        folder: Where the pieces go.
+        key: What tells this model and sampler from others.
+        accelerator: Knows the processes; each of them must call.
+    """
+
+    def work(piece: range) -> dict[str, Tensor]:
+        kept: list[Tensor] = []
+
+        def batches() -> Iterator[Tensor]:
+            for images in generate(pipeline, piece, seed, num_inference_steps, batch_size):
+                room = max(0, KEPT_IMAGES - piece.start - sum(map(len, kept)))
+                kept.append((hand_off(images[:room], "uint8") * 255).round().to(torch.uint8).cpu())
+                yield images
+
+        found = extract(extractor, batches(), kind)
+        return {**as_tensors(found), "images": torch.cat(kept)}
+
+    key = {
+        **key,
+        "extractor": extractor.description,
+        "hand_off": kind,
+        "num_inference_steps": num_inference_steps,
+        "seed": seed,
+    }
+    tensors = run_shards(folder, "samples", key, num_samples, SAMPLE_SHARD, work, accelerator)
+    return Samples(as_features(tensors), tensors["images"])
+
+
+def set_bound(
+    unet: UNet2DModel,
+    scheduler: Any,
+    images: ImageSet,
+    *,
+    num_images: int,
+    seed: int,
+    batch_size: int | None,
+    num_inference_steps: int | None = None,
+    num_timesteps_sampled: int | None = None,
+    decoder_variance: DecoderVariance = "base",
+    cdf: Cdf = "tanh",
+    folder: Path,
+    key: dict[str, Any],
+    accelerator: Accelerator,
+) -> SetBound:
+    """`bits_per_dim` of the first images of a set, piece by piece over all processes; see there."""
+    if unet.config.get("num_class_embeds") is not None or unet.config.get("class_embed_type") is not None:
+        raise ValueError(
+            "The bound of a class-conditional network is not defined here: it would need a label per image."
+        )
+    example = images.batch([0]).pixels
+    options = (num_inference_steps, None, decoder_variance, cdf, True, batch_size)
+    times = make_bound(unet, scheduler, example, *options).times
+
+    def work(piece: range) -> dict[str, Tensor]:
+        pixels = images.batch(list(piece)).pixels
+        bound = make_bound(unet, scheduler, pixels, *options)
+        generators = [torch.Generator().manual_seed(seed + i) for i in piece]
+        if num_timesteps_sampled is not None:
+            bits = sampled_bound(bound, grid_images(pixels), num_timesteps_sampled, generators)
+            found = bits._replace(standard_error=None)._asdict()
+            assert bits.standard_error is not None
+            found["spread"] = (bits.standard_error * len(piece)).square().reshape(1)
+        else:
+            sweep = full_sweep(bound, grid_images(pixels), generators)
+            found = {**sweep.bits_per_dim._asdict(), "squared_error": sweep.squared_error}
+        return {name: part.cpu() for name, part in found.items() if part is not None}
+
+    key = {
+        **key,
+        "dataset": images.fingerprint,
+        "seed": seed,
+        "timesteps": [times[0], times[-1], len(times)],
+        "num_timesteps_sampled": num_timesteps_sampled,
+        "decoder_variance": decoder_variance,
+        "cdf": cdf,
+    }
+    size = SWEEP_SHARD if num_timesteps_sampled is None else SAMPLED_SHARD
+    found = run_shards(folder, "bits", key, num_images, size, work, accelerator)
+    if num_timesteps_sampled is not None:
+        error = found["spread"].sum().sqrt() / num_images
+        return SetBound(BitsPerDim(found["prior"], None, found["decoder"], found["total"], error), None)
+    bits = BitsPerDim(found["prior"], found["steps"], found["decoder"], found["total"], None)
+    return SetBound(bits, Sweep(times, bits, found["squared_error"]))
+
+
+def standard_error_of_mean(x: Tensor) -> float:
+    """σ/√N of a value per image: how far the mean of another N images of the same kind would lie."""
+    return x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.nan

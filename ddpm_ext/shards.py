@@ -1,0 +1,103 @@
+"""Long measurements in numbered pieces: a file each, over any number of processes, resumable after a kill.
+
+    items 0..count-1  ->  pieces of `shard_size` neighbours  ->  <folder>/<label>-<key>/000000-000512.safetensors ...
+
+A piece depends on its items alone, so neither the number of processes nor a kill changes the result. Processes on
+several machines need a folder that all of them see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+Work = Callable[[range], dict[str, Tensor]]
+
+
+def key_hash(key: dict[str, Any]) -> str:
+    """16 hex digits that stand for everything a measurement depends on."""
+    return hashlib.sha256(key_text(key).encode()).hexdigest()[:16]
+
+
+def key_text(key: dict[str, Any]) -> str:
+    return json.dumps(key, sort_keys=True)
+
+
+def run_shards(
+    folder: Path, label: str, key: dict[str, Any], count: int, shard_size: int, work: Work, accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """The results of `work` on items 0..count-1, concatenated; pieces that are on disk are not done again.
+
+    Every process must call it. All get the whole result.
+
+    Args:
+        folder: Where the pieces' folder lies.
+        label: A word for the folder's name and the progress bar.
+        key: Everything the result depends on but count; another key has another folder.
+        count: Number of items.
+        shard_size: Items of a piece; part of the key.
+        work: Items of a piece -> CPU tensors, each with one row per item or any number of rows.
+        accelerator: Knows the processes.
+    """
+    key = {**key, "shard_size": shard_size}
+    place = Path(folder) / f"{label}-{key_hash(key)}"
+    place.mkdir(parents=True, exist_ok=True)
+    pieces = [range(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
+
+    accelerator.wait_for_everyone()
+    missing = [piece for piece in pieces if not shard_path(place, piece).exists()]
+    accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    with tqdm(
+        total=sum(map(len, mine)), desc=label, unit="image", disable=not accelerator.is_main_process or not mine
+    ) as bar:
+        for piece in mine:
+            save_whole(work(piece), shard_path(place, piece), key)
+            bar.update(len(piece))
+    accelerator.wait_for_everyone()
+
+    parts = [load_checked(shard_path(place, piece), key) for piece in pieces]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def shard_path(place: Path, piece: range) -> Path:
+    return place / f"{piece.start:06d}-{piece.stop:06d}.safetensors"
+
+
+def save_whole(tensors: dict[str, Tensor], path: Path, key: dict[str, Any]) -> None:
+    """Write a file whole or not at all, with its key inside."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, temporary, metadata={"key": key_text(key)})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checked(path: Path, key: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file that was made for this key.
+
+    Raises:
+        ValueError: it was made for another key; names what differs.
+    """
+    with safe_open(path, framework="pt") as file:
+        there = json.loads((file.metadata() or {}).get("key", "{}"))
+    asked = json.loads(key_text(key))
+    if there != asked:
+        names = sorted(name for name in there.keys() | asked.keys() if there.get(name) != asked.get(name))
+        changes = ", ".join(f"{name} is {there.get(name)!r}, needed {asked.get(name)!r}" for name in names)
+        raise ValueError(f"{path} was made for something else: {changes}. Delete it or name another file.")
+    return load_file(path)

@@ -1,0 +1,32 @@
+"""Measure a DDPM: bits/dim, rate and distortion, FID, KID, CMMD, Inception score, precision and recall.
+
+python scripts/evaluate.py --extractor pixels --num_samples 1000                        # the digits, a CPU
+python scripts/evaluate.py --model google/ddpm-cifar10-32 --dataset_name uoft-cs/cifar10 --metrics bpd
+accelerate launch scripts/evaluate.py --model runs/cifar10/pipeline --metrics fid,kid,is,prdc
+
+Writes eval.json and eval.md beside the pipeline; the same command after a kill goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from ddpm_ext.evaluate import evaluate
+from ddpm_ext.evaluate_options import parse_eval_config
+from ddpm_ext.run_dir import RunError
+
+
+def main() -> int:
+    """Exit code 0, or 2 with one sentence for a wrong option."""
+    try:
+        config = parse_eval_config()
+        figures = evaluate(config)
+    except (ValueError, RunError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{len(figures)} figures in {config.folder / 'eval.json'}, as tables in {config.folder / 'eval.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
