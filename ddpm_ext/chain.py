@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import process, reverse
+from . import optimal, process, reverse
+from .scheduler_options import Extension, extension
 from .schedules import Tables
 
 
@@ -21,9 +22,10 @@ class Weights(NamedTuple):
 
     of_x_t: Any  # x̂_0 = of_x_t · x_t + of_output · output
     of_output: Any
-    c1: Any  # mean = c1 · x̂_0 + c2 · x_t
+    c1: Any  # mean = c1 · x̂_0 + c2 · x_t + c3 · output
     c2: Any
-    std: Any  # σ of the fixed variances; 0 at the last jump
+    c3: Any  # 0 but for the DDIM family
+    std: Any  # σ of the fixed and analytic variances; 0 at the last jump
     log_small: Any  # log β̃ with the decoder's rule
     log_large: Any  # log b
     noisy: Any  # 1 where noise is added, 0 at the last jump
@@ -35,9 +37,11 @@ class Chain:
 
     config: Mapping[str, Any]  # the options it was made for
     times: list[int]  # code indices, descending
-    table: Tensor  # float64, (T, 8), a row of Weights per step
+    table: Tensor  # float64, (T, 9), a row of Weights per step
     rows: dict[int, Weights]  # the visited rows as floats
     previous: Tensor  # int64, (T,): the step after t in the reverse chain, -1 for the clean image
+    uses_output: bool  # whether c3 is anything but 0: the DDIM family
+    lacks_errors: bool  # variance_type "analytic" before mse_eps is measured
     by_device: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def weights(self, t: Tensor, x: Tensor) -> Weights:
@@ -59,27 +63,54 @@ def make_chain(tables: Tables, times: list[int], config: Mapping[str, Any]) -> C
     Args:
         tables: One schedule, on the CPU.
         times: The steps it visits, code indices, descending.
-        config: A scheduler's options: variance_type and prediction_type.
+        config: A scheduler's options: variance_type, prediction_type and the fields of `_ddpm_ext`.
     """
     t = torch.tensor(times, dtype=torch.int64)
     s = torch.tensor([*times[1:], -1], dtype=torch.int64)
-    step = process.jump(tables, t, s)
+    extra, step = extension(config), process.jump(tables, t, s)
     small, large = reverse.variance_bounds(step, reverse.decoder_log_var(tables))
     noisy = (s >= 0).to(torch.float64)
     if config["variance_type"] in reverse.LEARNED_VARIANCES:
         std = torch.full_like(noisy, math.nan)  # the network's head decides
+    elif config["variance_type"] == "analytic":
+        std = _analytic_std(tables, s, t, extra, first=times[-1]) * noisy
     else:
-        std = reverse.reverse_log_var(config["variance_type"], small, large, s < 0).mul(0.5).exp() * noisy
+        log_var = reverse.reverse_log_var(config["variance_type"], small, large, s < 0)
+        std = extra.eta * log_var.mul(0.5).exp() * noisy
     x_0 = process.x_0_weights(tables, t, config["prediction_type"])
-    weights = torch.stack([x_0.of_x_t, x_0.of_output, step.c1, step.c2, std, small, large, noisy], dim=1)
+    mean = _mean_weights(tables, step, t, config["prediction_type"], extra.eta)
+    weights = torch.stack([x_0.of_x_t, x_0.of_output, *mean, std, small, large, noisy], dim=1)
 
-    usable = torch.isfinite(weights[:, :4]).all(1)
+    usable = torch.isfinite(weights[:, :5]).all(1)
     table = torch.full((tables.num_timesteps, weights.shape[1]), math.nan, dtype=torch.float64)
     table[t[usable]] = weights[usable]
     previous = torch.full((tables.num_timesteps,), -1, dtype=torch.int64)
     previous[t] = s
     rows = zip(times, weights.tolist(), usable.tolist(), strict=True)
-    return Chain(config, times, table, {i: Weights(*row) for i, row, fits in rows if fits}, previous)
+    visited = {i: Weights(*row) for i, row, fits in rows if fits}
+    lacks_errors = config["variance_type"] == "analytic" and extra.mse_eps is None
+    return Chain(config, times, table, visited, previous, extra.eta != 1, lacks_errors)
+
+
+def _mean_weights(
+    tables: Tables, step: process.Jump, t: Tensor, prediction_type: process.PredictionType, eta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(c1, c2, c3): DDPM's posterior mean, or with η < 1 DDIM's √ᾱ_s x̂_0 + √(1-ᾱ_s-λ²) ε̂ (2010.02502, Eq. 12)."""
+    if eta == 1:
+        return step.c1, step.c2, torch.zeros_like(step.c1)
+    eps = process.eps_weights(tables, t, prediction_type)
+    direction = (step.one_minus_alpha_bar_s - optimal.ddim_variance(step, eta)).clamp(min=0).sqrt()
+    return step.alpha_bar_s.sqrt(), direction * eps.of_x_t, direction * eps.of_output
+
+
+def _analytic_std(tables: Tables, s: Tensor, t: Tensor, extra: Extension, first: int) -> Tensor:
+    """σ* with which sampling draws, capped at the jump to the first kept time; NaN until errors are measured."""
+    if extra.mse_eps is None:
+        return torch.full(t.shape, math.nan, dtype=torch.float64)
+    mse_eps = torch.tensor(extra.mse_eps, dtype=torch.float64)
+    var = optimal.optimal_variance(tables, mse_eps, s, t, extra.eta)
+    cap = optimal.sampling_cap(2 if extra.eta == 1 else 1)
+    return torch.where(s == first, var.clamp(max=cap), var).sqrt()
 
 
 def check_usable(chain: Chain) -> None:

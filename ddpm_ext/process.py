@@ -118,6 +118,24 @@ def x_0_weights(tables: Tables, t: Tensor, prediction_type: PredictionType) -> A
     return Affine(-step.c2 / step.c1, 1 / step.c1)
 
 
+def eps_weights(tables: Tables, t: Tensor, prediction_type: PredictionType) -> Affine:
+    r"""How ε̂ follows from x_t and the network's output: ε̂ = (x_t - √ᾱ_t x̂_0) / √(1-ᾱ_t), x̂_0 not clipped.
+
+    Args:
+        tables: One schedule, on the device of t.
+        t: int64, any shape, 0 <= t < T.
+        prediction_type: What the network predicts.
+
+    Returns:
+        Float64 weights in the shape of t; epsilon is the output itself.
+    """
+    signal, rstd = tables.alpha_bar[t].sqrt(), tables.one_minus_alpha_bar[t].rsqrt()
+    if prediction_type == "epsilon":
+        return Affine(torch.zeros_like(rstd), torch.ones_like(rstd))
+    x_0 = x_0_weights(tables, t, prediction_type)
+    return Affine((1 - signal * x_0.of_x_t) * rstd, -signal * x_0.of_output * rstd)
+
+
 def q_step(x_prev: Tensor, t: Tensor, tables: Tables) -> Gaussian:
     r"""One forward step: q(x_t | x_{t-1}) = N(√α_t x_{t-1}, β_t I).
 

@@ -23,7 +23,9 @@ from .process import (
 )
 from .schedules import Tables, check_word
 
-VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
+VarianceType = Literal[
+    "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range", "analytic"
+]
 DecoderVariance = Literal["base", "respaced"]
 Clip = float | Callable[[Tensor], Tensor] | None
 LEARNED_VARIANCES = ("learned", "learned_range")
@@ -75,7 +77,12 @@ def variance_bounds(step: Jump, last_log_var: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reverse_log_var(
-    variance_type: VarianceType, log_small: Tensor, log_large: Tensor, last: Tensor, head: Tensor | None = None
+    variance_type: VarianceType,
+    log_small: Tensor,
+    log_large: Tensor,
+    last: Tensor,
+    head: Tensor | None = None,
+    log_optimal: Tensor | None = None,
 ) -> Tensor:
     r"""log σ² of the reverse step.
 
@@ -83,6 +90,7 @@ def reverse_log_var(
         fixed_large    log b, at the last jump log β̃ of the second kept time like fixed_small
         learned        the head itself
         learned_range  f log b + (1 - f) log β̃,  f = (head + 1)/2, not clamped
+        analytic       log σ*² of `optimal.optimal_variance`, at the last jump like fixed_small
 
     The two `_log` words name the same variances: what they change in other codes is only how σ is computed.
 
@@ -92,6 +100,7 @@ def reverse_log_var(
         log_large: log b.
         last: bool, in the shape of both: True where the jump ends at the clean image.
         head: The network's variance channels, broadcastable with the others; only for the learned kinds.
+        log_optimal: log σ*² of each jump; only for analytic.
 
     Source: Ho et al. 2020, arXiv:2006.11239, §3.2; Nichol & Dhariwal 2021, arXiv:2102.09672, Eq. (15).
     """
@@ -100,6 +109,10 @@ def reverse_log_var(
     if variance_type in ("fixed_large", "fixed_large_log"):
         return torch.where(last, log_small, log_large)
     check_word("variance_type", variance_type, get_args(VarianceType))
+    if variance_type == "analytic":
+        if log_optimal is None:
+            raise ValueError('variance_type "analytic" needs the optimal variances of the network, got none.')
+        return torch.where(last, log_small, log_optimal)
     if head is None:
         raise ValueError(f'variance_type "{variance_type}" needs the network\'s variance channels, got none.')
     if variance_type == "learned":
@@ -170,6 +183,7 @@ def p_mean_variance(
     variance_type: VarianceType = "fixed_small",
     clip: Clip = None,
     last_log_var: Tensor | None = None,
+    log_optimal: Tensor | None = None,
 ) -> ReverseStep:
     r"""The network's step back: p(x_s | x_t) = N(c1 x̂_0 + c2 x_t, σ² I).
 
@@ -183,6 +197,7 @@ def p_mean_variance(
         variance_type: Which σ².
         clip: x̂_0 is clamped to ±clip; None for not at all, as in training on the bound; or a function of x̂_0.
         last_log_var: log σ² of the last jump, 0-d; None means `decoder_log_var(tables)`.
+        log_optimal: log σ*² of each image's jump, shape (B,); only for variance_type "analytic".
 
     Returns:
         mean and x̂_0 in x_t's dtype; log_var by the decoder's rule at the last jump, and var = exp(log_var).
@@ -197,5 +212,7 @@ def p_mean_variance(
     last_log_var = decoder_log_var(tables) if last_log_var is None else last_log_var
     log_small, log_large = (per_image(v, x_t) for v in variance_bounds(step, last_log_var))
     last = per_image(step.var == 0, x_t, dtype=torch.bool)
-    log_var = reverse_log_var(variance_type, log_small, log_large, last, None if head is None else head.to(dtype))
+    head = None if head is None else head.to(dtype)
+    log_optimal = None if log_optimal is None else per_image(log_optimal, x_t)
+    log_var = reverse_log_var(variance_type, log_small, log_large, last, head, log_optimal)
     return ReverseStep(mean, log_var.exp(), log_var, x_0.to(x_t.dtype))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -18,12 +18,19 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from . import process, reverse
+from . import optimal, process, reverse
 from .chain import Chain, Weights, check_usable, checked_times, make_chain
 from .process import Gaussian, PredictionType
 from .reverse import Clip, DecoderVariance, ReverseStep, VarianceType
-from .scheduler_options import EXTENSION_KEY, check_options, check_terminal_snr, stock_words
-from .schedules import BetaSchedule, Tables, TimestepSpacing, is_whole, kept_times, make_tables
+from .scheduler_options import (
+    EXTENSION_KEY,
+    Trajectory,
+    check_options,
+    check_terminal_snr,
+    extension,
+    stock_words,
+)
+from .schedules import BetaSchedule, Tables, TimestepSpacing, check_word, is_whole, kept_times, make_tables
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Timesteps = int | Tensor
@@ -167,6 +174,7 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | Tensor | np.ndarray | None = None,
+        trajectory: Trajectory | None = None,
     ) -> None:
         """Choose the steps that sampling visits.
 
@@ -174,6 +182,8 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps: K, an int in [1, T], spaced by the config's `timestep_spacing`.
             device: Where `.timesteps` lives; None leaves it on the CPU.
             timesteps: The steps themselves, strictly descending ints in [0, T), in place of K.
+            trajectory: "even" (both ends, equal distances) or "optimal" (`optimal.optimal_trajectory`, from the
+                measured mse_eps) in place of the spacing; None is the default that `_ddpm_ext` names.
 
         Raises:
             ValueError: neither or both given, K that is not an int in [1, T], or timesteps that are empty, fractional,
@@ -184,12 +194,12 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
                 "set_timesteps needs num_inference_steps or timesteps, one of the two, got "
                 + ("neither." if timesteps is None else "both.")
             )
-        T = len(self)
         if timesteps is not None:
-            times = checked_times(timesteps, T)
+            if trajectory is not None:
+                raise ValueError("timesteps and trajectory both name the steps: give one of them.")
+            times = checked_times(timesteps, len(self))
         else:
-            spacing, offset = self.config["timestep_spacing"], self.config["steps_offset"]
-            times = kept_times(spacing, T, num_inference_steps, offset)[::-1]  # pyright: ignore[reportArgumentType]
+            times = self._kept_times(num_inference_steps, trajectory)[::-1]
         chain = self._chain_of(times)
         check_usable(chain)
         self._start(chain, device)
@@ -240,6 +250,8 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         Source: Ho et al. 2020, arXiv:2006.11239, Algorithm 2, Eqs. (6)-(7).
         """
         chain = self._current_chain()
+        if chain.lacks_errors:
+            self._mse_eps('variance_type "analytic"')
         prediction, head = reverse.split_output(model_output, sample, self.config["variance_type"])
         dtype = process.compute_dtype(sample)
         x_t, prediction = sample.to(dtype), prediction.to(dtype)
@@ -247,6 +259,8 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
 
         x_0 = self._predict_x_0(prediction, x_t, weights)
         x_s = _mix(x_0, weights.c1, x_t, weights.c2)
+        if chain.uses_output:
+            x_s = x_s + weights.c3 * prediction
         if not isinstance(weights.noisy, float) or weights.noisy:
             z = _noise(sample, generator).to(dtype)
             std = weights.std if head is None else self._learned_std(weights, head.to(dtype))
@@ -270,7 +284,13 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         """
         t, s = self._jump_times(timestep, sample)
         tables = self._tables_on(t.device)
+        if extension(self.config).eta != 1:
+            raise ValueError("p(x_s | x_t) of the bound is DDPM's: it needs eta = 1 in the config's _ddpm_ext.")
         last = reverse.decoder_log_var(self.tables, self._current_chain().times[::-1], decoder_variance)
+        log_optimal = None
+        if self.config["variance_type"] == "analytic":
+            mse_eps = self._mse_eps('variance_type "analytic"')
+            log_optimal = optimal.optimal_variance(self.tables, mse_eps, s.cpu(), t.cpu()).log().to(tables.beta)
         return reverse.p_mean_variance(
             model_output,
             sample,
@@ -281,6 +301,7 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
             variance_type=self.config["variance_type"],
             clip=self._clip(),
             last_log_var=last.to(tables.beta),
+            log_optimal=log_optimal,
         )
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, timestep: Timesteps) -> Gaussian:
@@ -345,6 +366,31 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         if predicted_variance is None:
             raise ValueError(f'variance_type "{self.variance_type}" needs predicted_variance, got none.')
         return self._learned_std(weights, predicted_variance) ** 2
+
+    def _kept_times(self, num_inference_steps: Any, trajectory: Trajectory | None) -> list[int]:
+        config, extra = self.config, extension(self.config)
+        trajectory = extra.trajectory if trajectory is None else trajectory
+        if trajectory is None or trajectory == "even":
+            spacing = "even" if trajectory else config["timestep_spacing"]
+            return kept_times(spacing, len(self), num_inference_steps, config["steps_offset"])
+        check_word("trajectory", trajectory, get_args(Trajectory))
+        variance: str = config["variance_type"]
+        cost: Any = variance.removesuffix("_log") if variance.startswith("fixed") else "analytic"
+        known = extra.trajectories.get(str(num_inference_steps))
+        if known is not None and cost == "analytic":
+            return list(known)
+        return optimal.optimal_trajectory(
+            self.tables, self._mse_eps("An optimal trajectory"), num_inference_steps, cost
+        )
+
+    def _mse_eps(self, what: str) -> Tensor:
+        mse_eps = extension(self.config).mse_eps
+        if mse_eps is None:
+            raise ValueError(
+                f"{what} needs the network's measured errors, and this scheduler has none. Measure them with "
+                "scripts/calibrate.py, or put mse_eps, one number per step, into the config's _ddpm_ext."
+            )
+        return torch.tensor(mse_eps, dtype=torch.float64)
 
     def _chain_of(self, times: list[int]) -> Chain:
         return make_chain(self.tables, times, self.config)

@@ -2,16 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, get_args
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
 from .process import PredictionType
-from .reverse import VarianceType
+from .reverse import LEARNED_VARIANCES, VarianceType
 from .schedules import Tables, check_word, warn_if_signal_remains
 
 EXTENSION_KEY = "_ddpm_ext"  # the one config key of ours: stock classes neither warn about nor drop a leading "_"
-PLAIN_VARIANCE = {"fixed_small_log": "fixed_small", "fixed_large_log": "fixed_large"}
+PLAIN_VARIANCE = {"fixed_small_log": "fixed_small", "fixed_large_log": "fixed_large", "analytic": "fixed_small"}
 SPACINGS = ("linspace", "leading", "trailing")
+Trajectory = Literal["even", "optimal"]
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What a scheduler keeps in `_ddpm_ext` beside stock's options.
+
+    Attributes:
+        mse_eps: Measured E mean_dims (ε - ε̂)² per step, T numbers; variance_type "analytic" and optimal trajectories
+            need it.
+        ms_eps: Measured E mean_dims ε̂² per step, for comparison with Analytic-DPM's own estimate.
+        eta: η of the DDIM family: 1 is DDPM, 0 is DDIM's mean, deterministic with the fixed variances.
+        trajectory: How `set_timesteps(K)` chooses its steps: "even" or "optimal"; None is `timestep_spacing`.
+        trajectories: Optimal trajectories found before, K -> ascending code indices.
+        standard_error: Standard errors of mse_eps, T numbers.
+    """
+
+    mse_eps: Sequence[float] | None = None
+    ms_eps: Sequence[float] | None = None
+    eta: float = 1.0
+    trajectory: Trajectory | None = None
+    trajectories: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    standard_error: Sequence[float] | None = None
+
+
+def extension(config: Mapping[str, Any]) -> Extension:
+    """The extension's fields of a config, checked.
+
+    Raises:
+        ValueError: an unknown field, a list that does not hold one number per step, η outside [0, 1], or a field that
+            contradicts the variance.
+    """
+    values = dict(config.get(EXTENSION_KEY) or {})
+    for name in values:
+        check_word(f"a field of {EXTENSION_KEY}", name, [f.name for f in fields(Extension)])
+    found = Extension(**values)
+    T = config["num_train_timesteps"]
+    for name in ("mse_eps", "ms_eps", "standard_error"):
+        numbers = getattr(found, name)
+        if numbers is not None and (len(numbers) != T or not all(0 <= v < math.inf for v in numbers)):
+            raise ValueError(f"{name} must hold {T} finite numbers of at least 0, one per step, got {len(numbers)}.")
+    if not 0 <= found.eta <= 1:
+        raise ValueError(f"eta must lie between 0 (DDIM) and 1 (DDPM), got {found.eta!r}.")
+    if found.eta != 1 and config["variance_type"] in LEARNED_VARIANCES:
+        raise ValueError(
+            f"eta = {found.eta} fixes the noise of the DDIM family, which variance_type "
+            f'"{config["variance_type"]}" learns. Use a fixed variance or "analytic".'
+        )
+    if found.trajectory is not None:
+        check_word("trajectory", found.trajectory, get_args(Trajectory))
+    return found
 
 
 def stock_words(config: dict[str, Any]) -> dict[str, str]:
@@ -42,6 +95,7 @@ def check_options(config: Mapping[str, Any]) -> None:
     for name, (fits, expected) in ranges.items():
         if not fits:
             raise ValueError(f"{name} must be {expected}, got {config[name]!r}.")
+    extension(config)
 
 
 def check_terminal_snr(config: Mapping[str, Any], tables: Tables) -> None:

@@ -1,0 +1,161 @@
+"""The scheduler with measured errors: analytic variance, optimal trajectories, the DDIM family, their disk form."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from ddpm_ext import DDPMExtScheduler
+from ddpm_ext.optimal import optimal_trajectory, sampling_cap
+from ddpm_ext.schedules import kept_times, make_tables
+
+TABLES = make_tables()
+GEN = torch.Generator
+
+
+def isotropic_errors(variance: float) -> list[float]:
+    signal = TABLES.alpha_bar * variance
+    return (signal / (signal + TABLES.one_minus_alpha_bar)).tolist()
+
+
+def scheduler(extension: dict | None = None, **options) -> DDPMExtScheduler:
+    built = DDPMExtScheduler(**options)
+    if extension is not None:
+        built.register_to_config(_ddpm_ext=extension)
+    return built
+
+
+def gaussian_eps(x_t: torch.Tensor, i: int, variance: float) -> torch.Tensor:
+    """The perfect network for N(0, variance·I)."""
+    alpha_bar = TABLES.alpha_bar[i]
+    return x_t * TABLES.one_minus_alpha_bar[i].sqrt() / (alpha_bar * variance + 1 - alpha_bar)
+
+
+@pytest.mark.parametrize("K", [2, 5, 40])
+@pytest.mark.parametrize("trajectory", ["even", "optimal"])
+def test_isotropic_gaussian_keeps_its_variance_at_any_number_of_steps(K: int, trajectory: str):
+    """Ancestral sampling with σ*² is exact, so the variance carried by recursion ends on the marginal's."""
+    variance = 0.3
+    chain = scheduler({"mse_eps": isotropic_errors(variance)}, variance_type="analytic", clip_sample=False)
+    chain.set_timesteps(K, trajectory=trajectory)
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    carried = TABLES.alpha_bar[-1].item() * variance + TABLES.one_minus_alpha_bar[-1].item()
+    for i in chain.timesteps.tolist()[:-1]:
+        step = chain.p_mean_variance(gaussian_eps(one, i, variance), i, one)  # mean is linear in x_t: its slope
+        carried = step.mean.item() ** 2 * carried + step.var.item()
+    first = int(chain.timesteps[-1])
+    expected = TABLES.alpha_bar[first].item() * variance + TABLES.one_minus_alpha_bar[first].item()
+    assert math.isclose(carried, expected, rel_tol=1e-9)
+
+
+def test_sampling_caps_only_the_jump_to_the_first_kept_time():
+    chain = scheduler({"mse_eps": isotropic_errors(0.3)}, variance_type="analytic", clip_sample=False)
+    chain.set_timesteps(timesteps=[999, 500, 100, 0])
+    x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    for i in (999, 500, 100):
+        var = chain.p_mean_variance(x, i, x).var.item()
+        sampled = chain.step(x, i, x, generator=GEN().manual_seed(0)).prev_sample.item()
+        z = torch.randn(1, generator=GEN().manual_seed(0), dtype=torch.float64).item()
+        expected = min(var, sampling_cap(2)) if i == 100 else var
+        assert math.isclose(sampled, math.sqrt(expected) * z, rel_tol=1e-9)
+    assert chain.p_mean_variance(x, 100, x).var.item() > sampling_cap(2)  # the bound knows no cap
+
+
+def test_optimal_trajectory_serves_fixed_variances_too_and_stored_ones_are_used():
+    errors = (1 - torch.linspace(0, 1, 1000, dtype=torch.float64) ** 0.2).tolist()
+    for variance_type, cost in (
+        ("fixed_large", "fixed_large"),
+        ("fixed_small_log", "fixed_small"),
+        ("analytic", "analytic"),
+    ):
+        chain = scheduler({"mse_eps": errors}, variance_type=variance_type)
+        chain.set_timesteps(7, trajectory="optimal")
+        assert chain.timesteps.tolist()[::-1] == optimal_trajectory(TABLES, torch.tensor(errors), 7, cost)
+    stored = scheduler(
+        {"mse_eps": errors, "trajectories": {"3": [0, 123, 999]}, "trajectory": "optimal"}, variance_type="analytic"
+    )
+    stored.set_timesteps(3)
+    assert stored.timesteps.tolist() == [999, 123, 0]
+    stored.set_timesteps(4, trajectory="even")
+    assert stored.timesteps.tolist() == kept_times("even", 1000, 4)[::-1]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_eta_0_is_ddim(prediction_type: str):
+    ours = scheduler({"eta": 0.0}, prediction_type=prediction_type)
+    stock = DDIMScheduler(prediction_type=prediction_type, clip_sample=True, set_alpha_to_one=True)
+    ours.set_timesteps(50)
+    stock.set_timesteps(50)
+    x = y = torch.randn(2, 1, 4, 4, generator=GEN().manual_seed(0))
+    for i in ours.timesteps:
+        x = ours.step(0.9 * torch.tanh(x.roll(1, -1)), i, x).prev_sample
+        y = stock.step(0.9 * torch.tanh(y.roll(1, -1)), i, y).prev_sample
+    torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)  # stock's float32 tables
+
+
+def test_eta_between_is_ddims_family():
+    ours = scheduler({"eta": 0.6}, variance_type="fixed_small", clip_sample=False)
+    stock = DDIMScheduler(clip_sample=False, set_alpha_to_one=True)
+    ours.set_timesteps(20)
+    stock.set_timesteps(20)
+    x = torch.randn(2, 1, 4, 4, generator=GEN().manual_seed(0))
+    for i in (ours.timesteps[0], ours.timesteps[10]):
+        output = 0.9 * torch.tanh(x.roll(1, -1))
+        got = ours.step(output, i, x, generator=GEN().manual_seed(1)).prev_sample
+        expected = stock.step(output, i, x, eta=0.6, generator=GEN().manual_seed(1)).prev_sample
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_errors_are_wanted_before_a_number_is_drawn():
+    chain = DDPMExtScheduler(variance_type="analytic")
+    x = torch.zeros(1, 1, 2, 2)
+    for use in (
+        lambda: chain.step(x, 5, x),
+        lambda: chain.p_mean_variance(x, 5, x),
+        lambda: chain.set_timesteps(5, trajectory="optimal"),
+    ):
+        with pytest.raises(ValueError, match="needs the network's measured errors"):
+            use()
+    with pytest.raises(ValueError, match="trajectory must be one of 'even', 'optimal'"):
+        chain.set_timesteps(5, trajectory="best")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="both name the steps"):
+        chain.set_timesteps(timesteps=[5, 0], trajectory="even")
+
+
+@pytest.mark.parametrize(
+    ("extension", "sentence"),
+    [
+        ({"mse_eps": [0.1]}, "mse_eps must hold 1000 finite numbers of at least 0, one per step, got 1"),
+        ({"mse_eps": [math.nan] * 1000}, "mse_eps must hold 1000 finite numbers"),
+        ({"eta": 2}, "eta must lie between 0"),
+        ({"trajectory": "best"}, "trajectory must be one of"),
+        ({"mse": []}, "a field of _ddpm_ext must be one of"),
+    ],
+)
+def test_bad_fields_are_refused_and_change_nothing(extension: dict, sentence: str):
+    chain = DDPMExtScheduler()
+    before = dict(chain.config)
+    with pytest.raises(ValueError, match=sentence):
+        chain.register_to_config(_ddpm_ext=extension)
+    assert dict(chain.config) == before
+
+
+def test_disk_form_is_stocks_and_comes_back_whole(tmp_path: Path):
+    extension = {"mse_eps": isotropic_errors(0.3), "ms_eps": isotropic_errors(0.5), "eta": 0.5, "trajectory": "optimal"}
+    ours = scheduler(extension, variance_type="analytic")
+    ours.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert written["_class_name"] == "DDPMScheduler" and written["variance_type"] == "fixed_small"
+    stock = DDPMScheduler.from_pretrained(tmp_path)
+    assert stock.config.variance_type == "fixed_small"
+    for back in (DDPMExtScheduler.from_pretrained(tmp_path), DDPMExtScheduler.from_config(stock.config)):
+        assert back.config["variance_type"] == "analytic"
+        assert back.config["_ddpm_ext"] == extension
+        ours.set_timesteps(6)
+        back.set_timesteps(6)
+        assert torch.equal(back.timesteps, ours.timesteps)
