@@ -12,7 +12,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The road of a picture, top to bottom. `__init__` stands last; its `__version__` alone may be read by everyone.
 MATHEMATICS = ["images", "schedules", "process", "reverse", "likelihood", "losses", "optimal", "denoise_diffusion"]
-DIFFUSERS_SHAPE = ["unet", "scheduler_options", "chain", "scheduler", "patience", "repository", "hub_client", "hub", "pull", "pipeline", "bound"]
+DIFFUSERS_SHAPE = [
+    "unet",
+    "scheduler_options",
+    "chain",
+    "scheduler",
+    "patience",
+    "repository",
+    "hub_client",
+    "hub",
+    "pull",
+    "pipeline",
+    "bound",
+]
 WORK = [
     "config",
     "presets",
@@ -39,6 +51,7 @@ WORK = [
     "figures",
     "evaluate_options",
     "evaluate",
+    "small_evaluation",
     "calibrate",
     "convert",
     "card",
