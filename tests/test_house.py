@@ -60,3 +60,14 @@ def test_every_target_of_the_readme_is_in_the_makefile() -> None:
     asked = set(re.findall(r"\bmake ([a-z][a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert {"train", "test", "style", "bench"} <= targets
     assert asked <= targets
+
+
+def test_every_file_of_the_package_is_packed() -> None:
+    packed = re.search(r"^ddpm_ext = \[(.*)\]$", pyproject(), re.MULTILINE)
+    assert packed is not None
+    patterns = re.findall(r'"(.+?)"', packed[1])
+    package = ROOT / "ddpm_ext"
+    data = [path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert {"py.typed", "train.parquet", "test.parquet", "SOURCE.md"} <= {path.name for path in data}
+    missing = [path.name for path in data if not any(path.relative_to(package).match(glob) for glob in patterns)]
+    assert missing == []
