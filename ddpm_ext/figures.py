@@ -42,7 +42,7 @@ def draw_shared_latents(
 ) -> Path:
     """DDPM Figure 7: images that share x_t; the later t, the less they share."""
     T = pipeline.scheduler.config.num_train_timesteps
-    times = list(times or (round(T * share) for share in (0.999, 0.75, 0.5, 0.25)))
+    times = list(times or (round((T - 1) * share) for share in (1, 0.75, 0.5, 0.25)))
     latents = pipeline.progressive(1, torch.Generator().manual_seed(seed), num_inference_steps=T, at=times)
     rows = []
     for view in list(latents):
@@ -66,7 +66,7 @@ def draw_interpolation(
     """
     T = pipeline.scheduler.config.num_train_timesteps
     weights = [k / 8 for k in range(9)]
-    times = list(times or (round(T * share) for share in (0.125, 0.25, 0.5, 0.75)))
+    times = list(times or (round((T - 1) * share) for share in (0.125, 0.25, 0.5, 0.75)))
     rows = []
     for t in times:
         generator = torch.Generator().manual_seed(seed)
@@ -124,8 +124,9 @@ def draw_nearest(
     images = samples.images[:count]
     _, in_features = nearest(samples.features.features[: len(images)], reference.features)
     in_pixels = nearest_in_pixels(images, training, len(reference.features))
-    rows = [images, training.batch(in_pixels).pixels, training.batch(in_features[:, 0]).pixels]
-    return plot_images(rows, path, row_labels=["generated", "nearest in pixels", f"nearest in {Path(name).name}"])
+    rows = {"generated": images, "nearest in pixels": training.batch(in_pixels).pixels}
+    rows[f"nearest in {Path(name).name}"] = training.batch(in_features[:, 0]).pixels  # for pixels the same row
+    return plot_images(list(rows.values()), path, row_labels=list(rows))
 
 
 def nearest_in_pixels(samples: Tensor, training: ImageSet, number: int, chunk: int = 4096) -> Tensor:

@@ -53,6 +53,7 @@ WORK = [
     "evaluate",
     "small_evaluation",
     "calibrate",
+    "other_codes",
     "convert",
     "card",
     "assemble",

@@ -1,0 +1,378 @@
+"""The evaluation of a tiny pipeline against the same numbers computed by hand, its options, pieces and tables."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+
+from ddpm_ext import metrics
+from ddpm_ext.bound import bits_per_dim, rate_distortion
+from ddpm_ext.data import load_images
+from ddpm_ext.evaluate import evaluate, merge
+from ddpm_ext.evaluate_options import EvalConfig, parse_eval_config
+from ddpm_ext.features import make_extractor, weights_hash
+from ddpm_ext.measure import make_scheduler, set_bound
+from ddpm_ext.pipeline import DDPMExtPipeline
+from ddpm_ext.reference import load_reference, make_reference
+from ddpm_ext.scheduler import DDPMExtScheduler
+from ddpm_ext.shards import load_checked, run_shards, save_whole
+from ddpm_ext.small_evaluation import SmallEvaluation
+from ddpm_ext.tables import markdown
+
+
+def tiny_unet() -> UNet2DModel:
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+
+
+def tiny_scheduler(**options: Any) -> DDPMExtScheduler:
+    return DDPMExtScheduler(num_train_timesteps=20, beta_start=1e-3, beta_end=0.6, **options)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a pipeline and a record."""
+    run = tmp_path_factory.mktemp("run")
+    DDPMExtPipeline(tiny_unet(), tiny_scheduler()).save_pretrained(run / "pipeline")
+    (run / "config.json").write_text(json.dumps({"config": {"use_ema": True}}))
+    return run / "pipeline"
+
+
+def small(model: Path, tmp_path: Path, **options: Any) -> EvalConfig:
+    usual: dict[str, Any] = {
+        "extractor": "pixels",
+        "num_samples": 12,
+        "num_inference_steps": "5",
+        "batch_size": 5,
+        "max_bpd_images": 6,
+        "max_reference_images": 40,
+        "reference_cache": str(tmp_path / "references"),
+        "output_dir": str(tmp_path / "out"),
+        "kid_subset_size": 6,
+        "kid_subsets": 3,
+    }
+    return EvalConfig(model=str(model), **{**usual, **options})
+
+
+def by_metric(figures: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {figure["metric"]: figure for figure in figures}
+
+
+# The whole ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_figure_equals_what_its_functions_give(model: Path, tmp_path: Path) -> None:
+    figures = evaluate(small(model, tmp_path, metrics="bpd,rate_distortion,fid,kid,prdc", variance_type="fixed_large"))
+    found = by_metric(figures)
+    pipeline: Any = DDPMExtPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    scheduler = tiny_scheduler(variance_type="fixed_large")
+
+    test = load_images("digits", split="test").batch(range(6)).pixels
+    seeds = [torch.Generator().manual_seed(i) for i in range(6)]
+    bits = bits_per_dim(pipeline.unet, scheduler, test, generator=seeds)
+    assert found["bpd"]["value"] == pytest.approx(bits.total.mean().item(), rel=1e-5)
+    assert found["bpd"]["parts"]["decoder"] == pytest.approx(bits.decoder.mean().item(), rel=1e-5)
+    assert found["bpd"]["parts"]["prior"] == pytest.approx(bits.prior.mean().item(), rel=1e-5)
+    assert found["bpd"]["parts"]["rate"] == pytest.approx(bits.steps.sum(1).mean().item(), rel=1e-5)
+    seeds = [torch.Generator().manual_seed(i) for i in range(6)]
+    rows = rate_distortion(pipeline.unet, scheduler, test, generator=seeds)
+    last = found["rate_distortion"]["rows"][-1]
+    assert (last["label"], last["timesteps"]) == (20, 0)
+    assert last["rate_bits_per_dim"] == pytest.approx(rows.rate_bits_per_dim[-1].item(), rel=1e-5)
+    assert last["distortion_rmse"] == pytest.approx(rows.distortion_rmse[-1].item(), rel=1e-5)
+
+    pipeline.scheduler = scheduler
+    seeds = [torch.Generator().manual_seed(i) for i in range(12)]
+    images = pipeline(12, generator=seeds, num_inference_steps=5, output_type="np").images
+    fake = (images * 255).round().reshape(12, -1) / 255
+    real = load_images("digits", split="train").batch(range(40)).pixels.reshape(40, -1).double().numpy() / 255
+    statistics = [metrics.feature_statistics(x) for x in (real, fake)]
+    assert found["fid"]["value"] == pytest.approx(metrics.frechet_distance(*statistics), rel=1e-4)  # float32 features
+    kid = metrics.kernel_distance(real, fake, num_subsets=3, subset_size=6)
+    assert found["kid"]["value"] == pytest.approx(kid.mean, rel=1e-4)
+    assert found["kid"]["std"] == pytest.approx(kid.std, rel=1e-3)
+    assert found["prdc"]["parts"] == pytest.approx(metrics.precision_recall(real, fake)._asdict(), abs=1e-9)
+
+
+def test_a_figure_says_what_made_it(model: Path, tmp_path: Path) -> None:
+    config = small(model, tmp_path, metrics="bpd,fid", num_timesteps_sampled=5)
+    found = by_metric(evaluate(config))
+    unet = UNet2DModel.from_pretrained(model, subfolder="unet")
+    for figure in found.values():
+        assert figure["weights"] == weights_hash(unet)
+        assert figure["averaged"] is True
+        assert figure["seed"] == 0
+        certificate = figure["certificate"]
+        assert {
+            "command",
+            "versions",
+            "commit",
+            "hardware",
+            "wall_time_s",
+            "num_processes",
+            "date",
+        } <= certificate.keys()
+        assert certificate["options"]["num_samples"] == 12
+    assert found["bpd"]["standard_error"] > 0
+    assert found["bpd"]["dataset"]["num_images"] == 6
+    assert found["bpd"]["num_timesteps_sampled"] == 5
+    fid = found["fid"]
+    assert (fid["sampler"], fid["variance_type"], fid["num_inference_steps"]) == ("ddpm", "fixed_small", 5)
+    assert (fid["num_samples"], fid["hand_off"], fid["extractor"]["name"]) == (12, "uint8", "pixels")
+    assert fid["reference"]["fingerprint"] == load_images("digits", split="train", channels=1, resolution=8).fingerprint
+    assert "biased upwards" in fid["note"]  # 12 images, 64 features
+    assert json.loads((config.folder / "eval.json").read_text())["figures"] == list(found.values())
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Diffusers' DPM-Solver++
+def test_measuring_again_replaces_and_other_conditions_add(model: Path, tmp_path: Path) -> None:
+    first = evaluate(small(model, tmp_path, metrics="fid"))
+    again = evaluate(small(model, tmp_path, metrics="fid"))
+    other = evaluate(small(model, tmp_path, metrics="fid", sampler="ddim,dpm++", num_inference_steps="5,3"))
+    assert first[0]["value"] == again[0]["value"]
+    assert len(other) == 4
+    assert len({figure["value"] for figure in [*again, *other]}) == 5
+    path = tmp_path / "out" / "eval.json"
+    assert len(json.loads(path.read_text())["figures"]) == 5
+    table = (tmp_path / "out" / "eval.md").read_text()
+    assert "| sampler | 5 steps | 3 steps |" in table
+    assert f"| ddpm, fixed_small | {again[0]['value']:.4g} |  |" in table
+    assert len(merge(path, [{**again[0], "value": 7.0}])) == 5
+
+
+def test_the_hand_off_and_the_spacing_are_conditions(model: Path, tmp_path: Path) -> None:
+    rounded = evaluate(small(model, tmp_path, metrics="fid"))[0]
+    floats = evaluate(small(model, tmp_path, metrics="fid", hand_off="float"))[0]
+    trailing = evaluate(small(model, tmp_path, metrics="fid", timestep_spacing="trailing"))[0]
+    assert floats["hand_off"] == "float"
+    assert 0 < abs(floats["value"] - rounded["value"]) < 0.1 * rounded["value"]
+    assert trailing["timestep_spacing"] == "trailing"
+    assert trailing["value"] != rounded["value"]
+
+
+def test_samplers_keep_the_schedule_of_the_model() -> None:
+    scheduler = tiny_scheduler(prediction_type="v_prediction", clip_sample=False)
+    ours, ddim, dpm = (make_scheduler(scheduler, sampler) for sampler in ("ddpm", "ddim", "dpm++"))
+    assert isinstance(ours, DDPMExtScheduler)
+    assert isinstance(ddim, DDIMScheduler)
+    assert isinstance(dpm, DPMSolverMultistepScheduler)
+    assert dpm.config.algorithm_type == "dpmsolver++"
+    for made in (ours, ddim, dpm):
+        assert made.config.prediction_type == "v_prediction"
+        torch.testing.assert_close(made.alphas_cumprod, scheduler.alphas_cumprod)
+    assert make_scheduler(scheduler, "ddpm", "fixed_large").config.variance_type == "fixed_large"
+    with pytest.raises(ValueError, match='variance_type is an option of the sampler "ddpm"'):
+        make_scheduler(scheduler, "ddim", "fixed_large")
+    with pytest.raises(ValueError, match="posterior_mean"):
+        make_scheduler(tiny_scheduler(prediction_type="posterior_mean"), "ddim")
+
+
+# Options --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metrics": "fid,bdp"}, "metrics must be one of 'bpd'.*got 'bdp'"),
+        ({"metrics": ""}, "metrics must name at least one"),
+        ({"sampler": "dpm"}, "sampler must be one of"),
+        ({"variance_type": "fixed"}, "variance_type must be one of"),
+        ({"timestep_spacing": "even"}, "timestep_spacing must be one of"),
+        ({"cdf": "erf"}, "cdf must be one of"),
+        ({"num_inference_steps": "10,x"}, "num_inference_steps must be whole numbers like 10,50,1000, got '10,x'"),
+        ({"num_inference_steps": "0"}, "num_inference_steps"),
+        ({"num_samples": 0}, "num_samples must be at least 1"),
+        ({"num_samples": 1}, "fid needs at least 2 generated images"),
+        ({"metrics": "kid", "num_samples": 999}, "kid needs at least 1000 generated images, got num_samples = 999"),
+        ({"metrics": "cmmd", "extractor": "pixels"}, 'cmmd is defined on the embeddings of the extractor "clip"'),
+        ({"metrics": "is", "extractor": "pixels"}, "is needs a classifier"),
+        ({"metrics": "rate_distortion", "num_timesteps_sampled": 5}, "rate_distortion needs every step"),
+    ],
+)
+def test_wrong_options_are_sentences_before_anything_is_computed(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EvalConfig(**options)
+
+
+def test_the_command_line() -> None:
+    words = ["--metrics", "bpd", "--num-samples=5", "--variance_type", "none", "--plots", "true", "--seed", "3"]
+    config = parse_eval_config(words)
+    assert (config.metrics, config.num_samples, config.variance_type, config.plots) == ("bpd", 5, None, True)
+    assert config.seed == 3
+    with pytest.raises(ValueError, match=r"no option --metric. Did you mean --metrics\?"):
+        parse_eval_config(["--metric", "bpd"])
+    with pytest.raises(ValueError, match="num_samples"):
+        parse_eval_config(["--num_samples", "many"])
+
+
+def test_too_small_a_reference_and_a_reference_without_logits_are_sentences(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='kid needs at least 6 reference images, the split "train" gives 5'):
+        evaluate(small(model, tmp_path, metrics="kid", max_reference_images=5))
+    conditional: Any = SimpleNamespace(config={"num_class_embeds": 10})
+    none: Any = None
+    with pytest.raises(ValueError, match="class-conditional"):
+        set_bound(
+            conditional, none, none, num_images=1, seed=0, batch_size=1, folder=tmp_path, key={}, accelerator=none
+        )
+
+
+# Pieces ---------------------------------------------------------------------------------------------------------------
+
+
+class Process:
+    """One of several processes, as far as pieces need to know, in a thread of its own."""
+
+    def __init__(self, index: int, barrier: threading.Barrier) -> None:
+        self.process_index, self.num_processes = index, barrier.parties
+        self.is_main_process = index == 0
+        self.barrier = barrier
+
+    def wait_for_everyone(self) -> None:
+        self.barrier.wait(timeout=20)
+
+
+def squares(piece: range) -> dict[str, torch.Tensor]:
+    return {"square": torch.tensor([i * i for i in piece])}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_pieces_over_processes_are_done_once_and_in_order(world: int, tmp_path: Path) -> None:
+    barrier, done, results = threading.Barrier(world), [], {}
+
+    def work(piece: range) -> dict[str, torch.Tensor]:
+        done.append(piece)
+        return squares(piece)
+
+    def run(index: int) -> None:
+        results[index] = run_shards(tmp_path, "x", {"a": 1}, 23, 4, work, Process(index, barrier))  # type: ignore[arg-type]
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == world
+    for found in results.values():
+        assert found["square"].tolist() == [i * i for i in range(23)]
+    assert sorted(len(piece) for piece in done) == [3, 4, 4, 4, 4, 4]
+
+
+def test_a_kill_costs_the_piece_at_hand_alone(tmp_path: Path) -> None:
+    alone, done = Process(0, threading.Barrier(1)), []
+
+    def killed(piece: range) -> dict[str, torch.Tensor]:
+        if piece.start == 8:
+            raise KeyboardInterrupt
+        return squares(piece)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_shards(tmp_path, "x", {"a": 1}, 23, 4, killed, alone)  # type: ignore[arg-type]
+
+    def work(piece: range) -> dict[str, torch.Tensor]:
+        done.append(piece.start)
+        return squares(piece)
+
+    found = run_shards(tmp_path, "x", {"a": 1}, 23, 4, work, alone)  # type: ignore[arg-type]
+    assert found["square"].tolist() == [i * i for i in range(23)]
+    assert done == [8, 12, 16, 20]
+    run_shards(tmp_path, "x", {"a": 2}, 23, 4, work, alone)  # type: ignore[arg-type]
+    assert len(done) == 10  # another key shares nothing
+
+
+def test_a_piece_of_something_else_is_refused(tmp_path: Path) -> None:
+    save_whole({"x": torch.zeros(2)}, tmp_path / "x.safetensors", {"seed": 0, "weights": "ab"})
+    assert load_checked(tmp_path / "x.safetensors", {"weights": "ab", "seed": 0})["x"].tolist() == [0, 0]
+    with pytest.raises(ValueError, match="made for something else: seed is 0, needed 1"):
+        load_checked(tmp_path / "x.safetensors", {"seed": 1, "weights": "ab"})
+
+
+# References -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_reference_is_made_once_and_is_the_features_of_the_set(tmp_path: Path) -> None:
+    images, accelerator = load_images("digits", split="test"), Accelerator(cpu=True)
+    extractor, calls = make_extractor("pixels"), []
+    plain = extractor.forward
+    object.__setattr__(extractor, "forward", lambda x: calls.append(len(x)) or plain(x))
+    made = make_reference(images, extractor, "uint8", accelerator, cache_dir=tmp_path, batch_size=100)
+    again = make_reference(images, extractor, "uint8", accelerator, cache_dir=tmp_path, batch_size=100)
+    assert calls == [100, 100, 97]
+    expected = images.batch(range(297)).pixels.reshape(297, -1) / 255
+    torch.testing.assert_close(again.features, expected)
+    assert torch.equal(made.features, again.features)
+    statistics = metrics.feature_statistics(expected)
+    torch.testing.assert_close(again.statistics.covariance, statistics.covariance)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]  # the pieces are gone
+    make_reference(images, extractor, "float", accelerator, cache_dir=tmp_path)
+    make_reference(images, extractor, "uint8", accelerator, cache_dir=tmp_path, num_images=50)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_reference_made_with_another_extractor_is_refused(tmp_path: Path) -> None:
+    images, accelerator = load_images("digits", split="test"), Accelerator(cpu=True)
+    made = make_reference(images, make_extractor("pixels"), "uint8", accelerator, cache_dir=tmp_path)
+    path = next(tmp_path.iterdir())
+    assert load_reference(path, made.key).key == made.key
+    with pytest.raises(ValueError, match=r"extractor is .*'pixels'.*needed .*'inception'"):
+        load_reference(path, {**made.key, "extractor": {"name": "inception"}})
+    with pytest.raises(ValueError, match="resolution is"):
+        load_reference(path, {**made.key, "resolution": [1, 16, 16]})
+
+
+# During training ------------------------------------------------------------------------------------------------------
+
+
+def test_a_small_evaluation_repeats_itself_and_follows_the_weights(tmp_path: Path) -> None:
+    train, test = (load_images("digits", split=split) for split in ("train", "test"))
+    measure = SmallEvaluation(
+        train,
+        test,
+        make_extractor("pixels"),
+        Accelerator(cpu=True),
+        num_samples=10,
+        num_inference_steps=4,
+        num_held_out=5,
+        num_timesteps_sampled=None,
+        batch_size=4,
+        cache_dir=tmp_path,
+    )
+    unet, scheduler = tiny_unet(), tiny_scheduler()
+    first, again = measure(unet, scheduler), measure(unet, scheduler)
+    assert first == again
+    seeds = [torch.Generator().manual_seed(i) for i in range(5)]
+    bits = bits_per_dim(unet, scheduler, test.batch(range(5)).pixels, generator=seeds)
+    assert first["bits_per_dim"] == pytest.approx(bits.total.mean().item(), rel=1e-6)
+    with torch.no_grad():
+        unet.conv_out.weight.zero_()
+        unet.conv_out.bias.zero_()
+    other = measure(unet, scheduler)
+    assert other["fid"] != first["fid"] and other["bits_per_dim"] != first["bits_per_dim"]
+
+
+def test_tables_hold_every_kind_of_figure() -> None:
+    data = {"name": "digits", "split": "test", "num_images": 297}
+    parts = {"prior": 0.00003, "rate": 1.5, "decoder": 1.25}
+    bits = {"metric": "bpd", "value": 2.75003, "parts": parts, "dataset": data}
+    bits |= {"variance_type": "fixed_small", "num_inference_steps": 1000, "standard_error": 0.012}
+    rows = [{"label": n, "rate_bits_per_dim": n / 100, "distortion_rmse": 1.0 / n} for n in (500, 1000)]
+    text = markdown([bits, {**bits, "metric": "rate_distortion", "rows": rows}])
+    assert "| 297 images of digits test | fixed_small | 1000 | 0.0000 | 1.5000 | 1.2500 | 2.7500 ± 0.0120 |" in text
+    assert text.index("| 1000 | 10.00000 | 0.00100 |") < text.index("| 500 | 5.00000 | 0.00200 |")

@@ -1,0 +1,173 @@
+"""Plots exist, show what they were given, and say what is missing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("matplotlib", reason="matplotlib (extra plots) is not installed")
+
+from ddpm_ext import figures, plots
+from ddpm_ext.data import load_images
+from ddpm_ext.images import to_x_0
+from ddpm_ext.pipeline import DDPMExtPipeline
+from tests.test_evaluate import small, tiny_scheduler, tiny_unet
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that were saved."""
+    found: list[Any] = []
+    plain = plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, path: found.append(figure) or plain(figure, path))
+    return found
+
+
+def pixels(n: int, value: int = 0) -> torch.Tensor:
+    return torch.full((n, 1, 8, 8), value, dtype=torch.uint8)
+
+
+def is_picture(path: Path) -> bool:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("L")).std() > 0
+
+
+def test_rate_and_distortion_curves_hold_the_rows(drawn: list[Any], tmp_path: Path) -> None:
+    rate, distortion = torch.tensor([0.1, 0.4, 1.5]), torch.tensor([60.0, 20.0, 1.0])
+    assert is_picture(plots.plot_rate_distortion([1, 500, 1000], rate, distortion, tmp_path / "a" / "x.png"))
+    lines = [axes.lines[0].get_xydata().tolist() for axes in drawn[0].axes]
+    assert lines[0] == [[1, 60], [500, 20], [1000, 1]]
+    np.testing.assert_allclose(lines[1], [[1, 0.1], [500, 0.4], [1000, 1.5]], rtol=1e-6)
+    np.testing.assert_allclose(lines[2], [[0.1, 60], [0.4, 20], [1.5, 1]], rtol=1e-6)
+
+
+def test_bits_per_step_and_scores_against_steps(drawn: list[Any], tmp_path: Path) -> None:
+    assert is_picture(plots.plot_bits_per_step([9, 5, 0], torch.tensor([0.1, 0.2, 1.9]), tmp_path / "x.png"))
+    steps, decoder = drawn[0].axes[0].lines
+    np.testing.assert_allclose(steps.get_xydata(), [[9, 0.1], [5, 0.2]], rtol=1e-6)
+    np.testing.assert_allclose(decoder.get_xydata(), [[0, 1.9]], rtol=1e-6)
+    curves = {"ddpm": [(1000, 3.0), (10, 40.0)], "ddim": [(10, 13.0)]}
+    assert is_picture(plots.plot_against_steps(curves, "fid", tmp_path / "y.png"))
+    assert drawn[1].axes[0].lines[0].get_xydata().tolist() == [[10, 40], [1000, 3]]
+
+
+def test_a_grid_shows_each_image_in_its_place(drawn: list[Any], tmp_path: Path) -> None:
+    rows = [torch.cat([pixels(1, 10), pixels(1, 20)]), pixels(1, 30)]
+    path = plots.plot_images(rows, tmp_path / "x.png", row_labels=["a", "b"], column_labels=["t = 1", "t = 0"])
+    assert is_picture(path)
+    shown = [axes.images[0].get_array().max() if axes.images else None for axes in drawn[0].axes]
+    assert shown == [10, 20, 30, None]
+    assert [axes.get_title() for axes in drawn[0].axes[:2]] == ["t = 1", "t = 0"]
+    with pytest.raises(ValueError, match="must have one size"):
+        plots.plot_images([pixels(1), torch.zeros((1, 3, 8, 8), dtype=torch.uint8)], tmp_path / "y.png")
+
+
+def test_colour_and_odd_numbers_of_channels_are_drawn(drawn: list[Any], tmp_path: Path) -> None:
+    for channels, expected in ((3, (8, 8, 3)), (2, (8, 8))):
+        plots.plot_images([torch.zeros((1, channels, 8, 8), dtype=torch.uint8)], tmp_path / "x.png")
+        assert drawn[-1].axes[0].images[0].get_array().shape == expected
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r"pip install ddpm-ext\[plots\]"):
+        plots.figure_class()
+
+
+# The paper's figures --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows_of_grids(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the grids were made of, undrawn."""
+    found: list[dict[str, Any]] = []
+
+    def keep(rows: list[torch.Tensor], path: Path, **labels: Any) -> Path:
+        found.append({"rows": rows, **labels})
+        return path
+
+    monkeypatch.setattr(figures, "plot_images", keep)
+    return found
+
+
+@pytest.fixture
+def pipeline() -> DDPMExtPipeline:
+    made = DDPMExtPipeline(tiny_unet(), tiny_scheduler())
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_progressive_generation_ends_in_the_images(
+    pipeline: DDPMExtPipeline, rows_of_grids: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    figures.draw_progressive(pipeline, tmp_path / "x.png", num_images=3, columns=4, seed=5)
+    grid = rows_of_grids[0]
+    assert grid["column_labels"] == ["t = 19", "t = 13", "t = 6", "t = 0"]
+    seeds = [torch.Generator().manual_seed(5 + i) for i in range(3)]
+    images: Any = pipeline(3, generator=seeds, num_inference_steps=20, output_type="latent")
+    expected = figures.as_pixels(images.images)
+    assert torch.equal(torch.stack([row[-1] for row in grid["rows"]]), expected)
+
+
+def test_shared_latents_share_less_the_earlier_they_part(
+    pipeline: DDPMExtPipeline, rows_of_grids: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    figures.draw_shared_latents(pipeline, tmp_path / "x.png", times=[19, 2], num_samples=4)
+    grid = rows_of_grids[0]
+    assert grid["row_labels"] == ["share x_t, t = 19", "share x_t, t = 2"]
+    early, late = (row.float().std(0).mean() for row in grid["rows"])
+    assert [len(row) for row in grid["rows"]] == [4, 4]
+    assert late < early
+
+
+def test_interpolation_goes_from_one_image_to_the_other(
+    pipeline: DDPMExtPipeline, rows_of_grids: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    pair = torch.cat([torch.full((1, 1, 8, 8), -1.0), torch.full((1, 1, 8, 8), 1.0)])
+    figures.draw_interpolation(pipeline, pair, tmp_path / "x.png", times=[0, 3])
+    grid = rows_of_grids[0]
+    assert grid["row_labels"] == ["mixed at t = 0", "mixed at t = 3"]
+    assert [len(row) for row in grid["rows"]] == [9, 9]
+    brightness = grid["rows"][0].float().mean((1, 2, 3))
+    assert brightness[0] < 20 and brightness[-1] > 235
+    assert bool((brightness.diff() > 0).all())
+
+
+def test_copies_would_show_beside_their_originals(rows_of_grids: list[dict[str, Any]], tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    training = load_images("digits", split="train")
+    copies = training.batch([700, 31]).pixels
+    features = training.batch(range(800)).pixels.flatten(1).float()
+    samples = SimpleNamespace(images=copies, features=SimpleNamespace(features=features[[3, 4]]))
+    figures.draw_nearest(samples, SimpleNamespace(features=features), training, "a/name", tmp_path / "x.png")  # type: ignore[arg-type]
+    grid = rows_of_grids[0]
+    assert grid["row_labels"] == ["generated", "nearest in pixels", "nearest in name"]
+    assert torch.equal(grid["rows"][1], copies)
+    assert torch.equal(grid["rows"][2], training.batch([3, 4]).pixels)
+    assert figures.nearest_in_pixels(copies, training, 800, chunk=100).tolist() == [700, 31]
+    assert torch.equal(to_x_0(copies).sign().abs().max(), torch.tensor(1.0))
+
+
+def test_the_command_draws_what_it_measured(tmp_path: Path) -> None:
+    from ddpm_ext.evaluate import evaluate
+
+    DDPMExtPipeline(tiny_unet(), tiny_scheduler()).save_pretrained(tmp_path / "pipeline")
+    options = {"metrics": "bpd,fid", "plots": True, "num_inference_steps": "3,5"}
+    evaluate(small(tmp_path / "pipeline", tmp_path, **options))
+    names = {path.name for path in (tmp_path / "out" / "plots").iterdir()}
+    assert names == {
+        "rate_distortion_fixed_small.png",
+        "bits_per_step_fixed_small.png",
+        "fid_12_pixels_against_steps.png",
+        "progressive.png",
+        "shared_latents.png",
+        "interpolation.png",
+        "nearest.png",
+    }
