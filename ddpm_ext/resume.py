@@ -5,6 +5,7 @@ Nothing random is stored: draws, order and dropout seeds are functions of (seed,
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,11 @@ from .launch import fill, whole
 from .progress import Meter
 from .run_dir import RunDir, RunError, package_versions
 
+NETWORK_OPTIONS = ("model_config_name_or_path", "unet", "dropout", "class_conditional", "resolution")
+DATA_OPTIONS = (
+    *("dataset_name", "dataset_config_name", "train_data_dir", "train_split", "image_column", "label_column"),
+    *("resolution", "center_crop"),
+)
 BATCH_OPTIONS = ("train_batch_size", "gradient_accumulation_steps", "global_batch_size")
 
 
@@ -114,22 +120,34 @@ def global_batch_to_keep(config: TrainConfig, found: Found | None) -> int | None
     return found.state["global_batch"] if same else None
 
 
-def differences(
-    config: TrainConfig, state: dict[str, Any], global_batch: int, updates: int, data: str
-) -> dict[str, Any]:
-    """What alters the weights and is not as it was: name -> (old, new)."""
-    found = config_changes(state["config"], recorded(config))
-    old_options = state["config"]
-    if global_batch != state["global_batch"]:
+def differences(state: RunState, old: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What alters the weights and is not as it was: name -> (old, new).
+
+    Options that only lead to a network or to pictures, as a path does, may change where these came out the same.
+    """
+    config, old_options = state.config, old["config"]
+    found = config_changes(old_options, recorded(config))
+    parts = (
+        ("network", NETWORK_OPTIONS, old["network"], plain(state.network.config)),
+        ("data", DATA_OPTIONS, old["data"]["fingerprint"], state.data.fingerprint),
+    )
+    for part, leading, was, now in parts:
+        named = {name: found.pop(name) for name in leading if name in found}
+        if was != now:
+            found |= named or {part: (was, now)}
+    if state.plan.global_batch != old["global_batch"]:
         for name in BATCH_OPTIONS:
             if getattr(config, name) != old_options[name]:
                 found[name] = (old_options[name], getattr(config, name))
-    if updates != state["updates"] and config.lr_scheduler not in ("constant", "constant_with_warmup"):
+    if state.updates != old["updates"] and config.lr_scheduler not in ("constant", "constant_with_warmup"):
         name = "max_train_steps" if config.max_train_steps is not None else "num_epochs"
-        found[name] = (old_options[name] or state["updates"], getattr(config, name))
-    if data != state["data"]["fingerprint"]:
-        found["data"] = (state["data"]["fingerprint"], data)
+        found[name] = (old_options[name] or old["updates"], getattr(config, name))
     return found
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A network's configuration as JSON gives it back, without Diffusers' own remarks."""
+    return json.loads(json.dumps({name: value for name, value in config.items() if not name.startswith("_")}))
 
 
 def refuse_changes(config: TrainConfig, changes: dict[str, Any]) -> None:
@@ -210,6 +228,7 @@ def state_of(trainer: RunState) -> dict[str, Any]:
         "averages": [average.optimization_step for average in trainer.averages],
         "scaler": None if scaler is None else scaler.state_dict(),
         "numerics": trainer.numerics,
+        "network": plain(trainer.network.config),
         "versions": package_versions(),
         "config": recorded(trainer.config),
     }
@@ -225,7 +244,7 @@ def restore(trainer: RunState, found: Found) -> None:
         RunError: options that alter the weights have changed.
     """
     folder, state = found
-    changes = differences(trainer.config, state, trainer.plan.global_batch, trainer.updates, trainer.data.fingerprint)
+    changes = differences(trainer, state)
     refuse_changes(trainer.config, changes)
     warn_of_numerics(state["numerics"], trainer.numerics)
 

@@ -293,7 +293,7 @@ class Trainer(RunState):
         """Weights of one average, or the network's own without any, in full. Every process must call this."""
         source = self.averages[which].shadow_params if self.averages else self.parameters
         names = [name for name, _ in self.network.named_parameters()]
-        return {name: whole(tensor).cpu() for name, tensor in zip(names, source, strict=True)}
+        return {name: whole(tensor).cpu().contiguous() for name, tensor in zip(names, source, strict=True)}
 
     def write_snapshots(self) -> None:
         """Power-function averages as they stand, from which ema.py reconstructs other widths."""
