@@ -238,8 +238,8 @@ def explain_status(error: BaseException, found: Any, errand: Errand) -> str:
     if status == 400 and str(found.url).endswith("/validate-yaml"):
         errors = next((str(cause) for cause in causes(error) if isinstance(cause, ValueError)), said)
         return (
-            f"The Hub does not accept the card of {errand.repo_id}: {errors.strip()} {kept(errand)}Mend the front matter "
-            f"of README.md (https://huggingface.co/docs/hub/model-cards), then: {errand.again}"
+            f"The Hub does not accept the card of {errand.repo_id}: {errors.strip()} {kept(errand)}Mend the front "
+            f"matter of README.md (https://huggingface.co/docs/hub/model-cards), then: {errand.again}"
         )
     if status == 400:
         return illegal_name(errand, said)

@@ -1,4 +1,4 @@
-"""Push through faults: nothing lost, no half-made commit, every failure a sentence. The real client against loopback."""
+"""Push through faults: nothing lost, no half-made commit, every failure a sentence. The real client on loopback."""
 
 from __future__ import annotations
 

@@ -59,6 +59,7 @@ WORK = [
     "assemble",
     "progress",
     "resume",
+    "dry_run",
     "export",
     "train",
     "benchmark",
