@@ -26,7 +26,7 @@ from .reverse import DecoderVariance
 from .scheduler import DDPMExtScheduler
 from .schedules import Tables, check_word
 
-PAIR_ELEMENTS = 2**19  # numbers in one network call where batch_size is None
+PAIR_ELEMENTS, MOST_PAIRS = 2**19, 1024  # numbers and pairs in one network call where batch_size is None
 PILOT_IMAGES = 8  # whose L_t shape the distribution of sampled t
 PILOT_FLOOR = (
     0.001  # share of that distribution that is uniform: no jump may be impossible because the pilot pays nothing
@@ -277,7 +277,7 @@ def make_bound(
         cdf=cdf,
         dtype=own_dtype if parameter is None else parameter.dtype,
         device=device,
-        batch_size=batch_size or max(1, PAIR_ELEMENTS // images[0].numel()),
+        batch_size=batch_size or max(1, min(MOST_PAIRS, PAIR_ELEMENTS // images[0].numel())),
     )
 
 

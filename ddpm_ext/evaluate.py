@@ -25,7 +25,16 @@ from .features import Extractor, make_extractor, weights_hash
 from .figures import draw_bound, draw_nearest, draw_paper, draw_quality
 from .images import to_x_0
 from .launch import check_world
-from .measure import Samples, SetBound, make_scheduler, sample_features, set_bound, standard_error_of_mean
+from .measure import (
+    Samples,
+    SetBound,
+    is_fixed,
+    make_scheduler,
+    sample_features,
+    set_bound,
+    standard_error_of_mean,
+    under_fixed_variance,
+)
 from .metrics import (
     feature_statistics,
     frechet_distance,
@@ -96,6 +105,7 @@ class Session:
         self.weights = weights_hash(self.pipeline.unet)
         self.started, self.environment = time.perf_counter(), environment()
         self.bounds: dict[str | None, SetBound] = {}
+        self.first: Any = None  # the scheduler of the first bound
         self.samples: Samples | None = None
         self.reference: Reference | None = None
 
@@ -109,21 +119,7 @@ class Session:
         for variance in config.variances:
             scheduler = make_scheduler(self.scheduler, "ddpm", variance)
             self.started = time.perf_counter()
-            found = set_bound(
-                self.pipeline.unet,
-                scheduler,
-                images,
-                num_images=count,
-                seed=config.seed,
-                batch_size=None,
-                num_inference_steps=config.bpd_num_inference_steps,
-                num_timesteps_sampled=config.num_timesteps_sampled,
-                decoder_variance=config.decoder_variance,
-                cdf=config.cdf,
-                folder=self.folder / "eval_pieces",
-                key={"weights": self.weights, "scheduler": dict_of(scheduler)},
-                accelerator=self.accelerator,
-            )
+            found = self.bound(scheduler, images, count)
             self.bounds[scheduler.config.variance_type] = found
             conditions = {
                 "dataset": self.dataset(images, config.bpd_split, count),
@@ -139,6 +135,29 @@ class Session:
             if "rate_distortion" in config.of_bound:
                 figures.append(self.figure("rate_distortion", **rows_of(found, len(scheduler)), **conditions))
         return figures
+
+    def bound(self, scheduler: Any, images: ImageSet, count: int) -> SetBound:
+        """The bound under a scheduler's variance; a second fixed variance follows from the first one's sweep."""
+        config = self.config
+        swept = [found for found in self.bounds.values() if found.sweep is not None]
+        if swept and is_fixed(scheduler) and is_fixed(self.first):
+            return under_fixed_variance(swept[0], scheduler)
+        self.first = scheduler
+        return set_bound(
+            self.pipeline.unet,
+            scheduler,
+            images,
+            num_images=count,
+            seed=config.seed,
+            batch_size=None,
+            num_inference_steps=config.bpd_num_inference_steps,
+            num_timesteps_sampled=config.num_timesteps_sampled,
+            decoder_variance=config.decoder_variance,
+            cdf=config.cdf,
+            folder=self.folder / "eval_pieces",
+            key={"weights": self.weights, "scheduler": dict_of(scheduler)},
+            accelerator=self.accelerator,
+        )
 
     # -- generated images ---------------------------------------------------------------------------------------------
 

@@ -79,6 +79,11 @@ def extract(extractor: Extractor, batches: Iterable[Tensor], kind: HandOff = "ui
     parts = [extractor(hand_off(batch, kind)) for batch in batches]
     if not parts:
         raise ValueError("There are no images to take features from.")
+    sizes = sorted({part.features.shape[1] for part in parts})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"All images must have one size: the features of some have {sizes[0]}, of others {sizes[-1]} numbers."
+        )
     logits = [part.logits for part in parts if part.logits is not None]
     return Features(torch.cat([part.features for part in parts]), torch.cat(logits) if logits else None)
 

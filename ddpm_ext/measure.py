@@ -19,10 +19,11 @@ from torch import Tensor
 from .bound import BitsPerDim, Sweep, full_sweep, grid_images, make_bound, sampled_bound
 from .data import ImageSet
 from .features import Extractor, Features, HandOff, extract, hand_off
-from .likelihood import Cdf
+from .likelihood import Cdf, gaussian_kl
 from .pipeline import DDPMExtPipeline
+from .process import jump
 from .reference import as_features, as_tensors
-from .reverse import DecoderVariance
+from .reverse import DecoderVariance, reverse_log_var, variance_bounds
 from .scheduler import DDPMExtScheduler
 from .schedules import check_word
 from .shards import run_shards
@@ -198,6 +199,36 @@ def set_bound(
         return SetBound(BitsPerDim(found["prior"], None, found["decoder"], found["total"], error), None)
     bits = BitsPerDim(found["prior"], found["steps"], found["decoder"], found["total"], None)
     return SetBound(bits, Sweep(times, bits, found["squared_error"]))
+
+
+def is_fixed(scheduler: Any) -> bool:
+    """Whether a scheduler's reverse variance is one number per step, the same for every image."""
+    return str(scheduler.config.variance_type).startswith("fixed_")
+
+
+def under_fixed_variance(found: SetBound, scheduler: DDPMExtScheduler) -> SetBound:
+    r"""The same network and the same noise judged with another fixed variance, without running the network again.
+
+        mean_dims L_{t-1} = ½ [β̃/σ² - 1 - log(β̃/σ²) + (c1²/σ²) mean_dims (x_0 - x̂_0)²]
+
+    A fixed σ² is one number per step, so the squared errors of the sweep are all that it needs. L_T and L_0 do not
+    depend on which of the fixed variances it is.
+
+    Args:
+        found: A full sweep under any fixed variance.
+        scheduler: The other variance, and the same noise schedule.
+    """
+    assert found.sweep is not None and found.sweep.bits_per_dim.steps is not None
+    bits, times = found.sweep.bits_per_dim, torch.tensor(found.sweep.timesteps)
+    step = jump(scheduler.tables, times[:-1], times[1:])
+    small, large = variance_bounds(step, step.var.log())
+    log_var = reverse_log_var(
+        scheduler.config["variance_type"], small, large, torch.zeros_like(times[:-1], dtype=torch.bool)
+    )
+    rmse = found.sweep.squared_error[:, :-1].sqrt()
+    steps = gaussian_kl(step.c1 * rmse, small, torch.zeros_like(rmse), log_var) / math.log(2)
+    bits = bits._replace(steps=steps, total=bits.prior + steps.sum(1) + bits.decoder)
+    return SetBound(bits, found.sweep._replace(bits_per_dim=bits))
 
 
 def standard_error_of_mean(x: Tensor) -> float:

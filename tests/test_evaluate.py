@@ -112,6 +112,24 @@ def test_every_figure_equals_what_its_functions_give(model: Path, tmp_path: Path
     assert found["prdc"]["parts"] == pytest.approx(metrics.precision_recall(real, fake)._asdict(), abs=1e-9)
 
 
+def test_a_second_fixed_variance_needs_no_second_sweep(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = evaluate(small(model, tmp_path / "alone", metrics="bpd", variance_type="fixed_large"))[0]
+    calls, plain = [], UNet2DModel.forward
+    monkeypatch.setattr(
+        UNet2DModel, "forward", lambda self, *args, **more: calls.append(1) or plain(self, *args, **more)
+    )
+    both = evaluate(small(model, tmp_path, metrics="bpd", variance_type="fixed_small,fixed_large"))
+    once = len(calls)
+    evaluate(small(model, tmp_path / "first", metrics="bpd", variance_type="fixed_small"))
+    assert len(calls) == 2 * once
+    assert [figure["variance_type"] for figure in both] == ["fixed_small", "fixed_large"]
+    assert both[1]["value"] == pytest.approx(alone["value"], rel=1e-9)
+    assert both[1]["parts"] == pytest.approx(alone["parts"], rel=1e-9)
+    assert both[0]["value"] != pytest.approx(both[1]["value"], rel=1e-3)
+
+
 def test_a_figure_says_what_made_it(model: Path, tmp_path: Path) -> None:
     config = small(model, tmp_path, metrics="bpd,fid", num_timesteps_sampled=5)
     found = by_metric(evaluate(config))

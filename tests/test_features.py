@@ -209,6 +209,7 @@ def test_the_weights_hash_sees_every_value_and_name() -> None:
         (lambda: make_extractor("pixels", size=8), "size is the input side of a transformers model"),
         (lambda: make_extractor("pixels", weights="x.pth"), 'weights are those of "inception"'),
         (lambda: extract(make_extractor("pixels"), []), "There are no images"),
+        (lambda: extract(make_extractor("pixels"), [images(), images(size=4)]), "one size: .* have 48, of others 192"),
         (lambda: hand_off(images(), "png"), "hand_off must be one of 'uint8', 'float', got 'png'"),  # type: ignore[arg-type]
         (lambda: inception(StandIn())(images(channels=2)), "takes 3 channels, got images with 2"),
         (lambda: features.pooled(Features(images(), None), images(), "x"), "has no pooled output"),
