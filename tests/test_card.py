@@ -1,0 +1,250 @@
+"""The model card: what config.json and eval.json hold, all of it, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from diffusers import UNet2DModel
+from hub_server import Hub
+from hub_worker import Client, fixture_client, fixture_hub  # noqa: F401
+from PIL import Image
+
+from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
+from ddpm_ext.card import MARK, export_card, render_card, training_hours, write_card
+from ddpm_ext.features import weights_hash
+from ddpm_ext.repository import collect
+from ddpm_ext.run_dir import environment
+
+CONFIG: dict[str, Any] = {
+    "config": {
+        "dataset_name": "uoft-cs/cifar10",
+        "unet": "cifar10",
+        "ddpm_num_steps": 1000,
+        "ddpm_beta_schedule": "linear",
+        "prediction_type": "epsilon",
+        "variance_type": "fixed_large",
+        "loss": "simple",
+        "learning_rate": 2e-4,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_weight_decay": 0.0,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 5000,
+        "max_grad_norm": 1.0,
+        "use_ema": True,
+        "ema": "constant",
+        "ema_max_decay": 0.9999,
+        "dropout": 0.1,
+        "random_flip": True,
+        "mixed_precision": "no",
+    },
+    "seed": 7,
+    "updates": 800_000,
+    "global_batch": 128,
+    "images": 50_000,
+    "data_fingerprint": "cafe",
+    "parameters": 35_746_307,
+    "starts": [{"processes": 2, "commit": "abc123", "versions": {"torch": "2.13.0"}, "hardware": {"gpu": "H200"}}],
+}
+DATA = {"name": "uoft-cs/cifar10", "split": "test", "num_images": 10_000, "fingerprint": "beef"}
+
+
+def figure(weights: str, metric: str, value: float, **more: Any) -> dict[str, Any]:
+    return {
+        "metric": metric,
+        "model": "runs/a/pipeline",
+        "weights": weights,
+        "averaged": True,
+        "value": value,
+        "variance_type": "fixed_large",
+        "num_inference_steps": 1000,
+        "seed": 0,
+        **more,
+        "certificate": {**environment(), "date": "2026-01-02T03:04:05Z", "wall_time_s": 1.0},
+    }
+
+
+def figures(weights: str) -> list[dict[str, Any]]:
+    parts = {"prior": 0.00001, "rate": 1.78, "decoder": 1.97, "standard_error_over_images": 0.01}
+    samples = {
+        "sampler": "ddpm",
+        "num_samples": 50_000,
+        "timestep_spacing": "leading",
+        "extractor": {"name": "inception", "size": 299},
+        "hand_off": "uint8",
+        "reference": {**DATA, "split": "train"},
+    }
+    quality = {"precision": 0.6, "recall": 0.5, "density": 0.9, "coverage": 0.8}
+    return [
+        figure(weights, "bpd", 3.7512345678, parts=parts, dataset=DATA, decoder_variance="base", cdf="tanh"),
+        figure(weights, "fid", 3.17, **samples),
+        figure(weights, "prdc", 0.6, parts=quality, **samples),
+    ]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder of a CIFAR-10 training, with a tiny network."""
+    run = tmp_path / "ddpm-cifar10"
+    unet = UNet2DModel(
+        sample_size=32, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
+    )  # fmt: skip
+    DDPMExtPipeline(unet, DDPMExtScheduler()).save_pretrained(run / "pipeline")
+    (run / "config.json").write_text(json.dumps(CONFIG))
+    (run / "eval.json").write_text(json.dumps({"format": 1, "figures": figures(weights_hash(unet))}))
+    log = [{"update": 400_000, "images_per_second": 2000.0}, {"update": 800_000, "images_per_second": 4000.0}]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    for name in ("samples/step-00400000.png", "samples/step-00800000.png", "training.png", "plots/nearest.png"):
+        (run / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(run / name)
+    return run
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_the_front_matter_says_all_that_the_hub_asks(run: Path) -> None:
+    data = front_matter(str(render_card(run, "alice/ddpm-cifar10", "apache-2.0")))
+    assert data["license"] == "apache-2.0"
+    assert data["library_name"] == "diffusers"
+    assert data["pipeline_tag"] == "unconditional-image-generation"
+    assert {"ddpm", "unconditional-image-generation", "pytorch"} <= set(data["tags"])
+    assert data["datasets"] == ["uoft-cs/cifar10"]
+    assert [entry["output"]["url"] for entry in data["widget"]] == ["samples/step-00800000.png", "training.png"]
+
+
+def test_the_model_index_holds_every_metric_and_how_it_was_measured(run: Path) -> None:
+    (index,) = front_matter(str(render_card(run, "alice/ddpm-cifar10")))["model-index"]
+    assert index["name"] == "ddpm-cifar10"
+    metrics = {m["type"]: (m, r["dataset"]) for r in index["results"] for m in r["metrics"]}
+    values = {kind: metric["value"] for kind, (metric, _) in metrics.items()}
+    assert values == {
+        "bits_per_dim": 3.751235, "fid": 3.17, "precision": 0.6, "recall": 0.5, "density": 0.9, "coverage": 0.8
+    }  # fmt: skip
+    fid, dataset = metrics["fid"]
+    assert (dataset["type"], dataset["split"]) == ("uoft-cs/cifar10", "train")
+    assert "50,000 samples of ddpm, fixed_large in 1000 steps" in fid["name"]
+    assert fid["args"]["extractor"] == {"name": "inception", "size": 299}
+    assert fid["args"]["reference"]["fingerprint"] == "beef"
+    assert {"commit", "hardware", "date", "seed", "weights", "hand_off"} <= fid["args"].keys()
+
+
+def test_only_inceptions_features_make_an_fid(run: Path) -> None:
+    record = json.loads((run / "eval.json").read_text())
+    record["figures"][1]["extractor"]["name"] = "pixels"
+    (run / "eval.json").write_text(json.dumps(record))
+    text = str(render_card(run))
+    assert "type: frechet_distance" in text and "type: fid" not in text
+
+
+def test_the_text_has_usage_training_limits_cost_and_citation(run: Path) -> None:
+    text = str(render_card(run, "alice/ddpm-cifar10"))
+    assert "<Gallery />" in text
+    assert 'DDPMPipeline.from_pretrained("alice/ddpm-cifar10")' in text
+    assert 'DDPMExtPipeline.from_pretrained("alice/ddpm-cifar10")' in text
+    assert "| Updates × batch | 800,000 × 128 |" in text
+    assert "| Averaged weights | constant, decay up to 0.9999 |" in text
+    assert "| Commit of ddpm_ext | abc123 |" in text
+    assert "![Samples above their nearest training pictures](plots/nearest.png)" in text
+    assert "Hardware: 2 × H200. Training time by the log: 11 hours." in text  # (400,000 · 128)(1/2000 + 1/4000) s
+    assert "@inproceedings{ho2020denoising" in text
+    assert "| 3.7512 |" in text and "seed 0" in text
+    for name in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (run / name).is_file()
+    body = text.split("# ddpm-cifar10")[1]
+    assert "None" not in body and "{" not in body.split("## Training")[1].split("## Results")[0]
+
+
+def test_what_is_not_known_is_left_out(run: Path, tmp_path: Path) -> None:
+    full = str(render_card(run))
+    bare = tmp_path / "bare"
+    (run / "pipeline").rename(bare)
+    text = str(render_card(bare, "alice/bare"))
+    data = front_matter(text)
+    assert not {"license", "datasets", "model-index", "widget"} & data.keys()
+    for heading in ("## Training", "## Results", "## Environmental cost", "<Gallery />"):
+        assert heading in full and heading not in text
+    assert "has not been examined" in text
+    assert not re.findall(r"\d+\.\d+", text.split("# bare")[1].split("## Citation")[0])
+
+
+def test_every_number_comes_from_the_two_files(run: Path) -> None:
+    """The scores and the table change with the files, and with nothing else."""
+    record = json.loads((run / "eval.json").read_text())
+    record["figures"][1]["value"] = 4.25
+    (run / "eval.json").write_text(json.dumps(record))
+    (run / "config.json").write_text(json.dumps({"config": {"ddpm_num_steps": 500}}))
+    text = str(render_card(run))
+    assert "4.25" in text and "3.17" not in text
+    assert "num_inference_steps=500" in text
+    assert "| Diffusion steps T | 500 |" in text and "Optimiser" not in text and "Network |" not in text
+
+
+def test_scores_of_other_weights_are_left_out(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record = json.loads((run / "eval.json").read_text())
+    record["figures"][1]["weights"] = "0123456789abcdef"
+    (run / "eval.json").write_text(json.dumps(record))
+    text = str(render_card(run))
+    assert "3.17" not in text and "3.7512" in text
+    assert "1 of 3 figures" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "word"), [("variance_type", "learned"), ("prediction_type", "posterior_mean"), ("num_class_embeds", 10)]
+)
+def test_stock_usage_is_shown_only_where_stock_can_sample(run: Path, key: str, word: Any) -> None:
+    if key == "num_class_embeds":
+        path = run / "pipeline" / "unet" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: word}))
+        (run / "eval.json").unlink()
+    else:
+        (run / "config.json").write_text(json.dumps({**CONFIG, "config": {**CONFIG["config"], key: word}}))
+    text = str(render_card(run))
+    assert "from diffusers import DDPMPipeline" not in text
+    assert "Diffusers alone cannot sample this model: " in text
+    assert ("class_labels=0" in text) == (key == "num_class_embeds")
+
+
+def test_a_card_of_ones_own_is_kept(run: Path) -> None:
+    path = write_card(run, "alice/a")
+    assert path is not None and MARK in path.read_text()
+    assert write_card(run, "alice/b") == path and "alice/b" in path.read_text()
+    path.write_text(path.read_text().replace(MARK, ""))
+    mine = path.read_text()
+    assert write_card(run, "alice/c") is None and path.read_text() == mine
+
+
+def test_every_picture_of_the_card_is_pushed_and_exported_with_it(run: Path, tmp_path: Path) -> None:
+    write_card(run, "alice/ddpm-cifar10")
+    shown = {"samples/step-00800000.png", "training.png", "plots/nearest.png"}
+    assert {name for name in collect(run, tmp_path / "staging") if name.endswith(".png")} == shown
+    export_card(run, tmp_path / "card")
+    assert {p.relative_to(tmp_path / "card").as_posix() for p in (tmp_path / "card").rglob("*.png")} == shown
+
+
+def test_hours_by_hand() -> None:
+    log = [{"update": 10, "images_per_second": 1.0}, {"update": 20}, {"update": 30, "images_per_second": 2.0}]
+    assert training_hours(log, 360) == pytest.approx((10 * 360 / 1 + 20 * 360 / 2) / 3600)
+    assert training_hours([], 360) is None and training_hours(log, None) is None
+
+
+def validate(folder: str) -> None:
+    from huggingface_hub import ModelCard
+
+    ModelCard.load(f"{folder}/README.md").validate()
+
+
+def test_the_hub_accepts_it(hub: Hub, client: Client, run: Path) -> None:
+    write_card(run, "alice/ddpm-cifar10", "apache-2.0")
+    client(validate, str(run))
+    assert hub.requests("POST", "/api/validate-yaml") == [200]
+    write_card(run, "alice/ddpm-cifar10", "no such licence")
+    with pytest.raises(ValueError, match="must be one of .'apache-2.0'"):
+        client(validate, str(run))
