@@ -33,6 +33,7 @@ REPLACES = {
     "save_images_steps": ("save_images_epochs",),
     "model_config_name_or_path": ("unet",),
     "unet": ("model_config_name_or_path",),
+    "streaming": ("save_images_epochs", "save_model_epochs"),  # a stream's epochs have no known length
 }
 
 # An option given by hand has an effect only beside another; without it the command is refused.

@@ -18,6 +18,7 @@ from .data import ImageSet, load_images
 from .reverse import LEARNED_VARIANCES
 from .run_dir import RunError
 from .scheduler import DDPMExtScheduler
+from .stream import ImageStream, stream_images
 from .unet import UNET_PRESETS, build_unet, unet_config
 
 
@@ -63,13 +64,32 @@ def plan_batch(config: TrainConfig, processes: int, global_batch: int | None = N
     return BatchPlan(total, processes, accumulation)
 
 
-def total_updates(config: TrainConfig, num_images: int, plan: BatchPlan) -> int:
+def length(data: ImageSet | ImageStream) -> int | None:
+    """Pictures of one epoch; a stream does not know."""
+    return None if isinstance(data, ImageStream) else len(data)
+
+
+def total_updates(config: TrainConfig, num_images: int | None, plan: BatchPlan) -> int:
     """Length of the run in updates."""
     if config.max_train_steps is not None:
         return config.max_train_steps
-    updates = epochs_to_updates(config.num_epochs, num_images, plan)
+    updates = epochs_to_updates("num_epochs", config.num_epochs, num_images, plan)
     assert updates is not None  # TrainConfig has one of the two
     return updates
+
+
+def epochs_to_updates(name: str, epochs: int | None, num_images: int | None, plan: BatchPlan) -> int | None:
+    """Updates of a number of epochs, rounded up; None stays None.
+
+    Raises:
+        RunError: a stream, whose epochs have no known length.
+    """
+    if epochs is None:
+        return None
+    if num_images is None:
+        other = {"num_epochs": "max_train_steps", "save_images_epochs": "save_images_steps"}.get(name, "another option")
+        raise RunError(f"A stream's length is not known, so --{name} {epochs} says nothing; give --{other} instead.")
+    return math.ceil(epochs * num_images / plan.global_batch)
 
 
 def lr_factor(config: TrainConfig, updates: int) -> Callable[[int], float]:
@@ -121,14 +141,15 @@ def load_network_config(source: str, cache_dir: str | None) -> dict[str, Any]:
     return cast(dict[str, Any], UNet2DModel.load_config(source, cache_dir=cache_dir))
 
 
-def build_data(config: TrainConfig, network: dict[str, Any]) -> ImageSet:
+def build_data(config: TrainConfig, network: dict[str, Any]) -> ImageSet | ImageStream:
     """The pictures at the network's size and channels.
 
     Raises:
         ValueError: no pictures, or none that fit the network.
     """
     size = network.get("sample_size")
-    return load_images(
+    open_set = stream_images if config.streaming else load_images
+    return open_set(
         config.dataset_name,
         config.dataset_config_name,
         config.train_data_dir,
@@ -144,7 +165,7 @@ def build_data(config: TrainConfig, network: dict[str, Any]) -> ImageSet:
     )
 
 
-def build_network(config: TrainConfig, network: dict[str, Any], data: ImageSet) -> UNet2DModel:
+def build_network(config: TrainConfig, network: dict[str, Any], data: ImageSet | ImageStream) -> UNet2DModel:
     """The network at the pictures' size, with first weights that the seed decides."""
     if config.class_conditional and data.num_classes is None:
         raise RunError("--class_conditional needs pictures with classes, this data set has none; see --label_column.")
@@ -167,11 +188,6 @@ def speed_up(config: TrainConfig, network: UNet2DModel) -> None:
         network.enable_xformers_memory_efficient_attention()
     if config.compile:
         network.compile()
-
-
-def epochs_to_updates(epochs: int | None, num_images: int, plan: BatchPlan) -> int | None:
-    """Updates of a number of epochs, rounded up; None stays None."""
-    return None if epochs is None else math.ceil(epochs * num_images / plan.global_batch)
 
 
 def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.AdamW:

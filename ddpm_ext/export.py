@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .checkpoint import checkpoint_name
 from .config import TrainConfig
+from .hub import push_to_hub
 from .pipeline import DDPMExtPipeline
 from .run_dir import RunDir
 
@@ -35,8 +36,8 @@ def write_pipeline(run: RunDir, pipeline: DDPMExtPipeline) -> None:
 
 
 def push(config: TrainConfig, run: RunDir) -> None:
-    """Upload pipeline/ when --push_to_hub asks for it."""
+    """Upload the run when --push_to_hub asks for it: pipeline, samples and configuration, in one commit."""
     if config.push_to_hub:
-        pipeline = DDPMExtPipeline.from_pretrained(run.pipeline)
-        name = config.hub_model_id or run.path.name
-        pipeline.push_to_hub(name, token=config.hub_token, private=config.hub_private_repo)
+        push_to_hub(
+            run.path, config.hub_model_id or run.path.name, private=config.hub_private_repo, token=config.hub_token
+        )

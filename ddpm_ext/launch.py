@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
@@ -31,11 +32,26 @@ def make_accelerator(config: TrainConfig, run: RunDir) -> Accelerator:
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" else config.report_to,
+        log_with=tracker(config.report_to),
         project_config=ProjectConfiguration(str(run.path), str(run.path / config.logging_dir)),
     )
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise RunError("fp16 needs a GPU: on a CPU small gradients vanish unscaled. Give --mixed_precision bf16.")
     check_world(accelerator)
     return accelerator
+
+
+def tracker(report_to: str) -> str | None:
+    """The tracker's name for Accelerate.
+
+    Raises:
+        RunError: it is not installed; Accelerate would train without it, and say so in a log line.
+    """
+    if report_to == "none":
+        return None
+    if importlib.util.find_spec(report_to) is None:
+        raise RunError(f"--report_to {report_to} needs the package: pip install 'ddpm-ext[{report_to}]'.")
+    return report_to
 
 
 def check_world(accelerator: Accelerator) -> None:

@@ -28,10 +28,10 @@ class Meter:
         self.num_timesteps = num_timesteps
 
     def add_losses(self, losses: Tensor, t: Tensor) -> None:
-        """Losses of some pictures and their timesteps, both (B,)."""
-        quarter = t * QUARTERS // self.num_timesteps
-        self.sums[0].index_add_(0, quarter, losses.detach().to(self.sums.dtype))
-        self.sums[1].index_add_(0, quarter, torch.ones_like(quarter, dtype=self.sums.dtype))
+        """Losses of some pictures and their timesteps, both (B,); non-finite ones are left out."""
+        quarter, finite = t * QUARTERS // self.num_timesteps, losses.isfinite()
+        self.sums[0].index_add_(0, quarter, torch.where(finite, losses.detach(), 0).to(self.sums.dtype))
+        self.sums[1].index_add_(0, quarter, finite.to(self.sums.dtype))
 
     def add_grad_norm(self, norm: Tensor) -> None:
         self.sums[2, 0] += norm

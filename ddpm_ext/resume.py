@@ -17,13 +17,14 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from . import checkpoint
-from .assemble import BatchPlan, plan_batch
+from .assemble import BatchPlan, length, plan_batch
 from .config import TrainConfig, config_changes, recorded
 from .data import ImageSet
 from .ema import ForeachEMA
 from .launch import fill, whole
 from .progress import Meter
 from .run_dir import RunDir, RunError, package_versions
+from .stream import ImageStream
 
 NETWORK_OPTIONS = ("model_config_name_or_path", "unet", "dropout", "class_conditional", "resolution")
 DATA_OPTIONS = (
@@ -46,7 +47,7 @@ class RunState:
     config: TrainConfig
     accelerator: Accelerator
     run: RunDir
-    data: ImageSet
+    data: ImageSet | ImageStream
     plan: BatchPlan
     updates: int  # length of the run
     network: Any  # the UNet2DModel without what the launcher wraps around it
@@ -59,6 +60,15 @@ class RunState:
     step: int  # global batches seen: the updates and the skipped steps
     skipped: int
     bad_in_a_row: int
+
+    def update(self) -> None:
+        """One optimiser update; the trainer's."""
+        raise NotImplementedError
+
+    @property
+    def num_images(self) -> int | None:
+        """Pictures of one epoch; None for a stream."""
+        return length(self.data)
 
     @property
     def position(self) -> int:
@@ -215,7 +225,7 @@ def state_of(trainer: RunState) -> dict[str, Any]:
     scaler = trainer.accelerator.scaler
     return {
         "seed": trainer.config.seed,
-        "epoch": trainer.position // len(trainer.data),
+        "epoch": None if trainer.num_images is None else trainer.position // trainer.num_images,
         "update": trainer.update_count,
         "step": trainer.step,
         "global_position": trainer.position,

@@ -19,7 +19,8 @@ from torch import Tensor
 from . import assemble, resume
 from .checkpoint import checkpoint_name, list_checkpoints
 from .config import TrainConfig, recorded
-from .data import Batch, ImageSet, prefetch, random_flip
+from .data import Batch, prefetch, random_flip
+from .dry_run import dry_run
 from .ema import PowerFunctionEMA, make_averages, swapped
 from .export import push, write_pipeline, write_snapshot
 from .images import to_x_0
@@ -45,7 +46,7 @@ class Trainer(RunState):
         self.found = resume.find(config, run, accelerator)
         self.numerics = set_numerics(config, self.found.state["numerics"]["num_threads"] if self.found else None)
         arguments = assemble.network_config(config)
-        self.data: ImageSet = assemble.build_data(config, arguments)
+        self.data = assemble.build_data(config, arguments)
         network = assemble.build_network(config, arguments, self.data)
         self.scheduler = assemble.build_scheduler(config)
         self.tables = self.scheduler.tables.to(accelerator.device)
@@ -65,7 +66,7 @@ class Trainer(RunState):
 
         self.plan = resume.planned(config, self.found, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = self.plan.accumulation
-        self.updates = assemble.total_updates(config, len(self.data), self.plan)
+        self.updates = assemble.total_updates(config, self.num_images, self.plan)
         self.lr_factor = assemble.lr_factor(config, self.updates)
         if self.found:
             resume.restore(self, self.found)
@@ -184,13 +185,13 @@ class Trainer(RunState):
         Returns:
             Exit code: 0, or 75 when a stop was asked for; a checkpoint of the last update is then written.
         """
-        num_images, options = len(self.data), self.config
+        options, plan = self.config, self.plan
         every_grid = options.save_images_steps or assemble.epochs_to_updates(
-            options.save_images_epochs, num_images, self.plan
+            "save_images_epochs", options.save_images_epochs, self.num_images, plan
         )
-        every_export = assemble.epochs_to_updates(options.save_model_epochs, num_images, self.plan)
+        every_export = assemble.epochs_to_updates("save_model_epochs", options.save_model_epochs, self.num_images, plan)
         every_snapshot = options.ema_snapshot_steps or max(1, self.updates // 32)
-        progress = Progress(self.accelerator, self.updates, self.update_count, self.plan.global_batch)
+        progress = Progress(self.accelerator, self.updates, self.update_count, plan.global_batch)
         self.saved_at = self.update_count
         try:
             while self.update_count < self.updates:
@@ -241,7 +242,7 @@ class Trainer(RunState):
         """One line to log.jsonl, the trackers and the progress bar."""
         record: dict[str, Any] = {
             "update": self.update_count,
-            "epoch": self.position / len(self.data),
+            "images": self.position,
             **self.meter.read(self.accelerator),
             "learning_rate": self.config.learning_rate * self.lr_factor(self.update_count - 1),
             "images_per_second": progress.images_per_second(),
@@ -339,10 +340,12 @@ def train(config: TrainConfig) -> int:
     on_main(accelerator, lambda: open_run(config, run))
     try:
         trainer = Trainer(config, accelerator, run, stop)
-        code = run_to_its_end(trainer)
-    except RunError as error:
+        code = dry_run(trainer) if config.dry_run else run_to_its_end(trainer)
+    except (RunError, ValueError) as error:
         if accelerator.is_main_process:
             run.write_status("failed", trainer.update_count if trainer else 0, error=str(error))
+        if trainer is None:  # options that fit no data or no network: the sentence is the whole story
+            raise RunError(str(error)) from error
         raise
     finally:
         run.unlock()
@@ -394,7 +397,7 @@ def record_start(trainer: Trainer) -> None:
         "seed": trainer.config.seed,
         "updates": trainer.updates,
         "global_batch": trainer.plan.global_batch,
-        "images": len(trainer.data),
+        "images": trainer.num_images,
         "data_fingerprint": trainer.data.fingerprint,
         "skipped_images": trainer.data.skipped,
         "network": dict(network.config),

@@ -85,7 +85,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(damage,
     with pytest.warns(UserWarning, match=DAMAGES[damage]):
         assert newest_intact(tmp_path) == older
     damage(older)
-    with pytest.warns(UserWarning), pytest.raises(BrokenCheckpoint, match="No checkpoint in .* is intact"):
+    with pytest.warns(UserWarning), pytest.raises(BrokenCheckpoint, match=r"No checkpoint in .* is intact"):
         newest_intact(tmp_path)
 
 

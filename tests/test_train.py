@@ -1,0 +1,402 @@
+"""The loop against one written out by hand, its logs, its bad steps, its data, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.tracking import GeneralTracker, on_main_process
+from diffusers import DDPMPipeline, UNet2DModel
+from diffusers.optimization import get_scheduler
+from PIL import Image
+from safetensors.torch import load_file
+from training import TINY_UNET, forget_accelerator, log_without_speed, options, run_here, status, weights
+
+from ddpm_ext import DDPMExtPipeline, assemble, launch
+from ddpm_ext.arguments import parse_train_config
+from ddpm_ext.config import TrainConfig
+from ddpm_ext.data import load_images
+from ddpm_ext.launch import check_world, make_accelerator
+from ddpm_ext.progress import Meter
+from ddpm_ext.randomness import draw
+from ddpm_ext.run_dir import RunDir, RunError
+from ddpm_ext.signals import PREEMPTED
+from ddpm_ext.train import Trainer
+
+
+def trainer(folder: Path, scaler: Any = None, **changes: Any) -> Trainer:
+    forget_accelerator()
+    config, run = parse_train_config(options(folder, **changes)), RunDir(folder)
+    accelerator = make_accelerator(config, run)
+    accelerator.scaler = scaler
+    return Trainer(config, accelerator, run)
+
+
+# Updates --------------------------------------------------------------------------------------------------------------
+
+
+def test_updates_are_those_of_a_loop_written_out_by_hand(tmp_path: Path) -> None:
+    given = {"double": True, "random_flip": True, "ema_max_decay": 0.9, "adam_weight_decay": 0.01, "max_grad_norm": 0.1}
+    ours = trainer(tmp_path / "run", **given, seed=4)
+    by_hand = UNet2DModel(**TINY_UNET).double()
+    by_hand.load_state_dict(ours.network.state_dict())
+
+    alpha_bar = torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
+    optimizer = torch.optim.AdamW(by_hand.parameters(), lr=1e-3, weight_decay=0.01)
+    digits, average = load_images("digits"), [p.detach().clone() for p in by_hand.parameters()]
+    for update in range(6):
+        x_0 = digits.at(range(8 * update, 8 * update + 8), seed=4).pixels.double() / 127.5 - 1
+        t, flip, eps = draw(4, update, range(8), (1, 8, 8), 1000, torch.device("cpu"))
+        for i in range(8):
+            if flip[i]:
+                x_0[i] = x_0[i].flip(-1)
+        a = alpha_bar[t].reshape(8, 1, 1, 1)
+        loss = ((by_hand(a.sqrt() * x_0 + (1 - a).sqrt() * eps.double(), t).sample - eps.double()) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(float((p.grad**2).sum()) for p in by_hand.parameters() if p.grad is not None))
+        for p in by_hand.parameters():
+            assert p.grad is not None
+            p.grad *= min(1.0, 0.1 / (norm + 1e-6))
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, update / 4)
+        optimizer.step()
+        for s, p in zip(average, by_hand.parameters(), strict=True):
+            s.copy_(p.detach() if update == 0 else 0.9 * s + 0.1 * p.detach())
+        ours.update()
+    for a, b in zip(ours.parameters, by_hand.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)  # float64; Adam divides by roots near 0
+    for a, s in zip(ours.averages[0].shadow_params, average, strict=True):
+        torch.testing.assert_close(a, s, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_changes_nothing_but_the_order_of_sums(accumulation: int, tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "a", double=True, train_batch_size=8)
+    for _ in range(3):
+        whole.update()
+    loss = whole.meter.read(whole.accelerator)["loss"]
+    parts = trainer(tmp_path / "b", double=True, train_batch_size=8 // accumulation, global_batch_size=8)
+    assert parts.plan.accumulation == accumulation
+    for _ in range(3):
+        parts.update()
+    for a, b in zip(whole.parameters, parts.parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    assert parts.update_count == whole.update_count == 3 and parts.position == whole.position == 24
+    assert parts.meter.read(parts.accelerator)["loss"] == pytest.approx(loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"])
+def test_the_learning_rate_is_diffusers_course_of_the_updates(name: Any) -> None:
+    config = TrainConfig(max_train_steps=50, lr_scheduler=name, lr_warmup_steps=10, learning_rate=0.3)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.3)
+    stock = get_scheduler(name, optimizer, num_warmup_steps=10, num_training_steps=50)
+    factor = assemble.lr_factor(config, 50)
+    for update in range(50):
+        assert config.learning_rate * factor(update) == pytest.approx(stock.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        stock.step()
+
+
+def test_constant_warms_up_if_told_to() -> None:
+    factor = assemble.lr_factor(TrainConfig(max_train_steps=9, lr_warmup_steps=4), 9)
+    assert [factor(update) for update in (0, 1, 4, 8)] == [0.0, 0.25, 1.0, 1.0]
+
+
+# Bad steps ------------------------------------------------------------------------------------------------------------
+
+
+def poison(ours: Trainer, steps: set[int], value: float) -> None:
+    """Make the loss of these steps non-finite."""
+    loss = ours.loss
+
+    def poisoned(batch: Any, micro: int) -> torch.Tensor:
+        found = loss(batch, micro)
+        return found + value if ours.step in steps else found
+
+    ours.loss = poisoned  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_step_is_skipped_and_counted(value: float, tmp_path: Path) -> None:
+    ours = trainer(tmp_path / "run")
+    poison(ours, {2, 3}, value)
+    for _ in range(2):
+        ours.update()
+    before = [p.detach().clone() for p in ours.parameters]
+    moments = {key: tensor.clone() for key, tensor in ours.optimizer.optimizer.state[ours.parameters[0]].items()}
+    for _ in range(2):
+        ours.update()
+    assert (ours.update_count, ours.step, ours.skipped, ours.averages[0].optimization_step) == (2, 4, 2, 2)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters, before, strict=True))
+    for key, tensor in ours.optimizer.optimizer.state[ours.parameters[0]].items():
+        assert torch.equal(tensor, moments[key])
+    ours.update()
+    assert (ours.update_count, ours.step, ours.bad_in_a_row) == (3, 5, 0)
+    assert math.isfinite(ours.meter.read(ours.accelerator)["loss"])
+
+
+def test_too_many_bad_steps_stop_the_run_with_what_one_must_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Trainer.__init__
+
+    def poisoned(self: Trainer, *args: Any) -> None:
+        begin(self, *args)
+        poison(self, set(range(6, 100)), float("nan"))
+
+    monkeypatch.setattr(Trainer, "__init__", poisoned)
+    with pytest.raises(RunError) as stopped:
+        run_here(tmp_path / "run", max_bad_steps=3)
+    text = str(stopped.value)
+    assert "3 steps in a row had a non-finite loss or gradient, the last at step 9 (update 6, loss nan" in text
+    assert "learning rate 0.001" in text and "checkpoints/step-00000004" in text
+    assert status(tmp_path / "run")["status"] == "failed" and status(tmp_path / "run")["update"] == 6
+
+
+# Logs -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_meter_means_by_quarter_of_t(tmp_path: Path) -> None:
+    accelerator = trainer(tmp_path / "run").accelerator
+    meter, t = Meter(torch.device("cpu"), 1000), torch.tensor([0, 249, 250, 499, 500, 999])
+    meter.add_losses(torch.tensor([1.0, 2.0, 3.0, float("nan"), 5.0, 6.0]), t)
+    meter.add_grad_norm(torch.tensor(4.0))
+    meter.add_grad_norm(torch.tensor(2.0))
+    expected = {"loss": 17 / 5, "loss_q1": 1.5, "loss_q2": 3.0, "loss_q3": 5.0, "loss_q4": 6.0, "grad_norm": 3.0}
+    assert meter.read(accelerator) == pytest.approx(expected)
+    assert "loss_q1" not in meter.read(accelerator)  # read empties it, and nothing is not a number
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert run_here(folder, save_images_steps=6, save_model_epochs=1, ema_max_decay=0.5) == 0
+    return folder
+
+
+def test_the_log_holds_every_scalar_by_update(finished: Path) -> None:
+    records = log_without_speed(finished)
+    assert [record["update"] for record in records] == [3, 6, 9, 12]
+    assert [record["images"] for record in records] == [24, 48, 72, 96]
+    assert [record["learning_rate"] for record in records] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3])
+    assert all({"loss", "grad_norm", "skipped"} <= record.keys() and 0.5 < record["loss"] < 1.5 for record in records)
+
+
+def test_the_run_folder_is_complete(finished: Path) -> None:
+    record = json.loads((finished / "config.json").read_text())
+    assert record["config"]["train_batch_size"] == 8 and record["global_batch"] == 8 and record["images"] == 1500
+    assert record["network"]["block_out_channels"] == [8, 16] and record["parameters"] > 1000
+    (begin,) = record["starts"]
+    assert begin["num_threads"] == 1 and begin["processes"] == 1 and "torch" in begin["versions"]
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
+    grids = sorted((finished / "samples").iterdir())
+    assert [path.name for path in grids] == ["step-00000006.png", "step-00000012.png"]
+    with Image.open(grids[-1]) as grid:
+        assert grid.size[0] >= 96
+    assert status(finished)["status"] == "finished"
+
+
+def test_the_pipeline_holds_the_averaged_weights_and_loads_with_stock_diffusers(finished: Path) -> None:
+    averaged, raw = weights(finished, 12, "ema"), weights(finished, 12)
+    assert any(not torch.equal(averaged[name], raw[name]) for name in raw)
+    for loader in (DDPMPipeline, DDPMExtPipeline):
+        pipeline = loader.from_pretrained(finished / "pipeline")
+        assert all(torch.equal(tensor, averaged[name]) for name, tensor in pipeline.unet.state_dict().items())
+        assert pipeline.scheduler.config.variance_type == "fixed_large"
+
+
+def test_sampling_during_the_run_does_not_touch_the_weights(finished: Path, tmp_path: Path) -> None:
+    assert run_here(tmp_path / "plain", ema_max_decay=0.5) == 0
+    for stem in ("model", "ema"):
+        left, right = weights(finished, 12, stem), weights(tmp_path / "plain", 12, stem)
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+class Recorder(GeneralTracker):
+    """A tracker that keeps what it is told."""
+
+    name = "recorder"
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scalars: list[tuple[int, dict[str, Any]]] = []
+        self.pictures: list[tuple[int, tuple[int, ...]]] = []
+        self.config: dict[str, Any] = {}
+
+    @property
+    def tracker(self) -> Recorder:
+        return self
+
+    @on_main_process
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.config = values
+
+    @on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        self.scalars.append((step or 0, values))
+
+    @on_main_process
+    def log_images(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        self.pictures.append((step or 0, values["samples"].shape))
+
+
+def test_trackers_get_configuration_scalars_and_grids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(launch, "tracker", lambda report_to: recorder)
+    assert run_here(tmp_path / "run", max_train_steps=4, hub_token=None) == 0
+    assert recorder.config["train_batch_size"] == 8 and recorder.config["snr_gamma"] == "None"
+    assert [step for step, _ in recorder.scalars] == [3, 4]
+    assert {"loss", "loss_q4", "learning_rate", "images_per_second"} <= recorder.scalars[0][1].keys()
+    assert len(recorder.pictures) == 1 and recorder.pictures[0][0] == 4 and recorder.pictures[0][1][0] == 1
+
+
+def test_a_tracker_that_is_not_installed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RunError, match=r"--report_to wandb needs the package: pip install 'ddpm-ext\[wandb\]'"):
+        launch.tracker("wandb")
+
+
+# Data and networks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 colour pictures of 10x14 in a folder."""
+    folder, numbers = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for i in range(24):
+        Image.fromarray(numbers.integers(0, 256, (10, 14, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def test_a_folder_of_colour_pictures_that_are_not_square(pictures: Path, tmp_path: Path) -> None:
+    network = tmp_path / "colour.json"
+    network.write_text(json.dumps({**TINY_UNET, "in_channels": 3, "out_channels": 3}))
+    given = {"train_data_dir": pictures, "resolution": "8x12", "model_config_name_or_path": network}
+    assert run_here(tmp_path / "run", **given, num_epochs=2, max_train_steps=None, train_batch_size=6) == 0
+    assert status(tmp_path / "run")["update"] == 8
+    unet = DDPMExtPipeline.from_pretrained(tmp_path / "run" / "pipeline").unet
+    assert list(unet.config["sample_size"]) == [8, 12]
+    with Image.open(tmp_path / "run" / "samples" / "step-00000008.png") as grid:
+        assert grid.mode == "RGB"
+
+
+def test_a_stream_goes_on_exactly_where_it_was_stopped(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"train_data_dir": pictures, "resolution": "8", "streaming": True, "max_train_steps": 8}
+    assert run_here(tmp_path / "whole", **given) == 0
+    update = Trainer.update
+
+    def stopping(self: Trainer) -> None:
+        update(self)
+        if self.update_count == 5:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(Trainer, "update", stopping)
+    assert run_here(tmp_path / "stopped", **given) == PREEMPTED
+    monkeypatch.setattr(Trainer, "update", update)
+    assert run_here(tmp_path / "stopped", **given) == 0
+    left, right = weights(tmp_path / "whole", 8), weights(tmp_path / "stopped", 8)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    with pytest.raises(RunError, match="give --max_train_steps instead"):
+        run_here(tmp_path / "epochs", **{**given, "max_train_steps": None, "num_epochs": 2})
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"train_data_dir": "/nowhere"}, "nowhere"),
+        ({"resolution": "7"}, "halve"),
+        ({"class_conditional": True, "train_data_dir": "pictures", "resolution": "8"}, "this data set has none"),
+        ({"train_data_dir": "pictures", "resolution": "8", "image_column": "photo"}, "photo"),
+        ({"global_batch_size": 7, "train_batch_size": 2, "mixed_precision": "fp16"}, "fp16"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_trained_is_said_before_the_first_step(
+    changes: dict[str, Any], sentence: str, pictures: Path, tmp_path: Path
+) -> None:
+    given = {key: str(pictures) if value == "pictures" else value for key, value in changes.items()}
+    with pytest.raises(RunError, match=sentence):
+        run_here(tmp_path / "run", **given)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_without_a_network_option_the_network_is_that_of_diffusers_script() -> None:
+    config = assemble.network_config(parse_train_config(["--dataset_name", "x", "--resolution", "128"]))
+    assert tuple(config["block_out_channels"]) == (128, 128, 256, 256, 512, 512)
+    assert config["sample_size"] == [128, 128]
+
+
+def test_learned_variances_double_the_output() -> None:
+    words = ["--preset", "cifar10", "--variance_type", "learned_range", "--loss", "hybrid"]
+    assert assemble.network_config(parse_train_config(words))["out_channels"] == 6
+
+
+def test_the_power_functions_snapshots_say_what_they_are(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    assert run_here(tmp_path / "run", ema="power_function", ema_snapshot_steps=5) == 0
+    names = sorted(path.name for path in (tmp_path / "run" / "snapshots").iterdir())
+    assert names == [f"step-000000{n}-{width}.safetensors" for n in ("05", "10", "12") for width in ("0.05", "0.1")]
+    with safe_open(tmp_path / "run" / "snapshots" / names[-1], "pt") as file:
+        assert file.metadata() == {"update": "12", "sigma_rel": "0.1"}
+    last = load_file(tmp_path / "run" / "snapshots" / names[-2])
+    averaged = weights(tmp_path / "run", 12, "ema")
+    assert all(torch.equal(last[name], averaged[name]) for name in last)
+
+
+# Launching ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_world_that_is_not_the_one_asked_for_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    accelerator = trainer(tmp_path / "run").accelerator
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="started 2 processes and this one sees 1"):
+        check_world(accelerator)
+
+
+def test_a_dry_run_tells_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here(tmp_path / "run", dry_run=True, price_per_hour=3.5) == 0
+    text = capsys.readouterr().out
+    for word in (
+        "parameters",
+        "MiB at the peak",
+        "images/s",
+        "written and read back",
+        "whole run   12 updates",
+        "cost",
+    ):
+        assert word in text
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_under_fp16_an_overflow_lowers_the_scale_and_advances_nothing(tmp_path: Path) -> None:
+    ours = trainer(tmp_path / "run", scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    poison(ours, {1}, float("inf"))
+    ours.update()
+    before = [p.detach().clone() for p in ours.parameters]
+    ours.update()
+    assert (ours.update_count, ours.averages[0].optimization_step, ours.skipped) == (1, 1, 1)
+    assert ours.accelerator.scaler is not None and ours.accelerator.scaler.get_scale() == 4.0
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters, before, strict=True))
+    ours.update()
+    assert ours.update_count == 2
+
+
+@pytest.mark.slow
+def test_bf16_learns_like_float32(tmp_path: Path) -> None:
+    long = {"max_train_steps": 300, "logging_steps": 1, "train_batch_size": 32, "checkpointing_steps": 1000}
+    means = []
+    for precision in ("no", "bf16"):
+        assert run_here(tmp_path / precision, **long, mixed_precision=precision) == 0
+        means.append(np.mean([record["loss"] for record in log_without_speed(tmp_path / precision)][-50:]))
+    assert abs(means[1] / means[0] - 1) < 0.02
