@@ -120,11 +120,14 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """A scheduler from the config of this class or of any compatible stock scheduler.
 
-        The true words that a portable config keeps in `_ddpm_ext` go back to their places.
+        The true words that a portable config keeps in `_ddpm_ext` go back to their places, except where the word on
+        disk has been changed since: what a user of the stock class chose there is meant.
         """
         if isinstance(config, dict) and isinstance(config.get(EXTENSION_KEY), dict):
             extension = dict(config[EXTENSION_KEY])
             words = extension.pop("words", {})
+            saved_as = stock_words({"variance_type": None, "prediction_type": None, **config, **words})
+            words = {key: word for key, word in words.items() if config.get(key) == saved_as.get(key)}
             defaults = [key for key in config.get("_use_default_values", []) if key not in words]
             config = {**config, **words, "_use_default_values": defaults, EXTENSION_KEY: extension}
             if not extension:

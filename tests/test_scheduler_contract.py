@@ -276,6 +276,17 @@ def test_extension_keys_survive_every_road(tmp_path: Path):
     assert said == []
 
 
+@pytest.mark.parametrize("word", ["fixed_large_log", "learned"])
+def test_a_word_changed_through_stock_is_meant(word: str, tmp_path: Path):
+    DDPMExtScheduler(variance_type=word).save_pretrained(tmp_path)
+    chosen = {"variance_type": "fixed_small", "prediction_type": "v_prediction"}
+    stock = DDPMScheduler.from_config(DDPMScheduler.from_pretrained(tmp_path).config, **chosen)
+    ours = DDPMExtScheduler.from_config(stock.config)
+    assert {key: ours.config[key] for key in chosen} == chosen
+    direct = DDPMExtScheduler.from_pretrained(tmp_path, **chosen)
+    assert {key: direct.config[key] for key in chosen} == chosen
+
+
 class Renamed(DDPMExtScheduler):
     """Someone's own scheduler."""
 
