@@ -437,7 +437,8 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         return config["clip_sample_range"] if config["clip_sample"] else None
 
     def _learned_std(self, weights: Weights, head: Tensor) -> Tensor:
-        small, large, noisy = (torch.as_tensor(w, dtype=head.dtype, device=head.device) for w in weights[-3:])
+        # Floats stay floats: copying them to an accelerator would make the host wait.
+        small, large, noisy = weights.log_small, weights.log_large, weights.noisy
         log_var = reverse.reverse_log_var(self.config["variance_type"], small, large, noisy == 0, head)
         return (0.5 * log_var).exp() * noisy
 
