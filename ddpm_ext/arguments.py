@@ -11,7 +11,7 @@ import json
 import sys
 from argparse import Action
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 from .config import TrainConfig, recorded
 from .presets import PRESETS
 
+Options = TypeVar("Options")
 ALIASES = {"logger": "report_to", "ema_decay": "ema_max_decay", "output_folder": "output_dir"}
 
 # An option given by hand takes the place of a preset's that says the same thing another way.
@@ -74,10 +75,20 @@ def parse_train_config(argv: list[str] | None = None) -> TrainConfig:
     replaced: dict[str, Any] = {other: None for name in given for other in REPLACES.get(name, ()) if other not in given}
     if given & {"ema_inv_gamma", "ema_power"} and "ema" not in given:
         replaced["ema"] = "warmup"
-    parser = make_parser({**dataclasses.asdict(start), **replaced})
+    parser = make_parser(TrainConfig, train_help(), {**dataclasses.asdict(start), **replaced})
     values = vars(parser.parse_args(argv))
     refuse_idle_options(values, {name for name in given if values[name] != getattr(start, name)})
     return TrainConfig(**values)
+
+
+def parse_options(options: type[Options], description: str, argv: list[str] | None = None) -> Options:
+    """The options of a script without presets, with the same errors and spellings.
+
+    Raises:
+        ValueError: an unknown option (the nearest name is suggested), a wrong value, or one that is missing.
+    """
+    words, _ = canonical(list(sys.argv[1:] if argv is None else argv), options)
+    return options(**vars(make_parser(options, description, {}).parse_args(words)))
 
 
 def take_preset_and_file(argv: list[str]) -> tuple[list[str], str | None, str | None]:
@@ -134,13 +145,13 @@ def to_yaml(config: TrainConfig) -> str:
     return yaml.safe_dump(recorded(config), sort_keys=False)
 
 
-def canonical(argv: list[str]) -> tuple[list[str], set[str]]:
+def canonical(argv: list[str], options: type = TrainConfig) -> tuple[list[str], set[str]]:
     """Arguments in one spelling (underscores, aliases resolved, --no_x as --x=false) and the fields they name.
 
     Raises:
         ValueError: an option that does not exist; the nearest name is suggested.
     """
-    hints = get_type_hints(TrainConfig)
+    hints = get_type_hints(options)
     words, names = [], set()
     for word in argv:
         if not word.startswith("--") or word == "--help":
@@ -152,7 +163,8 @@ def canonical(argv: list[str]) -> tuple[list[str], set[str]]:
         if name not in hints and hints.get(positive) is bool and not equals:
             name, equals, value = positive, "=", "false"
         if name not in hints:
-            raise ValueError(f"There is no option --{name}.{nearest(name, [*hints, *ALIASES, 'preset', 'config'])}")
+            known = [*hints, *ALIASES, "preset", "config"] if options is TrainConfig else [*hints]
+            raise ValueError(f"There is no option --{name}.{nearest(name, known)}")
         names.add(name)
         words.append(f"--{name}{equals}{value}")
     return words, names
@@ -171,10 +183,10 @@ class ArgumentParser(HfArgumentParser):
         raise ValueError(f"{message[0].upper()}{message[1:]}. --help lists all options.")
 
 
-def make_parser(defaults: dict[str, Any]) -> ArgumentParser:
-    """The parser of `TrainConfig` with a preset's values as its defaults; the word none switches an option off."""
-    parser = ArgumentParser(TrainConfig, allow_abbrev=False, description=train_help())  # pyright: ignore[reportArgumentType]
-    hints = get_type_hints(TrainConfig)
+def make_parser(options: type, description: str, defaults: dict[str, Any]) -> ArgumentParser:
+    """The parser of a dataclass, with other defaults; the word none switches an option off that may be off."""
+    parser = ArgumentParser(options, allow_abbrev=False, description=description)  # pyright: ignore[reportArgumentType]
+    hints = get_type_hints(options)
     for action in parser._actions:
         if type(None) in get_args(hints.get(action.dest)):
             allow_none(action)
@@ -206,6 +218,11 @@ def train_help() -> str:
 
 def refuse_idle_options(values: dict[str, Any], changed: set[str]) -> None:
     """An option that would have no effect is refused: nothing is accepted and ignored."""
+    idle = sorted(
+        name for name in changed if name.startswith("eval_") and name not in ("eval_steps", "eval_batch_size")
+    )
+    if idle and values["eval_steps"] is None:
+        raise ValueError(f"--{idle[0]} has an effect only with --eval_steps, which is none.")
     for name in sorted(changed & NEEDS.keys()):
         other, words = NEEDS[name]
         if values[other] not in words:

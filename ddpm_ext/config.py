@@ -148,7 +148,22 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(RunOptions, NumericsOptions, OptimizerOptions, DiffusionOptions, NetworkOptions, DataOptions):
+class EvaluationOptions:
+    """A small evaluation of the averaged weights during the run; see watch.py."""
+
+    eval_steps: int | None = option(None, "Updates between evaluations; none: no evaluation.")
+    eval_metric: Literal["fid", "bits_per_dim"] = option("fid", "Score by which the best weights are kept in best/.")
+    eval_split: str | None = option(None, "Held-out split whose bits/dim are measured; none: only fid.")
+    eval_samples: int = option(256, "Generated pictures of each evaluation.")
+    eval_num_inference_steps: int = option(50, "Their denoising steps.")
+    eval_extractor: str = option("pixels", "Features: pixels, inception, dinov2, clip or a transformers vision model.")
+    eval_max_images: int = option(5000, "Only the first so many pictures of a split are compared with.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(
+    EvaluationOptions, RunOptions, NumericsOptions, OptimizerOptions, DiffusionOptions, NetworkOptions, DataOptions
+):
     """Every option of a training run.
 
     Raises:
@@ -187,6 +202,9 @@ AT_LEAST_ONE = (
     "save_images_steps",
     "save_images_epochs",
     "save_model_epochs",
+    "eval_steps",
+    "eval_num_inference_steps",
+    "eval_max_images",
 )
 POSITIVE = (
     "learning_rate",
@@ -276,6 +294,18 @@ def check_agreement(config: TrainConfig) -> None:
             config.lr_scheduler == "constant_with_warmup" and config.lr_warmup_steps == 0,
             "constant_with_warmup needs --lr_warmup_steps of at least 1.",
         ),
+        (
+            config.eval_metric == "bits_per_dim" and config.eval_split is None,
+            'eval_metric "bits_per_dim" needs the held-out split that it is measured on; give --eval_split.',
+        ),
+        (
+            config.class_conditional and config.eval_split is not None,
+            "bits/dim of a class-conditional network are not measured; drop eval_split.",
+        ),
+        (
+            config.eval_samples < 2,
+            f"eval_samples must be at least 2 for a Frechet distance, got {config.eval_samples}.",
+        ),
     )
     for wrong, sentence in clashes:
         if wrong:
@@ -306,6 +336,13 @@ NEUTRAL = frozenset(
         "hub_private_repo",
         "dry_run",
         "price_per_hour",
+        "eval_steps",
+        "eval_metric",
+        "eval_split",
+        "eval_samples",
+        "eval_num_inference_steps",
+        "eval_extractor",
+        "eval_max_images",
         "dataloader_num_workers",
         "strict_data",
         "max_bad_steps",

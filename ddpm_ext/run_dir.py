@@ -4,6 +4,7 @@
                 checkpoints/     step-00000500/ ...: see checkpoint.py
                 pipeline/        averaged weights, loadable by ddpm_ext and by stock Diffusers
                 samples/         grids, step-00000500.png
+                best/            pipeline of the best evaluation, and best.json its scores: see watch.py
                 log.jsonl        one line per log interval
                 snapshots/       power-function averages, where they are kept
                 status.json      running, preempted, finished or failed, and the update
@@ -45,6 +46,8 @@ class RunDir:
         self.snapshots = self.path / "snapshots"
         self.pipeline = self.path / "pipeline"
         self.samples = self.path / "samples"
+        self.best = self.path / "best"
+        self.best_record = self.path / "best.json"
         self.log = self.path / "log.jsonl"
         self.status = self.path / "status.json"
         self.plot = self.path / "training.png"
@@ -80,9 +83,9 @@ class RunDir:
 
     def clear(self) -> None:
         """Delete what an earlier run left, and nothing that a run does not write."""
-        for folder in (self.checkpoints, self.snapshots, self.pipeline, self.samples):
+        for folder in (self.checkpoints, self.snapshots, self.pipeline, self.samples, self.best):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.config, self.log, self.status, self.plot):
+        for file in (self.config, self.log, self.status, self.plot, self.best_record):
             file.unlink(missing_ok=True)
 
     def write_status(self, state: str, update: int, **more: Any) -> None:

@@ -34,6 +34,7 @@ from .resume import RunState, on_main
 from .run_dir import RunDir, RunError, environment, write_json
 from .sample import SamplingStopped, make_grid, sample_images, save_png
 from .signals import PREEMPTED, StopRequest, die_with_launcher, leave
+from .watch import Watch
 
 
 class Trainer(RunState):
@@ -191,6 +192,7 @@ class Trainer(RunState):
         )
         every_export = assemble.epochs_to_updates("save_model_epochs", options.save_model_epochs, self.num_images, plan)
         every_snapshot = options.ema_snapshot_steps or max(1, self.updates // 32)
+        watch = Watch(self) if options.eval_steps else None
         progress = Progress(self.accelerator, self.updates, self.update_count, plan.global_batch)
         self.saved_at = self.update_count
         try:
@@ -205,6 +207,8 @@ class Trainer(RunState):
                         self.write_snapshots()
                     if self.due(options.checkpointing_steps):
                         self.save()
+                    if watch is not None and self.due(options.eval_steps):
+                        watch()
                     if self.due(every_export) and self.update_count < self.updates:
                         self.export()
                     if self.due(every_grid) and self.update_count < self.updates:

@@ -61,6 +61,7 @@ WORK = [
     "resume",
     "dry_run",
     "export",
+    "watch",
     "train",
     "benchmark",
 ]

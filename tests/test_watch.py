@@ -1,0 +1,77 @@
+"""Evaluation during training: logged, repeatable, without effect on the run, and its best weights kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+
+from ddpm_ext.arguments import parse_train_config
+from ddpm_ext.data import load_images
+from ddpm_ext.features import make_extractor
+from ddpm_ext.pipeline import DDPMExtPipeline
+from ddpm_ext.run_dir import RunDir
+from ddpm_ext.small_evaluation import SmallEvaluation
+from ddpm_ext.watch import is_better
+from tests.training import assert_bitwise_equal, forget_accelerator, options, run_here
+
+EVALUATED = {
+    "eval_steps": 4,
+    "eval_samples": 6,
+    "eval_num_inference_steps": 3,
+    "eval_split": "test",
+    "eval_max_images": 40,
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("ddpm_ext.reference.default_cache", lambda: tmp_path / "references")
+
+
+def test_scores_are_logged_the_best_weights_kept_and_the_run_is_the_same(tmp_path: Path) -> None:
+    assert run_here(tmp_path / "plain") == 0
+    assert run_here(tmp_path / "watched", **EVALUATED) == 0
+    plain, watched = RunDir(tmp_path / "plain"), RunDir(tmp_path / "watched")
+    assert_bitwise_equal(plain.path, watched.path, 12)
+
+    scores = {record["update"]: record for record in watched.read_log() if "eval/fid" in record}
+    assert sorted(scores) == [4, 8, 12]
+    best = json.loads((watched.best_record).read_text())
+    assert best["update"] == min(scores, key=lambda update: scores[update]["eval/fid"])
+    assert best["fid"] == scores[best["update"]]["eval/fid"]
+    assert best["bits_per_dim"] == scores[best["update"]]["eval/bits_per_dim"]
+
+    forget_accelerator()
+    sets = (load_images("digits", split=split, max_images=40) for split in ("train", "test"))
+    kept = DDPMExtPipeline.from_pretrained(watched.best)
+    measure = SmallEvaluation(
+        *sets, make_extractor("pixels"), Accelerator(cpu=True), num_samples=6, num_inference_steps=3, batch_size=8
+    )
+    again = measure(kept.unet, kept.scheduler)
+    assert again["fid"] == pytest.approx(best["fid"], rel=1e-4)
+    assert again["bits_per_dim"] == pytest.approx(best["bits_per_dim"], rel=1e-4)
+
+
+def test_a_score_is_better_below_the_best_so_far(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert is_better(run, {"fid": 9.0}, "fid")
+    run.best_record.write_text('{"update": 3, "fid": 5.0}')
+    assert is_better(run, {"fid": 4.9}, "fid")
+    assert not is_better(run, {"fid": 5.0}, "fid")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"eval_samples": 10}, "--eval_samples has an effect only with --eval_steps"),
+        ({"eval_steps": 4, "eval_samples": 1}, "eval_samples must be at least 2"),
+        ({"eval_steps": 4, "eval_metric": "bits_per_dim"}, "needs the held-out split"),
+        ({"eval_steps": 0}, "eval_steps must be at least 1"),
+    ],
+)
+def test_wrong_options_are_sentences(changes: dict[str, object], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        parse_train_config(options(tmp_path / "x", **changes))
