@@ -30,7 +30,7 @@ from .scheduler_options import (
     extension,
     stock_words,
 )
-from .schedules import BetaSchedule, Tables, TimestepSpacing, check_word, is_whole, kept_times, make_tables
+from .schedules import BetaSchedule, Tables, TimestepSpacing, check_word, kept_times, make_tables
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Timesteps = int | Tensor
@@ -531,8 +531,11 @@ def _check_generators(generator: Generators, sample: Tensor) -> torch.Generator 
 
 
 def _as_int(timestep: Timesteps) -> int:
-    if is_whole(timestep) and not (isinstance(timestep, Tensor) and timestep.dtype == torch.bool):
-        return operator.index(timestep)  # pyright: ignore[reportArgumentType]
+    if not isinstance(timestep, bool) and not (isinstance(timestep, Tensor) and timestep.dtype == torch.bool):
+        try:
+            return operator.index(timestep)  # pyright: ignore[reportArgumentType]
+        except TypeError:
+            pass
     raise ValueError(f"timestep must be an int or a tensor of ints, got {timestep!r}.")
 
 
