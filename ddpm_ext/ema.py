@@ -120,8 +120,8 @@ def reconstruction_weights(n: Sequence[int], sigma_rel: Sequence[float], target_
     Returns:
         One weight per snapshot, float64; least squares over the profiles.
     """
-    if target_n > max(n):
-        raise ValueError(f"The wanted average ends at update {target_n}, after the last snapshot at {max(n)}.")
+    if not n or target_n > max(n):
+        raise ValueError(f"The average ends at update {target_n}, after the last snapshot at {max(n, default=0)}.")
     n_a, gamma_a = np.array(n), np.array([gamma_of(width) for width in sigma_rel])
     n_b, gamma_b = np.array([target_n]), np.array([gamma_of(target)])
     gram = profile_products(n_a, gamma_a, n_a, gamma_a)

@@ -135,8 +135,8 @@ def sample_to_folder(config: SampleConfig) -> int:
     check_world(accelerator)
     folder = Path(config.output_dir)
     claim(folder, config, accelerator)
-    pipeline = DDPMExtPipeline.from_pretrained(config.model, torch_dtype=getattr(torch, config.dtype))
-    pipeline.to(accelerator.device)
+    pipeline = DDPMExtPipeline.from_pretrained(config.model)
+    pipeline.to(accelerator.device, getattr(torch, config.dtype))
     pipeline.set_progress_bar_config(disable=not accelerator.is_main_process)
 
     missing = [i for i in range(config.num_samples) if not image_path(folder, i).exists()]

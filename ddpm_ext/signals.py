@@ -59,3 +59,10 @@ def leave(code: int, num_processes: int) -> int:
     if num_processes > 1:
         os._exit(code)
     return code
+
+
+def explained(error: Exception) -> int:
+    """Print an error whose message is the whole story, once for all processes, and end with code 1."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+    return leave(1, int(os.environ.get("WORLD_SIZE", "1")))

@@ -12,25 +12,24 @@ with a checkpoint written, 1 an error that the last line explains.
 
 from __future__ import annotations
 
-import os
 import sys
 
 from ddpm_ext.arguments import parse_train_config
 from ddpm_ext.run_dir import RunError
-from ddpm_ext.signals import leave
+from ddpm_ext.signals import explained
 from ddpm_ext.train import train
 
 
 def main() -> int:
+    """Options -> a whole run, or what is left of it."""
     try:
         config = parse_train_config()
+    except ValueError as error:
+        return explained(error)
+    try:
         return train(config)
-    except (RunError, ValueError) as error:
-        if isinstance(error, RunError) or "config" not in locals():
-            if os.environ.get("RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr)
-            return leave(1, int(os.environ.get("WORLD_SIZE", "1")))
-        raise
+    except RunError as error:
+        return explained(error)
 
 
 if __name__ == "__main__":

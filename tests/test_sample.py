@@ -1,0 +1,156 @@
+"""Images from their own seeds: the same in every batch and on every process, kept over kills."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training import TORCHRUN, finish, forget_accelerator, run_here, start, weights
+
+from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
+from ddpm_ext.arguments import parse_options
+from ddpm_ext.export import ReconstructConfig, reconstruct
+from ddpm_ext.run_dir import RunError
+from ddpm_ext.sample import SampleConfig, SamplingStopped, make_grid, sample_images, sample_to_folder, save_png
+from ddpm_ext.signals import PREEMPTED
+
+
+@pytest.fixture
+def pipeline(tiny_unet: Any) -> DDPMExtPipeline:
+    pipe = DDPMExtPipeline(tiny_unet, DDPMExtScheduler(variance_type="fixed_large"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def saved(pipeline: DDPMExtPipeline, tmp_path: Path) -> Path:
+    pipeline.save_pretrained(str(tmp_path / "pipeline"))
+    return tmp_path / "pipeline"
+
+
+def drawn(pipeline: DDPMExtPipeline, seeds: list[int], batch_size: int) -> np.ndarray:
+    return np.concatenate(list(sample_images(pipeline, seeds, batch_size=batch_size, num_inference_steps=5)))
+
+
+def sample(model: Path, folder: Path, **changes: Any) -> int:
+    forget_accelerator()
+    given = {"num_samples": 5, "batch_size": 2, "num_inference_steps": 4, "cpu": True, **changes}
+    return sample_to_folder(SampleConfig(model=str(model), output_dir=str(folder), **given))
+
+
+def read(folder: Path) -> dict[str, np.ndarray]:
+    images = {}
+    for path in sorted(folder.glob("0*.png")):
+        with Image.open(path) as image:
+            images[path.name] = np.asarray(image)
+    return images
+
+
+def test_an_image_is_that_of_its_seed_in_every_batch(pipeline: DDPMExtPipeline) -> None:
+    whole = drawn(pipeline, [3, 4, 5, 6, 7], 5)
+    assert whole.dtype == np.uint8 and whole.shape == (5, 8, 8, 1)
+    for batch_size in (1, 2, 3):
+        cut = drawn(pipeline, [3, 4, 5, 6, 7], batch_size)
+        assert np.abs(cut.astype(int) - whole.astype(int)).max() <= 1  # a network's sums may round another way
+    by_hand = pipeline(generator=torch.Generator().manual_seed(6), num_inference_steps=5, output_type="np").images
+    assert np.abs((by_hand[0] * 255).round() - whole[3]).max() <= 1
+    assert len({image.tobytes() for image in whole}) == 5
+
+
+def test_a_folder_is_filled_and_what_is_there_is_kept(saved: Path, tmp_path: Path) -> None:
+    assert sample(saved, tmp_path / "out", num_samples=3) == 0
+    first = read(tmp_path / "out")
+    assert list(first) == ["000000.png", "000001.png", "000002.png"]
+    written = (tmp_path / "out" / "000001.png").stat().st_mtime_ns
+    (tmp_path / "out" / "000002.png").unlink()
+    assert sample(saved, tmp_path / "out", num_samples=5) == 0
+    assert (tmp_path / "out" / "000001.png").stat().st_mtime_ns == written
+    second = read(tmp_path / "out")
+    assert len(second) == 5 and all(np.array_equal(second[name], first[name]) for name in first)
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.size[0] > 100
+    with pytest.raises(RunError, match=r"other settings \(seed 0 -> 9\)"):
+        sample(saved, tmp_path / "out", seed=9)
+
+
+def test_a_stop_keeps_what_is_done_and_the_same_command_continues(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, calls = DDPMExtScheduler.step, []
+
+    def stopping(self: DDPMExtScheduler, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:  # in the second batch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(DDPMExtScheduler, "step", stopping)
+    assert sample(saved, tmp_path / "out") == PREEMPTED
+    assert list(read(tmp_path / "out")) == ["000000.png", "000001.png"]
+    monkeypatch.setattr(DDPMExtScheduler, "step", step)
+    assert sample(saved, tmp_path / "out") == 0
+    assert len(read(tmp_path / "out")) == 5
+
+
+def test_polling_stops_within_a_batch(pipeline: DDPMExtPipeline) -> None:
+    with pytest.raises(SamplingStopped):
+        list(sample_images(pipeline, [0], batch_size=1, num_inference_steps=30, poll=lambda: True))
+
+
+def test_a_grid_shows_every_image_in_its_place() -> None:
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 6, 3), np.uint8)
+    grid = make_grid(images, min_side=8)
+    assert grid.shape == (2 * 12, 3 * 16, 3)  # twice 4x6, two grey lines around each
+    for i in range(5):
+        row, column = divmod(i, 3)
+        assert (grid[12 * row + 2 : 12 * row + 10, 16 * column + 2 : 16 * column + 14] == i).all()
+    assert (grid[12:, 32:] == 128).all()
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "L"), (3, "RGB"), (4, "RGBA")])
+def test_a_picture_of_any_channels_is_written(channels: int, mode: str, tmp_path: Path) -> None:
+    save_png(np.zeros((2, 2, channels), np.uint8), tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.mode == mode
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_wrong_options_are_sentences() -> None:
+    with pytest.raises(ValueError, match=r"no option --num_sample. Did you mean --num_samples\?"):
+        parse_options(SampleConfig, "", ["--model", "a", "--num_sample", "3"])
+    with pytest.raises(ValueError, match="arguments are required: --model"):
+        parse_options(SampleConfig, "", [])
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        parse_options(SampleConfig, "", ["--model", "a", "--batch_size", "0"])
+
+
+def test_another_width_is_reconstructed_from_a_finished_run(tmp_path: Path) -> None:
+    widths = {"ema": "power_function", "ema_snapshot_steps": 2, "max_train_steps": 24, "checkpointing_steps": 24}
+    assert run_here(tmp_path / "run", **widths, ema_sigma_rel=[0.05, 0.2]) == 0
+    assert run_here(tmp_path / "tracked", **widths, ema_sigma_rel=[0.1]) == 0
+    config = ReconstructConfig(run=str(tmp_path / "run"), sigma_rel=0.1)
+    assert reconstruct(config) == 24
+    rebuilt = DDPMExtPipeline.from_pretrained(tmp_path / "run" / "pipeline-0.1").unet.state_dict()
+    wanted, other = weights(tmp_path / "tracked", 24, "ema"), weights(tmp_path / "run", 24, "ema")
+    error = sum(float((rebuilt[name] - wanted[name]).square().sum()) for name in wanted)
+    apart = sum(float((other[name] - wanted[name]).square().sum()) for name in wanted)
+    assert error < 0.01 * apart  # far nearer to the tracked average than the stored one is
+    with pytest.raises(RunError, match="needs snapshots/ and pipeline/"):
+        reconstruct(ReconstructConfig(run=str(tmp_path / "none"), sigma_rel=0.1))
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_images(saved: Path, tmp_path: Path) -> None:
+    assert sample(saved, tmp_path / "one", num_samples=7) == 0
+    words = ["scripts/sample.py", "--model", str(saved), "--output_dir", str(tmp_path / "two"), "--num_samples", "7"]
+    code, output = finish(start([*words, "--num_inference_steps", "4", "--cpu"], [*TORCHRUN, "2"]))
+    assert code == 0, output
+    one, two = read(tmp_path / "one"), read(tmp_path / "two")
+    assert list(one) == list(two)
+    assert all(np.abs(one[name].astype(int) - two[name].astype(int)).max() <= 1 for name in one)
