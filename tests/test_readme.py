@@ -20,6 +20,10 @@ from ddpm_ext.unet import build_unet
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+TINY = (
+    "--cpu --unet digits --resolution 8 --max_train_steps 2 --train_batch_size 4 --eval_batch_size 2 "
+    "--ddpm_num_inference_steps 2 --checkpointing_steps 1"
+).split(" ")
 SHELL = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -43,7 +47,8 @@ def test_python_blocks_run_as_one_notebook(tmp_path: Path, monkeypatch: pytest.M
     assert len(blocks) == README.count("```python") >= 3
     for i, block in enumerate(blocks):
         exec(compile(block, f"README.md, Python block {i + 1}", "exec"), namespace)
-    assert Image.open(tmp_path / "digit.png").size == (128, 128)
+    with Image.open(tmp_path / "digit.png") as picture:
+        assert picture.size == (128, 128)
 
 
 @pytest.mark.parametrize("command", commands())
@@ -77,20 +82,7 @@ def shrunk(command: str, pictures: Path, out: Path) -> list[str]:
         arguments = [pictures.as_posix() if word == "my_pictures" else word for word in arguments]
         if "--train_data_dir" not in arguments:
             arguments += ["--train_data_dir", pictures.as_posix()]
-        arguments += [
-            "--cpu",
-            "--unet",
-            "digits",
-            "--resolution",
-            "8",
-            "--max_train_steps",
-            "2",
-            "--train_batch_size",
-            "4",
-            "--eval_batch_size",
-            "2",
-        ]
-        arguments += ["--ddpm_num_inference_steps", "2", "--checkpointing_steps", "1", "--output_dir", out.as_posix()]
+        arguments += [*TINY, "--output_dir", out.as_posix()]
     return [*head, words[script], *arguments]
 
 
