@@ -66,7 +66,7 @@ def render_card(run: str | Path, repo_id: str | None = None, license: str | None
     run = Path(run)
     record = read_json(run / "config.json") if (run / "config.json").is_file() else {}
     figures = own_figures(run)
-    repo_id = repo_id or record.get("config", {}).get("hub_model_id") or run.resolve().name
+    repo_id = str(repo_id or record.get("config", {}).get("hub_model_id") or run.resolve().name)
     network = network_config(run)
     shown = gallery(run)
     data = ModelCardData(
@@ -290,8 +290,8 @@ def numbers(figure: Mapping[str, Any]) -> list[tuple[str, str, float]]:
     metric, how = figure["metric"], conditions(figure)
     if metric == "prdc":
         return [(name, f"{name} ({how})", value) for name, value in figure["parts"].items()]
-    name = NAMES.get(metric, metric.replace("_", " "))
-    kind = SINGLE.get(metric, metric)
+    name = str(NAMES.get(metric, metric.replace("_", " ")))
+    kind = str(SINGLE.get(metric, metric))
     if metric == "fid" and figure["extractor"]["name"] != "inception":
         kind = "frechet_distance"  # FID is of Inception's features alone
     return [(kind, f"{name} ({how})", figure["value"])]
@@ -302,7 +302,7 @@ def conditions(figure: Mapping[str, Any]) -> str:
     if "num_samples" not in figure:
         return f"{figure['variance_type']}, {figure['num_inference_steps']} steps, {data_words(figure['dataset'])}"
     return (
-        f"{figure['extractor']['name']}, {figure['num_samples']:,} samples of {sampler_words(figure)} in "
+        f"{figure['extractor']['name']}, {figure['num_samples']:,} samples of {sampler_words(dict(figure))} in "
         f"{figure['num_inference_steps']} steps, to {data_words(figure['reference'])}"
     )
 

@@ -99,7 +99,8 @@ def measure(weights: Mapping[str, Tensor], code: Code) -> Shape:
     while any(name.startswith(f"{code.down}.{index}.") for name in weights):
         block = f"{code.down}.{index}"
         if f"{block}{sampler}" in weights:
-            widths.append(0), counts.append(0)
+            widths.append(0)
+            counts.append(0)
         else:
             level = len(widths) - 1
             widths[level] = _find(weights, f"{block}{residual}{code.residual['conv1']}.weight", code).shape[0]

@@ -80,7 +80,8 @@ class Hub:
         self.faults: list[Fault] = []
         self.log: list[tuple[str, str, int]] = []  # method, path, status (0: no answer)
         self.leaks: list[str] = []  # tokens that reached the storage
-        self.xet_store: str | None = None
+        self.xet_store: str | None = None  # folder of hf_xet's local store
+        self.xet_hashes: dict[str, str] = {}  # SHA-256 -> Xet's name of the content
         self.servers = [_Server(self, is_storage) for is_storage in (False, True)]
         self.url, self.storage_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in self.servers)
         for server in self.servers:
@@ -475,6 +476,9 @@ class _Handler(BaseHTTPRequestHandler):
         if "lfs" not in entry:
             headers |= {"ETag": f'"{entry["oid"]}"'}
             return self._ranged(content, headers) if self.command == "GET" else (200, content, headers)
+        if entry["checksum"] in self.hub.xet_hashes:
+            link = f'<{self.hub.url}/api/models/{repo_id}/xet-read-token/{revision}>; rel="xet-auth"'
+            headers |= {"X-Xet-Hash": self.hub.xet_hashes[entry["checksum"]], "Link": link}
         self.hub.lfs.setdefault(entry["checksum"], content)
         headers |= {"X-Linked-Etag": f'"{entry["checksum"]}"', "X-Linked-Size": str(entry["size"])}
         return 302, b"", headers | {"Location": f"{self.hub.storage_url}/{entry['checksum']}?sign=1"}
