@@ -1,15 +1,13 @@
-"""Options of an evaluation: command line -> EvalConfig, every word checked before anything is computed."""
+"""Options of an evaluation: EvalConfig, every word checked before anything is computed."""
 
 # ruff: noqa: RUF009
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from .arguments import ArgumentParser, allow_none, nearest
 from .config import option
 from .features import HandOff
 from .likelihood import Cdf
@@ -142,30 +140,6 @@ def check_numbers(config: EvalConfig) -> None:
         raise ValueError(f'cmmd is defined on the embeddings of the extractor "clip", got {config.extractor!r}.')
     if "is" in config.of_samples and config.extractor in ("pixels", "dinov2", "clip"):
         raise ValueError(f'is needs a classifier as extractor, and "{config.extractor}" is none.')
-
-
-def parse_eval_config(argv: list[str] | None = None) -> EvalConfig:
-    """The configuration of a command line.
-
-    Raises:
-        ValueError: an unknown option (the nearest name is suggested) or a wrong value.
-    """
-    known = get_type_hints(EvalConfig)
-    words: list[str] = []
-    for word in sys.argv[1:] if argv is None else argv:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            if name not in (*known, "help"):
-                raise ValueError(f"There is no option --{name}.{nearest(name, list(known))}")
-            word = f"--{name}{equals}{value}"
-        words.append(word)
-    description = "Measure a DDPM: eval.json, a table, plots."
-    parser = ArgumentParser(EvalConfig, allow_abbrev=False, description=description)  # pyright: ignore
-    for action in parser._actions:
-        if type(None) in get_args(known.get(action.dest)):
-            allow_none(action)
-    return EvalConfig(**vars(parser.parse_args(words)))
 
 
 def recorded(config: EvalConfig) -> dict[str, Any]:

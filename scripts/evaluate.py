@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import sys
 
+from ddpm_ext.arguments import parse_options
 from ddpm_ext.evaluate import evaluate
-from ddpm_ext.evaluate_options import parse_eval_config
+from ddpm_ext.evaluate_options import EvalConfig
 from ddpm_ext.run_dir import RunError
+from ddpm_ext.signals import explained
 
 
 def main() -> int:
-    """Exit code 0, or 2 with one sentence for a wrong option."""
+    """Options -> eval.json."""
     try:
-        config = parse_eval_config()
+        config = parse_options(EvalConfig, "Measure a DDPM: eval.json, tables, plots.")
         figures = evaluate(config)
     except (ValueError, RunError) as error:
-        print(error, file=sys.stderr)
-        return 2
+        return explained(error)
     print(f"{len(figures)} figures in {config.folder / 'eval.json'}, as tables in {config.folder / 'eval.md'}")
     return 0
 

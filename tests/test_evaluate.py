@@ -14,10 +14,11 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 
 from ddpm_ext import metrics
+from ddpm_ext.arguments import parse_options
 from ddpm_ext.bound import bits_per_dim, rate_distortion
 from ddpm_ext.data import load_images
 from ddpm_ext.evaluate import evaluate, merge
-from ddpm_ext.evaluate_options import EvalConfig, parse_eval_config
+from ddpm_ext.evaluate_options import EvalConfig
 from ddpm_ext.features import make_extractor, weights_hash
 from ddpm_ext.measure import make_scheduler, set_bound
 from ddpm_ext.pipeline import DDPMExtPipeline
@@ -232,13 +233,13 @@ def test_wrong_options_are_sentences_before_anything_is_computed(options: dict[s
 
 def test_the_command_line() -> None:
     words = ["--metrics", "bpd", "--num-samples=5", "--variance_type", "none", "--plots", "true", "--seed", "3"]
-    config = parse_eval_config(words)
+    config = parse_options(EvalConfig, "", words)
     assert (config.metrics, config.num_samples, config.variance_type, config.plots) == ("bpd", 5, None, True)
     assert config.seed == 3
     with pytest.raises(ValueError, match=r"no option --metric. Did you mean --metrics\?"):
-        parse_eval_config(["--metric", "bpd"])
+        parse_options(EvalConfig, "", ["--metric", "bpd"])
     with pytest.raises(ValueError, match="num_samples"):
-        parse_eval_config(["--num_samples", "many"])
+        parse_options(EvalConfig, "", ["--num_samples", "many"])
 
 
 def test_too_small_a_reference_and_a_reference_without_logits_are_sentences(model: Path, tmp_path: Path) -> None:
