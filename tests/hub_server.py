@@ -113,9 +113,7 @@ class Hub:
             self.commit(repo_id, "refs/heads/main", "initial commit", {".gitattributes": ATTRIBUTES})
             return repo
 
-    def commit(
-        self, repo_id: str, ref: str, summary: str, add: dict[str, bytes], delete: set[str] = frozenset()
-    ) -> str:  # type: ignore[assignment]
+    def commit(self, repo_id: str, ref: str, summary: str, add: dict[str, bytes], delete: Any = ()) -> str:
         with self.lock:
             repo = self.repos[repo_id]
             parent = repo.refs.get(ref) or repo.refs.get("refs/heads/main")
@@ -132,10 +130,10 @@ class Hub:
 
     def history(self, repo_id: str, ref: str = "refs/heads/main") -> list[str]:
         """Summaries, the newest first."""
-        repo, oid, found = self.repos[repo_id], self.repos[repo_id].refs[ref], []
-        while oid is not None:
-            found.append(repo.commits[oid].summary)
-            oid = repo.commits[oid].parent  # type: ignore[assignment]
+        commits, oid, found = self.repos[repo_id].commits, self.repos[repo_id].refs[ref], []
+        while commit := commits.get(oid or ""):
+            found.append(commit.summary)
+            oid = commit.parent
         return found
 
 
@@ -269,16 +267,16 @@ class _Handler(BaseHTTPRequestHandler):
             (r"/api/whoami-v2", self._whoami),
             (r"/api/repos/create", self._create),
             (r"/api/validate-yaml", self._validate),
-            (r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", self._preupload),
-            (r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", self._commit),
-            (r"/api/models/([^/]+/[^/]+)/xet-(?:write|read)-token/([^/]+)", self._xet_token),
-            (r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", self._tree),
-            (r"/api/models/([^/]+/[^/]+)/(?:branch|tag)/([^/]+)", self._mark),
-            (r"/api/models/([^/]+/[^/]+)/refs", self._refs),
-            (r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", self._info),
-            (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self._batch),
-            (r"/([^/]+/[^/]+)/lfs-verify", self._verify),
-            (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._resolve),
+            (r"/api/(?:models|datasets|spaces)/([^/]+/[^/]+)/preupload/([^/]+)", self._preupload),
+            (r"/api/(?:models|datasets|spaces)/([^/]+/[^/]+)/commit/([^/]+)", self._commit),
+            (r"/api/(?:models|datasets|spaces)/([^/]+/[^/]+)/xet-(?:write|read)-token/([^/]+)", self._xet_token),
+            (r"/api/(?:models|datasets|spaces)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", self._tree),
+            (r"/api/(?:models|datasets|spaces)/([^/]+/[^/]+)/(?:branch|tag)/([^/]+)", self._mark),
+            (r"/api/(?:models|datasets|spaces)/([^/]+/[^/]+)/refs", self._refs),
+            (r"/api/(?:models|datasets|spaces)/([^/]+/[^/]+)(?:/revision/([^/]+))?", self._info),
+            (r"/(?:datasets/|spaces/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", self._batch),
+            (r"/(?:datasets/|spaces/)?([^/]+/[^/]+)/lfs-verify", self._verify),
+            (r"/(?:datasets/|spaces/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._resolve),
         )
         for pattern, route in routes:
             if found := re.fullmatch(pattern, self.where):
@@ -320,14 +318,16 @@ class _Handler(BaseHTTPRequestHandler):
         if user is None:
             raise Refused(401, message="Invalid username or password.")
         repo_id = f"{asked.get('organization') or user['name']}/{asked['name']}"
+        kind = f"{asked['type']}s/" if asked.get("type", "model") != "model" else ""
+        url = f"{self.hub.url}/{kind}{repo_id}"
         if "forbidden" in asked["name"]:
             raise Refused(400, message="this name is reserved")
         if user["role"] != "write" or repo_id.split("/")[0] != user["name"]:
             raise Refused(403, message="You don't have the rights to create a model under this namespace")
         if repo_id in self.hub.repos:
-            raise Refused(409, message="You already created this model repo", url=f"{self.hub.url}/{repo_id}")
+            raise Refused(409, message="You already created this model repo", url=url)
         self.hub.create(repo_id, asked.get("visibility") == "private")
-        return 200, {"url": f"{self.hub.url}/{repo_id}"}, {}
+        return 200, {"url": url}, {}
 
     def _validate(self) -> tuple[int, Any, dict[str, str]]:
         front = re.match(r"---\n(.*?)\n---", json.loads(self.body)["content"], re.DOTALL)
@@ -354,11 +354,9 @@ class _Handler(BaseHTTPRequestHandler):
         for asked in json.loads(self.body)["objects"]:
             entry = dict(asked)
             if asked["oid"] not in self.hub.lfs:
-                verify = {"href": f"{self.hub.url}/{repo_id}/lfs-verify"}
-                entry["actions"] = {
-                    "upload": {"href": f"{self.hub.storage_url}/{asked['oid']}?sign=1"},
-                    "verify": verify,
-                }
+                links = {"upload": f"{self.hub.storage_url}/{asked['oid']}?sign=1"}
+                links |= {"verify": f"{self.hub.url}/{repo_id}/lfs-verify"}
+                entry["actions"] = {name: {"href": link} for name, link in links.items()}
             objects.append(entry)
         return 200, {"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"}
 
@@ -382,24 +380,19 @@ class _Handler(BaseHTTPRequestHandler):
             elif key == "lfsFile":
                 if value["oid"] not in self.hub.lfs and self.hub.xet_store is None:
                     raise Refused(400, message=f"LFS object {value['oid']} was never uploaded")
-                add[value["path"]] = self.hub.lfs.get(
-                    value["oid"], b"xet %s %d" % (value["oid"].encode(), value["size"])
-                )
+                pointer = b"xet %s %d" % (value["oid"].encode(), value["size"])
+                add[value["path"]] = self.hub.lfs.get(value["oid"], pointer)
             else:
                 delete.add(value["path"])
         parent = header.get("parentCommit")
         if not pull_request and parent is not None and parent != self._at(repo, revision).oid:
             raise Refused(412, message=f"{revision} has moved: it is not at {parent}")
         number = sum(name.startswith("refs/pr/") for name in repo.refs) + 1
-        ref = (
-            f"refs/pr/{number}"
-            if pull_request
-            else revision
-            if revision.startswith("refs/")
-            else f"refs/heads/{revision}"
-        )
+        ref = revision if revision.startswith("refs/") else f"refs/heads/{revision}"
+        ref = f"refs/pr/{number}" if pull_request else ref
+        kind = self.where.split("/")[2].replace("models", "") + "/"
         oid = self.hub.commit(repo_id, ref, header["summary"], add, delete)
-        answer = {"commitUrl": f"{self.hub.url}/{repo_id}/commit/{oid}", "commitOid": oid}
+        answer = {"commitUrl": f"{self.hub.url}/{kind.lstrip('/')}{repo_id}/commit/{oid}", "commitOid": oid}
         if pull_request:
             answer["pullRequestUrl"] = f"{self.hub.url}/{repo_id}/discussions/{number}"
         return 200, answer, {}
@@ -438,12 +431,17 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {"id": repo_id, "sha": commit.oid, "siblings": siblings, "private": False, "tags": []}, {}
 
     def _tree(self, repo_id: str, revision: str, folder: str = "") -> tuple[int, Any, dict[str, str]]:
-        files, entries = self._at(self._repo(repo_id), revision).files, []
-        for name, content in sorted(files.items()):
-            if name.startswith(f"{folder}/" if folder else ""):
-                entry = self._entry(name, content)
-                entries.append({"type": "file", "path": name, **{k: v for k, v in entry.items() if k != "checksum"}})
-        return 200, entries, {}
+        prefix, entries = f"{folder}/" if folder else "", {}
+        whole = self.query.get("recursive", ["false"])[0].lower() == "true"
+        for name, content in sorted(self._at(self._repo(repo_id), revision).files.items()):
+            child, *deeper = name.removeprefix(prefix).split("/")
+            if name.startswith(prefix) and (whole or not deeper):
+                entries[name] = {"type": "file", "path": name, **self._entry(name, content)}
+            elif name.startswith(prefix):
+                entries[prefix + child] = {"type": "directory", "path": prefix + child, "oid": "0" * 40, "size": 0}
+        if prefix and not entries:
+            raise Refused(404, "EntryNotFound", f"{folder} does not exist")
+        return 200, list(entries.values()), {}
 
     def _mark(self, repo_id: str, name: str) -> tuple[int, Any, dict[str, str]]:
         repo, asked = self._repo(repo_id, write=True), json.loads(self.body or b"{}")

@@ -239,3 +239,24 @@ def test_stock_diffusers_loads_and_samples_without_this_package(hub: Hub, pushed
     expected = [[1, 8, 8, 1], "DDPMPipeline", "DDPMScheduler"]
     assert json.loads(done.stdout.splitlines()[-1]) == [expected, expected]
     assert "not expected" not in done.stderr and "ignored" not in done.stderr, done.stderr
+
+
+def pixels_of(name: str, cache_dir: str) -> list[Any]:
+    """Number, shape and sum of a data set's pictures."""
+    from ddpm_ext.data import load_images
+
+    images = load_images(name, cache_dir=cache_dir)
+    batch = images.batch(list(range(len(images)))).pixels
+    return [len(images), list(batch.shape), int(batch.long().sum())]
+
+
+def test_a_data_set_of_the_hub_is_the_one_on_disk(hub: Hub, client: Client, tmp_path: Path) -> None:
+    digits = Path(__file__).parent.parent / "ddpm_ext" / "digits"
+    hub.create("alice/digits-data")
+    files = {f"data/{split}-00000-of-00001.parquet": digits / f"{split}.parquet" for split in ("train", "test")}
+    hub.commit(
+        "alice/digits-data", "refs/heads/main", "data", {name: path.read_bytes() for name, path in files.items()}
+    )
+    loaded = client(pixels_of, "alice/digits-data", cache(tmp_path))
+    assert loaded == client(pixels_of, "digits", cache(tmp_path))
+    assert hub.requests("GET", r"\?sign=1")
