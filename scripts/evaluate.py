@@ -9,13 +9,14 @@ Writes eval.json and eval.md beside the pipeline; the same command after a kill 
 
 from __future__ import annotations
 
+import os
 import sys
 
 from ddpm_ext.arguments import parse_options
 from ddpm_ext.evaluate import evaluate
 from ddpm_ext.evaluate_options import EvalConfig
 from ddpm_ext.run_dir import RunError
-from ddpm_ext.signals import explained
+from ddpm_ext.signals import explained, leave
 
 
 def main() -> int:
@@ -25,8 +26,9 @@ def main() -> int:
         figures = evaluate(config)
     except (ValueError, RunError) as error:
         return explained(error)
-    print(f"{len(figures)} figures in {config.folder / 'eval.json'}, as tables in {config.folder / 'eval.md'}")
-    return 0
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{len(figures)} figures in {config.folder / 'eval.json'}, as tables in {config.folder / 'eval.md'}")
+    return leave(0, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 if __name__ == "__main__":

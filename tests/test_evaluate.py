@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from ddpm_ext.scheduler import DDPMExtScheduler
 from ddpm_ext.shards import load_checked, run_shards, save_whole
 from ddpm_ext.small_evaluation import SmallEvaluation
 from ddpm_ext.tables import markdown
+from tests.training import TORCHRUN, finish, start
 
 
 def tiny_unet() -> UNet2DModel:
@@ -202,6 +204,22 @@ def test_samplers_keep_the_schedule_of_the_model() -> None:
         make_scheduler(scheduler, "ddim", "fixed_large")
     with pytest.raises(ValueError, match="posterior_mean"):
         make_scheduler(tiny_scheduler(prediction_type="posterior_mean"), "ddim")
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_measures(model: Path, tmp_path: Path) -> None:
+    words = ["scripts/evaluate.py", "--cpu", f"--model={model}", "--metrics=bpd,fid", "--extractor=pixels"]
+    words += ["--num_samples=600", "--num_inference_steps=3", "--max_bpd_images=40"]
+    words += [f"--reference_cache={tmp_path / 'references'}", "--max_reference_images=3000"]
+    found = []
+    for name, launcher in (("one", (sys.executable,)), ("two", (*TORCHRUN, "2"))):
+        code, said = finish(start([*words, f"--output_dir={tmp_path / name}"], launcher))
+        assert code == 0, said
+        assert said.count("2 figures in") == 1
+        found.append(json.loads((tmp_path / name / "eval.json").read_text())["figures"])
+    for one, two in zip(*found, strict=True):
+        assert two["certificate"]["num_processes"] == 2
+        assert one["value"] == pytest.approx(two["value"], rel=1e-6)
 
 
 # Options --------------------------------------------------------------------------------------------------------------
