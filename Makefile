@@ -1,6 +1,7 @@
 # Every target sets up what it needs: a machine with Python, pip and make is enough.
 #   make train                               trains the digits preset: samples and weights in runs/digits
 #   make train ARGS="--preset cifar10-small" any option of scripts/train.py
+#   make evaluate                            measures what it made: runs/digits/eval.json and eval.md
 #   make test                                the default tests
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow test-order style format bench clean
+.PHONY: help install train evaluate test test-slow test-order style format bench clean
 
 help:
-	@echo "make train | test | test-slow | style | format | bench | clean      (ARGS=... are passed on, PYTHON=... picks the Python)"
+	@echo "make train | evaluate | test | test-slow | style | format | bench | clean      (ARGS=... are passed on, PYTHON=... picks the Python)"
 
 # Debian without python3-venv has no ensurepip: then the machine's own pip fills the environment.
 $(STAMP): pyproject.toml constraints.txt
@@ -44,6 +45,13 @@ style: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# 297 test digits, 1,000 samples each: bits/dim, Frechet distances, the table runs/digits/eval.md.
+EVALUATE := $(BIN)/python scripts/evaluate.py --extractor pixels --num_samples 1000
+evaluate: $(STAMP)
+	$(EVALUATE) --metrics bpd,fid --variance_type fixed_small,fixed_large --sampler ddpm,ddim \
+		--num_inference_steps 100,50,10 $(ARGS)
+	$(EVALUATE) --metrics fid --variance_type fixed_large --num_inference_steps 1000 $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python scripts/benchmark.py $(ARGS)
