@@ -20,10 +20,10 @@ from ddpm_ext.unet import build_unet
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-TINY = (
+TINY = shlex.split(
     "--cpu --unet digits --resolution 8 --max_train_steps 2 --train_batch_size 4 --eval_batch_size 2 "
     "--ddpm_num_inference_steps 2 --checkpointing_steps 1"
-).split(" ")
+)
 SHELL = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
