@@ -133,7 +133,7 @@ def test_custom_timesteps_equal_stock():
 
 def test_another_variance_is_seen_at_this_tolerance():
     model = network("epsilon", "fixed_small")
-    small, large = (sample(DDPMExtScheduler(variance_type=v), model) for v in ("fixed_small", "fixed_large"))
+    small, large = (sample(both(50, variance_type=v)[0], model) for v in ("fixed_small", "fixed_large"))
     assert (small - large).abs().max() > 1e-2
 
 
@@ -143,9 +143,12 @@ def test_another_variance_is_seen_at_this_tolerance():
 @pytest.mark.parametrize("plain", ["fixed_small", "fixed_large"])
 def test_log_twins_make_the_same_samples(plain: str):
     model = network("epsilon", plain)
-    a, b = (sample(DDPMExtScheduler(variance_type=v), model) for v in (plain, f"{plain}_log"))
-    assert torch.equal(a, b) and torch.isfinite(a).all()
-    stock = sample(DDPMScheduler(variance_type="fixed_large_log"), model)
+    for K in (None, 50):
+        a, b = (both(K, variance_type=v)[0] for v in (plain, f"{plain}_log"))
+        assert all(torch.equal(a._get_variance(t), b._get_variance(t)) for t in a.timesteps)
+    samples = sample(a, model)
+    assert torch.equal(samples, sample(b, model)) and torch.isfinite(samples).all()
+    stock = sample(both(50, variance_type="fixed_large_log")[1], model)
     assert not torch.isfinite(stock).all()  # the reason for this test is still there
 
 
