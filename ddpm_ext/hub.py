@@ -114,6 +114,39 @@ def push_to_hub(
     return push
 
 
+def push_space(
+    files: Files,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    patience: Patience | None = None,
+) -> Push:
+    """Upload the files of a Gradio page as a Space, in one commit and checked as in `push_to_hub`.
+
+    Args:
+        files: Name in the Space -> file on disk; with app.py, requirements.txt and README.md.
+        repo_id: "user/space". Made if missing.
+        private: As in `push_to_hub`, and the others.
+        token: As there.
+        patience: As there.
+
+    Raises:
+        HubError: the push failed, with what to do about it.
+    """
+    again, token = f"python scripts/demo.py --push_to_space {repo_id}", token or get_token()
+    errand = Errand(repo_id, "push", again, has_token=token is not None)
+    with tempfile.TemporaryDirectory(prefix="ddpm_ext_push_") as staging, in_sentences(errand):
+        validate_repo_id(repo_id)
+        check_no_token(files, token)
+        client = Client(token, patience, "space")
+        repo_id, user = client.open(repo_id, private, errand)
+        errand = Errand(repo_id, "push", again, has_token=True, user=user)
+        with in_sentences(errand):
+            push = _commit(client, errand, files, Path(staging), False, None, None)
+    return push._replace(url=f"{constants.ENDPOINT}/spaces/{repo_id}")
+
+
 def _name(folder_or_pipeline: Any) -> str:
     return str(folder_or_pipeline) if isinstance(folder_or_pipeline, str | os.PathLike) else "<folder>"
 
@@ -179,6 +212,7 @@ def _commit(
             revision=errand.revision,
             create_pr=create_pr,
             parent_commit=before.commit,
+            repo_type=client.repo_type,
         )
         return Push(repo_id, info.oid, str(info.commit_url), True, info.pr_url)
 
@@ -193,7 +227,7 @@ def _commit(
 
 def _stale(before: State, files: Files) -> list[str]:
     """Files of earlier pushes in the pipeline's folders; none where a variant alone is pushed."""
-    folders = components(files[INDEX])
+    folders = components(files[INDEX]) if INDEX in files else []
     if all(Path(name).stem.split(".")[-1] in VARIANTS for name in files if name.endswith(".safetensors")):
         return []
     return [name for name in before.checksums if "/" in name and name.split("/")[0] in folders and name not in files]

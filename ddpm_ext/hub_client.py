@@ -27,9 +27,9 @@ class State(NamedTuple):
 class Client:
     """The calls of a push, each of them tried again."""
 
-    def __init__(self, token: str | bool | None, patience: Patience | None) -> None:
+    def __init__(self, token: str | bool | None, patience: Patience | None, repo_type: str = "model") -> None:
         self.api = HfApi(token=token, library_name="ddpm_ext", library_version=__version__)
-        self.patience = patience
+        self.patience, self.repo_type = patience, repo_type
 
     def open(self, repo_id: str, private: bool | None, errand: Errand) -> tuple[str, str]:
         """Make the repository if it is missing; its full name, and whose token this is."""
@@ -43,12 +43,16 @@ class Client:
                 f"{errand.again}"
             )
         with in_sentences(Errand(full, "push", errand.again, user=name)):
-            patiently(partial(self.api.create_repo, full, private=private, exist_ok=True), self.patience)
+            sdk = {"space_sdk": "gradio"} if self.repo_type == "space" else {}
+            create = partial(
+                self.api.create_repo, full, private=private, exist_ok=True, repo_type=self.repo_type, **sdk
+            )
+            patiently(create, self.patience)
         return full, name
 
     def state(self, repo_id: str, revision: str | None) -> State:
-        call = partial(self.api.model_info, repo_id, revision=revision, files_metadata=True, timeout=60)
-        info = patiently(call, self.patience)
+        ask = partial(self.api.repo_info, repo_id, repo_type=self.repo_type, files_metadata=True, timeout=60)
+        info = patiently(partial(ask, revision=revision), self.patience)
         return State(str(info.sha), checksums(info.siblings))
 
     def branch(self, repo_id: str, revision: str | None) -> State:
@@ -58,11 +62,17 @@ class Client:
         except Exception as error:
             if revision is None or error_code(error) != "RevisionNotFound":
                 raise
-        patiently(partial(self.api.create_branch, repo_id, branch=revision, exist_ok=True), self.patience)
+        patiently(
+            partial(self.api.create_branch, repo_id, branch=revision, exist_ok=True, repo_type=self.repo_type),
+            self.patience,
+        )
         return self.state(repo_id, revision)
 
     def pull_requests(self, repo_id: str) -> set[str]:
-        refs = patiently(partial(self.api.list_repo_refs, repo_id, include_pull_requests=True), self.patience)
+        refs = patiently(
+            partial(self.api.list_repo_refs, repo_id, include_pull_requests=True, repo_type=self.repo_type),
+            self.patience,
+        )
         return {ref.ref for ref in refs.pull_requests or ()}
 
     def tag(self, repo_id: str, tag: str, commit: str) -> None:

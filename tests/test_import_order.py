@@ -56,6 +56,7 @@ WORK = [
     "other_codes",
     "convert",
     "card",
+    "demo",
     "assemble",
     "progress",
     "resume",
