@@ -44,6 +44,7 @@ from .metrics import (
     rbf_mmd,
 )
 from .pipeline import DDPMExtPipeline
+from .plots import figure_class
 from .reference import Reference, make_reference
 from .run_dir import environment, read_json, write_atomically, write_json
 from .tables import markdown
@@ -103,6 +104,16 @@ class Session:
         self.pipeline.set_progress_bar_config(disable=True)
         self.scheduler = self.pipeline.scheduler
         self.weights = weights_hash(self.pipeline.unet)
+        if config.plots:
+            figure_class()  # what cannot be had is said before anything is measured
+        self.extractor: Extractor | None = None
+        if config.of_samples:
+            self.extractor = make_extractor(
+                config.extractor,
+                device=accelerator.device,
+                size=config.extractor_size,
+                weights=config.inception_weights,
+            )
         self.started, self.environment = time.perf_counter(), environment()
         self.bounds: dict[str | None, SetBound] = {}
         self.first: Any = None  # the scheduler of the first bound
@@ -165,12 +176,8 @@ class Session:
         """Scores of generated images for every sampler, variance and number of steps."""
         config = self.config
         images = self.images(config.reference_split)
-        extractor = make_extractor(
-            config.extractor,
-            device=self.accelerator.device,
-            size=config.extractor_size,
-            weights=config.inception_weights,
-        )
+        extractor = self.extractor
+        assert extractor is not None
         self.reference = make_reference(
             images,
             extractor,
@@ -182,7 +189,7 @@ class Session:
         check_reference(self.reference, config)
         figures: list[dict[str, Any]] = []
         for sampler, variance, steps in self.plan():
-            figures += self.scores(extractor, images, sampler, variance, steps)
+            figures += self.scores(images, sampler, variance, steps)
         return figures
 
     def plan(self) -> list[tuple[str, str | None, int]]:
@@ -194,12 +201,10 @@ class Session:
         ]
         return [(*pair, steps) for pair, steps in itertools.product(samplers, self.config.steps)]
 
-    def scores(
-        self, extractor: Extractor, images: ImageSet, sampler: Any, variance: str | None, steps: int
-    ) -> list[dict[str, Any]]:
+    def scores(self, images: ImageSet, sampler: Any, variance: str | None, steps: int) -> list[dict[str, Any]]:
         """The scores of one set of generated images."""
-        config, reference = self.config, self.reference
-        assert reference is not None
+        config, extractor, reference = self.config, self.extractor, self.reference
+        assert extractor is not None and reference is not None
         self.started = time.perf_counter()
         scheduler = make_scheduler(self.scheduler, sampler, variance, config.timestep_spacing)
         self.pipeline.register_modules(scheduler=scheduler)

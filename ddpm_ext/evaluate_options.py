@@ -1,4 +1,4 @@
-"""Options of an evaluation: EvalConfig, every word checked before anything is computed."""
+"""Options of an evaluation: command line -> EvalConfig, every word checked before anything is computed."""
 
 # ruff: noqa: RUF009
 

@@ -271,17 +271,18 @@ def test_a_generator_per_image_makes_it_independent_of_its_batch() -> None:
 def test_rate_and_distortion_of_a_constant_predictor() -> None:
     scheduler = DDPMExtScheduler(prediction_type="sample")
     kept = [999, 500, 100, 0]
-    images = torch.tensor([0, 255, 255, 0], dtype=torch.uint8).reshape(1, 1, 2, 2)
+    images = torch.tensor([[0, 255, 255, 0], [255] * 4], dtype=torch.uint8).reshape(2, 1, 2, 2)
     rows = rate_distortion(lambda x, t: torch.full_like(x, 0.2), scheduler, images, timesteps=kept)
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     snr, bar = alpha_bar / (1 - alpha_bar), alpha_bar[999]
     prior = 0.5 * (bar - bar - math.log1p(-bar))
-    rates = [(prior + 0.5 * (snr[t] - snr[999]) * 1.04) / math.log(2) for t in kept]
+    error = ((0.8**2 + 1.2**2) / 2 + 0.8**2) / 2  # the mean over the images stands under the root
+    rates = [(prior + 0.5 * (snr[t] - snr[999]) * error) / math.log(2) for t in kept]
     assert rows.label == [1, 500, 900, 1000]
     assert rows.timesteps == kept
     assert_close(rows.rate_bits_per_dim, torch.tensor(rates, dtype=torch.float64), rtol=1e-6, atol=0)
-    rmse = 127.5 * math.sqrt((0.8**2 + 1.2**2) / 2)
-    assert_close(rows.distortion_rmse, torch.full((4,), rmse, dtype=torch.float64), rtol=1e-6, atol=0)
+    rmse = torch.full((4,), 127.5 * math.sqrt(error), dtype=torch.float64)
+    assert_close(rows.distortion_rmse, rmse, rtol=1e-6, atol=0)
 
 
 # The estimate from some of the steps ----------------------------------------------------------------------------------
