@@ -117,7 +117,7 @@ def in_a_row(x_0: Tensor) -> Image.Image:
 
 def make_page(studio: Studio, model: str) -> Any:
     """The Gradio page of a studio."""
-    import gradio as gr
+    import gradio as gr  # pyright: ignore[reportMissingImports]
 
     T = len(studio.pipeline.scheduler)
     with gr.Blocks(title="ddpm_ext") as page:

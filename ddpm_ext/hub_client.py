@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, constants
 
@@ -52,7 +52,7 @@ class Client:
 
     def state(self, repo_id: str, revision: str | None) -> State:
         ask = partial(self.api.repo_info, repo_id, repo_type=self.repo_type, files_metadata=True, timeout=60)
-        info = patiently(partial(ask, revision=revision), self.patience)
+        info: Any = patiently(partial(ask, revision=revision), self.patience)
         return State(str(info.sha), checksums(info.siblings))
 
     def branch(self, repo_id: str, revision: str | None) -> State:
