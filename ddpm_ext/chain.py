@@ -6,15 +6,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import optimal, process, reverse
-from .scheduler_options import Extension, extension
-from .schedules import Tables
+from .scheduler_options import Extension, Trajectory, extension
+from .schedules import Tables, check_word, kept_times
 
 
 class Weights(NamedTuple):
@@ -121,6 +121,40 @@ def check_usable(chain: Chain) -> None:
             f"timestep {missing[0]} has no signal left (ᾱ_t = 0), where epsilon prediction is undefined. Use "
             'prediction_type "v_prediction" or "sample", or fewer steps with "leading" spacing.'
         )
+
+
+def chosen_times(
+    tables: Tables, config: Mapping[str, Any], num_inference_steps: Any, trajectory: Trajectory | None
+) -> list[int]:
+    """The K steps that a config and a trajectory's name choose, ascending code indices.
+
+    Raises:
+        ValueError: K outside [1, T], an unknown trajectory, or an optimal one before errors are measured.
+    """
+    extra = extension(config)
+    trajectory = extra.trajectory if trajectory is None else trajectory
+    if trajectory is None or trajectory == "even":
+        spacing = "even" if trajectory else config["timestep_spacing"]
+        return kept_times(spacing, tables.num_timesteps, num_inference_steps, config["steps_offset"])
+    check_word("trajectory", trajectory, get_args(Trajectory))
+    variance: str = config["variance_type"]
+    cost: Any = variance.removesuffix("_log") if variance.startswith("fixed") else "analytic"
+    known = extra.trajectories.get(str(num_inference_steps))
+    if known is not None and cost == "analytic":
+        return list(known)
+    mse_eps = measured_errors(config, "An optimal trajectory")
+    return optimal.optimal_trajectory(tables, mse_eps, num_inference_steps, cost)
+
+
+def measured_errors(config: Mapping[str, Any], what: str) -> Tensor:
+    """mse_eps of a config, float64, shape (T,); a ValueError that says how to get it where there is none."""
+    mse_eps = extension(config).mse_eps
+    if mse_eps is None:
+        raise ValueError(
+            f"{what} needs the network's measured errors, and this scheduler has none. Measure them with "
+            "scripts/calibrate.py, or put mse_eps, one number per step, into the config's _ddpm_ext."
+        )
+    return torch.tensor(mse_eps, dtype=torch.float64)
 
 
 def checked_times(timesteps: Sequence[int] | Tensor | np.ndarray, T: int) -> list[int]:

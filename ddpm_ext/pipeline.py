@@ -21,8 +21,9 @@ from torch import Tensor
 from . import hub, pull
 from .images import to_x_0
 from .reverse import LEARNED_VARIANCES
-from .scheduler import DDPMExtScheduler, Generators
+from .scheduler import DDPMExtScheduler
 from .schedules import check_word, kept_times
+from .step_input import Generators, check_generators
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Callback = Callable[["DDPMExtPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]
@@ -362,16 +363,11 @@ class DDPMExtPipeline(DiffusionPipeline):
     def _prepare_latents(self, batch_size: int, generator: Generators, latents: Tensor | None) -> Tensor:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}.")
-        if isinstance(generator, list | tuple) and len(generator) != batch_size:
-            raise ValueError(
-                f"generator must be one torch.Generator or a list of one per image, {batch_size} here, got a list of "
-                f"{len(generator)}."
-            )
+        generator = check_generators(generator, batch_size)
         device, dtype = self._execution_device, self.unet.dtype
         if latents is None:
             shape = (batch_size, *self._image_shape())
-            generators = generator if isinstance(generator, torch.Generator | None) else list(generator)
-            latents = randn_tensor(shape, generator=generators, device=device, dtype=dtype)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif latents.ndim != 4 or latents.shape[:2] != (batch_size, self.unet.config["in_channels"]):
             raise ValueError(
                 f"latents must have shape ({batch_size}, {self.unet.config['in_channels']}, H, W), got "

@@ -6,20 +6,18 @@ Diffusers' words (`sample`, `model_output`, `timestep`) are kept in the signatur
 from __future__ import annotations
 
 import json
-import operator
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from . import optimal, process, reverse
-from .chain import Chain, Weights, check_usable, checked_times, make_chain
+from .chain import Chain, Weights, check_usable, checked_times, chosen_times, make_chain, measured_errors
 from .process import Gaussian, PredictionType
 from .reverse import Clip, DecoderVariance, ReverseStep, VarianceType
 from .scheduler_options import (
@@ -30,10 +28,17 @@ from .scheduler_options import (
     extension,
     stock_words,
 )
-from .schedules import BetaSchedule, Tables, TimestepSpacing, check_word, kept_times, make_tables
-
-Generators = torch.Generator | Sequence[torch.Generator] | None
-Timesteps = int | Tensor
+from .schedules import BetaSchedule, Tables, TimestepSpacing, make_tables
+from .step_input import (
+    Generators,
+    Timesteps,
+    as_int,
+    as_steps,
+    check_generators,
+    check_ints,
+    check_one_per_image,
+    draw_noise,
+)
 
 
 class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
@@ -202,7 +207,7 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError("timesteps and trajectory both name the steps: give one of them.")
             times = checked_times(timesteps, len(self))
         else:
-            times = self._kept_times(num_inference_steps, trajectory)[::-1]
+            times = chosen_times(self.tables, self.config, num_inference_steps, trajectory)[::-1]
         chain = self._chain_of(times)
         check_usable(chain)
         self._start(chain, device)
@@ -218,7 +223,7 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             int64, the shape and device of timestep.
         """
-        t = _as_steps("timestep", timestep)
+        t = as_steps("timestep", timestep)
         self._check_steps(t)
         return self._current_chain().previous.to(t.device)[t]
 
@@ -254,7 +259,7 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         """
         chain = self._current_chain()
         if chain.lacks_errors:
-            self._mse_eps('variance_type "analytic"')
+            measured_errors(self.config, 'variance_type "analytic"')
         prediction, head = reverse.split_output(model_output, sample, self.config["variance_type"])
         dtype = process.compute_dtype(sample)
         x_t, prediction = sample.to(dtype), prediction.to(dtype)
@@ -265,11 +270,11 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         if chain.uses_output:
             x_s = x_s + weights.c3 * prediction
         if not isinstance(weights.noisy, float) or weights.noisy:
-            z = _noise(sample, generator).to(dtype)
+            z = draw_noise(sample, generator).to(dtype)
             std = weights.std if head is None else self._learned_std(weights, head.to(dtype))
             x_s = x_s.add_(z, alpha=std) if isinstance(std, float) else torch.addcmul(x_s, z, std)
         elif generator is not None:
-            _check_generators(generator, sample)
+            check_generators(generator, sample.shape[0])
 
         x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
         return DDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
@@ -292,7 +297,7 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         last = reverse.decoder_log_var(self.tables, self._current_chain().times[::-1], decoder_variance)
         log_optimal = None
         if self.config["variance_type"] == "analytic":
-            mse_eps = self._mse_eps('variance_type "analytic"')
+            mse_eps = measured_errors(self.config, 'variance_type "analytic"')
             log_optimal = optimal.optimal_variance(self.tables, mse_eps, s.cpu(), t.cpu()).log().to(tables.beta)
         return reverse.p_mean_variance(
             model_output,
@@ -362,38 +367,13 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
 
     def _get_variance(self, t: Timesteps, predicted_variance: Tensor | None = None) -> Tensor:
         """σ² with which `step` samples at t, 0 at the last jump. Diffusers' name for it."""
-        t = _as_steps("timestep", t)
+        t = as_steps("timestep", t)
         weights = self._weights(self._current_chain(), t, torch.empty(t.numel(), dtype=torch.float64))
         if self.variance_type not in reverse.LEARNED_VARIANCES:
             return torch.as_tensor(weights.std, dtype=torch.float64) ** 2
         if predicted_variance is None:
             raise ValueError(f'variance_type "{self.variance_type}" needs predicted_variance, got none.')
         return self._learned_std(weights, predicted_variance) ** 2
-
-    def _kept_times(self, num_inference_steps: Any, trajectory: Trajectory | None) -> list[int]:
-        config, extra = self.config, extension(self.config)
-        trajectory = extra.trajectory if trajectory is None else trajectory
-        if trajectory is None or trajectory == "even":
-            spacing = "even" if trajectory else config["timestep_spacing"]
-            return kept_times(spacing, len(self), num_inference_steps, config["steps_offset"])
-        check_word("trajectory", trajectory, get_args(Trajectory))
-        variance: str = config["variance_type"]
-        cost: Any = variance.removesuffix("_log") if variance.startswith("fixed") else "analytic"
-        known = extra.trajectories.get(str(num_inference_steps))
-        if known is not None and cost == "analytic":
-            return list(known)
-        return optimal.optimal_trajectory(
-            self.tables, self._mse_eps("An optimal trajectory"), num_inference_steps, cost
-        )
-
-    def _mse_eps(self, what: str) -> Tensor:
-        mse_eps = extension(self.config).mse_eps
-        if mse_eps is None:
-            raise ValueError(
-                f"{what} needs the network's measured errors, and this scheduler has none. Measure them with "
-                "scripts/calibrate.py, or put mse_eps, one number per step, into the config's _ddpm_ext."
-            )
-        return torch.tensor(mse_eps, dtype=torch.float64)
 
     def _chain_of(self, times: list[int]) -> Chain:
         return make_chain(self.tables, times, self.config)
@@ -412,12 +392,12 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         if torch.compiler.is_compiling():
             timestep = torch.as_tensor(timestep, device=x.device)
         elif not isinstance(timestep, Tensor) or (timestep.ndim == 0 and timestep.device.type == "cpu"):
-            index = _as_int(timestep)
+            index = as_int(timestep)
             if index not in chain.rows:
                 raise ValueError(self._not_scheduled(index))
             return chain.rows[index]
         self._check_steps(timestep)
-        _check_one_per_image("timestep", timestep, x)
+        check_one_per_image("timestep", timestep, x)
         return chain.weights(timestep.to(x.device, torch.int64, non_blocking=True), x)
 
     def _predict_x_0(self, prediction: Tensor, x_t: Tensor, weights: Weights) -> Tensor:
@@ -443,14 +423,14 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         return (0.5 * log_var).exp() * noisy
 
     def _jump_times(self, timestep: Timesteps, x: Tensor) -> tuple[Tensor, Tensor]:
-        t = _as_steps("timestep", timestep, x.device)
+        t = as_steps("timestep", timestep, x.device)
         self._check_steps(t)
-        _check_one_per_image("timestep", t, x)
+        check_one_per_image("timestep", t, x)
         t = t.reshape(-1).expand(x.shape[0])
         return t, self._current_chain().previous.to(t.device)[t]
 
     def _check_steps(self, t: Tensor) -> None:
-        _check_ints("timestep", t)
+        check_ints("timestep", t)
         if t.device.type == "cpu" and not torch.compiler.is_compiling():
             rows = self._current_chain().rows
             for index in set(t.reshape(-1).tolist()):
@@ -472,8 +452,8 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
 
     def _marginal(self, timesteps: Timesteps, x: Tensor) -> tuple[Tensor, Tensor]:
         """(√ᾱ_t, √(1-ᾱ_t)) of each image, shaped beside it, in the dtype in which it is computed."""
-        t = _as_steps("timesteps", timesteps)
-        _check_one_per_image("timesteps", t, x)
+        t = as_steps("timesteps", timesteps)
+        check_one_per_image("timesteps", t, x)
         roots = self._roots_on(x.device, process.compute_dtype(x))
         try:
             signal, spread = roots.index_select(1, t.to(x.device, non_blocking=True).reshape(-1))
@@ -509,54 +489,3 @@ def _mix(x: Tensor, x_weight: Any, y: Tensor, y_weight: Any) -> Tensor:
     if isinstance(x_weight, float):
         return torch.mul(x, x_weight).add_(y, alpha=y_weight)
     return torch.addcmul(x * x_weight, y.to(x_weight.dtype), y_weight)  # the weights' dtype is at least float32
-
-
-def _noise(sample: Tensor, generator: Generators) -> Tensor:
-    """z ~ N(0, I) in the sample's shape and dtype, drawn as Diffusers draws it."""
-    if generator is None:
-        return torch.randn(sample.shape, device=sample.device, dtype=sample.dtype)
-    generator = _check_generators(generator, sample)
-    return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-
-
-def _check_generators(generator: Generators, sample: Tensor) -> torch.Generator | list[torch.Generator] | None:
-    if generator is None or isinstance(generator, torch.Generator):
-        return generator
-    if not isinstance(generator, list | tuple) or len(generator) != sample.shape[0]:
-        count = f"a list of {len(generator)}" if isinstance(generator, list | tuple) else repr(generator)
-        raise ValueError(
-            f"generator must be one torch.Generator or a list of one per image, {sample.shape[0]} here, got {count}."
-        )
-    return list(generator)
-
-
-def _as_int(timestep: Timesteps) -> int:
-    if not isinstance(timestep, bool) and not (isinstance(timestep, Tensor) and timestep.dtype == torch.bool):
-        try:
-            return operator.index(timestep)  # pyright: ignore[reportArgumentType]
-        except TypeError:
-            pass
-    raise ValueError(f"timestep must be an int or a tensor of ints, got {timestep!r}.")
-
-
-def _as_steps(name: str, timesteps: Timesteps, device: torch.device | None = None) -> Tensor:
-    try:
-        t = torch.as_tensor(timesteps, device=device)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name} must be an int or a tensor of ints, got {timesteps!r}.") from None
-    _check_ints(name, t)
-    return t.long()
-
-
-def _check_ints(name: str, t: Tensor) -> None:
-    if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool or t.ndim > 1:
-        raise ValueError(
-            f"{name} must be an int, a 0-d or a (B,) tensor of ints, got {t.dtype} of shape {tuple(t.shape)}."
-        )
-
-
-def _check_one_per_image(name: str, t: Tensor, x: Tensor) -> None:
-    if t.numel() not in (1, x.shape[0]):
-        raise ValueError(
-            f"{name} must be one for all images or one per image, {x.shape[0]} here, got shape {tuple(t.shape)}."
-        )

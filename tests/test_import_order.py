@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MATHEMATICS = ["images", "schedules", "process", "reverse", "likelihood", "losses", "optimal", "denoise_diffusion"]
 DIFFUSERS_SHAPE = [
     "unet",
+    "step_input",
     "scheduler_options",
     "chain",
     "scheduler",
@@ -56,6 +57,7 @@ WORK = [
     "other_codes",
     "convert",
     "card",
+    "publish",
     "demo",
     "assemble",
     "progress",
