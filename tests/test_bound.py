@@ -389,8 +389,17 @@ def test_the_record_is_the_same_for_tensor_and_sample_and_float64_weights_run_in
     assert torch.isfinite(double.total).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [None, 10])
+def test_on_an_accelerator_the_bound_is_that_of_the_cpu(n: int | None) -> None:
+    unet, images, scheduler = tiny_unet().eval(), pictures(3, 1, 8, 8), DDPMExtScheduler(**SHORT)
+    here = bits_per_dim(unet, scheduler, images, generator=seeded(), num_timesteps_sampled=n)
+    there = bits_per_dim(unet.to("cuda"), scheduler, images, generator=seeded(), num_timesteps_sampled=n)
+    assert_close(there.total.cpu(), here.total, rtol=1e-3, atol=0)  # the network's float32 sums
+
+
 def test_the_scheduler_is_left_as_it_is_and_stock_ones_are_taken() -> None:
-    scheduler = DDPMExtScheduler(clip_sample=False, thresholding=True, **SHORT)
+    scheduler = DDPMExtScheduler(clip_sample=False, thresholding=True, sample_max_value=3.0, **SHORT)
     scheduler.set_timesteps(4)
     before, config = scheduler.timesteps.tolist(), dict(scheduler.config)
     images, network = pictures(2, 1, 4, 4), wavy(scheduler, 1)
