@@ -31,6 +31,7 @@ CAPTIONS = {
     "training.png": "Loss and learning rate over the training",
     "plots/progressive.png": "Progressive generation: the predicted x_0 as the chain runs",
 }
+SHOWN = ("log.jsonl", *CAPTIONS, "plots/nearest.png")  # what a card reads or shows beside the two files
 STOCK_CANNOT = {"learned": "its variance is learned as a logarithm", "posterior_mean": "it predicts the posterior mean"}
 
 

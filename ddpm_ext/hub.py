@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,6 +147,20 @@ def push_space(
     return push._replace(url=f"{constants.ENDPOINT}/spaces/{repo_id}")
 
 
+def full_name(repo_id: str, token: str | None = None, patience: Patience | None = None) -> str:
+    """Name of a repository with its owner, "user/model"; where none is given, it is the token's.
+
+    Raises:
+        HubError: there is no token, or the Hub does not take it: better told before a training than after it.
+    """
+    token = token or get_token()
+    errand = Errand(repo_id, "push", "the same command", has_token=token is not None)
+    with in_sentences(errand):
+        validate_repo_id(repo_id)
+        name = patiently(Client(token, patience).api.whoami, patience)["name"]
+    return repo_id if "/" in repo_id else f"{name}/{repo_id}"
+
+
 def _name(folder_or_pipeline: Any) -> str:
     return str(folder_or_pipeline) if isinstance(folder_or_pipeline, str | os.PathLike) else "<folder>"
 
@@ -245,11 +259,20 @@ class BackgroundPush:
 
     Args:
         repo_id: As in `push_to_hub`.
+        also: Further files of the folder that `prepare` reads; they are not pushed for that.
+        prepare: Called in the background with the snapshot of the folder, before it is pushed.
         **options: Further options of `push_to_hub`.
     """
 
-    def __init__(self, repo_id: str, **options: Any) -> None:
-        self.repo_id, self.options = repo_id, options
+    def __init__(
+        self,
+        repo_id: str,
+        *,
+        also: Sequence[str] = (),
+        prepare: Callable[[Path], Any] = lambda snapshot: None,
+        **options: Any,
+    ) -> None:
+        self.repo_id, self.also, self.prepare, self.options = repo_id, also, prepare, options
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="push_to_hub")
         self._lock = threading.Lock()
         self._waiting: tuple[tempfile.TemporaryDirectory[str], dict[str, Any]] | None = None
@@ -268,7 +291,8 @@ class BackgroundPush:
         folder = Path(folder).resolve()
         snapshot = tempfile.TemporaryDirectory(prefix=".push_", dir=folder.parent)  # links stay on one disk
         try:
-            stage(collect(folder, Path(snapshot.name)), Path(snapshot.name))
+            also = {name: folder / name for name in self.also if (folder / name).is_file()}
+            stage(collect(folder, Path(snapshot.name)) | also, Path(snapshot.name))
         except BaseException:
             snapshot.cleanup()
             raise
@@ -285,6 +309,7 @@ class BackgroundPush:
             return None
         with task[0] as folder:
             try:
+                self.prepare(Path(folder))
                 self._done, self._failure = push_to_hub(folder, self.repo_id, **task[1]), None
                 return self._done
             except HubError as error:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from ddpm_ext.card import export_card, write_card
-from ddpm_ext.hub import push_to_hub
+from ddpm_ext.card import export_card
 from ddpm_ext.patience import HubError
+from ddpm_ext.publish import publish
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,9 @@ def main(options: Options) -> int:
         if options.card_dir is not None:
             print(f"The card lies in {export_card(run, options.card_dir, name, options.license)}.")
             return 0
-        if (run / "config.json").is_file() and write_card(run, name, options.license) is None:
-            print(f"{run / 'README.md'} was written by hand and is pushed as it is.")
-        names = ("revision", "create_pr", "commit_message", "tags", "variant")
+        names = ("revision", "create_pr", "commit_message", "tags", "variant", "license")
         more = {name: getattr(options, name) for name in names}
-        push = push_to_hub(run, name, private=options.hub_private_repo, token=options.hub_token, **more)
+        push = publish(run, name, private=options.hub_private_repo, token=options.hub_token, **more)
     except (HubError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

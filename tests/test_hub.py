@@ -237,3 +237,44 @@ def failing_background(folder: str) -> str:
 
 def test_a_failed_push_in_the_background_is_told_at_the_end(hub: Hub, client: Client, run: Path) -> None:
     assert "may not write to bob/digits" in client(failing_background, str(run))
+
+
+def train_and_publish(folder: str, pushes: int) -> dict[str, Any]:
+    from ddpm_ext.publish import Publisher
+
+    publisher = Publisher(folder, "digits", token="tok-alice", license="mit")
+    (Path(folder) / "README.md").unlink()
+    for i in range(pushes):
+        (Path(folder) / "config.json").unlink()
+        (Path(folder) / "config.json").write_text(json.dumps({"config": {"ddpm_num_steps": 100 + i}}))
+        publisher.push(i)
+    done = publisher.finish()
+    return {"commit": done.commit if done else None, "repo_id": publisher.repo_id}
+
+
+def test_a_training_publishes_its_card_each_time_and_awaits_the_last(hub: Hub, client: Client, run: Path) -> None:
+    done = client(train_and_publish, str(run), 3)
+    assert done == {"commit": hub.head("alice/digits").oid, "repo_id": "alice/digits"}
+    files = hub.head("alice/digits").files
+    assert set(files) == PUSHED
+    assert b"| Diffusion steps T | 102 |" in files["README.md"] and b"license: mit" in files["README.md"]
+    assert b'from_pretrained("alice/digits")' in files["README.md"]
+    assert (run / "README.md").read_bytes() == files["README.md"]
+    summaries = hub.history("alice/digits")
+    assert summaries[-1] == "initial commit" and len(summaries) >= 2
+    assert set(summaries[:-1]) <= {"Update 0", "Update 1", "Update 2", "The finished run"}
+
+
+def publisher_without_token(folder: str) -> str:
+    from ddpm_ext.patience import HubError
+    from ddpm_ext.publish import Publisher
+
+    try:
+        Publisher(folder, "digits")
+    except HubError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_missing_token_is_told_before_the_training(hub: Hub, client: Client, run: Path) -> None:
+    assert "needs a token, and there is none" in client(publisher_without_token, str(run))

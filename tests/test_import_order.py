@@ -53,6 +53,7 @@ WORK = [
     "evaluate_options",
     "evaluate",
     "small_evaluation",
+    "step_errors",
     "calibrate",
     "other_codes",
     "convert",
