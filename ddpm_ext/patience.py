@@ -8,6 +8,7 @@ again as a whole.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,6 @@ from typing import Any, TypeVar
 
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import parse_ratelimit_headers
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -123,9 +123,9 @@ def asked_wait(error: BaseException) -> float | None:
     found = answer(error)
     if found is None:
         return None
-    limit = parse_ratelimit_headers(found.headers)
-    if found.status_code == 429 and limit is not None and limit.remaining == 0:
-        return float(limit.reset_in_seconds)
+    limit = re.search(r"\br=0;\s*t=(\d+)", found.headers.get("ratelimit") or "")  # none remain, for t seconds
+    if found.status_code == 429 and limit is not None:
+        return float(limit[1])
     value = (found.headers.get("Retry-After") or "").strip()
     if value.isdigit():
         return float(value)
