@@ -112,7 +112,9 @@ class NumericsOptions:
     cpu: bool = option(False, "Use the CPU even where there is an accelerator.")
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Autocast of the forward pass.")
     allow_tf32: bool = option(False, "TF32 matrix products on NVIDIA GPUs.")
-    channels_last: bool = option(True, "Channels-last memory format.")
+    channels_last: bool = option(
+        True, "Channels-last memory format; never under FSDP, which shards contiguous weights only."
+    )
     fused_optimizer: bool = option(True, "PyTorch's fused AdamW; off: its for-each one.")
     compile: bool = option(False, "torch.compile each block of the network.")
     double: bool = option(False, "Train in float64, to compare numbers of processes.")

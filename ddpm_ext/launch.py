@@ -64,11 +64,12 @@ def check_world(accelerator: Accelerator) -> None:
         )
 
 
-def set_numerics(config: TrainConfig, recorded_threads: int | None) -> dict[str, Any]:
-    """Set the switches that change the last digits; return what resulted, for the record.
+def set_numerics(config: TrainConfig, accelerator: Accelerator, recorded_threads: int | None) -> dict[str, Any]:
+    """Set the switches that change the last digits; return what decides them beside the options, for the record.
 
     Args:
         config: The options.
+        accelerator: Knows device and processes.
         recorded_threads: Thread count of the run being resumed, used where no option names one.
     """
     threads = config.num_threads or recorded_threads
@@ -76,7 +77,13 @@ def set_numerics(config: TrainConfig, recorded_threads: int | None) -> dict[str,
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    return {"num_threads": torch.get_num_threads()}
+    device = accelerator.device.type
+    return {
+        "num_threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "torch": torch.__version__,
+    }
 
 
 def whole(tensor: Tensor) -> Tensor:

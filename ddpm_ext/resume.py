@@ -6,7 +6,7 @@ Nothing random is stored: draws, order and dropout seeds are functions of (seed,
 from __future__ import annotations
 
 import json
-import warnings
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,14 +178,14 @@ def refuse_changes(config: TrainConfig, changes: dict[str, Any]) -> None:
         )
 
 
-def warn_of_numerics(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """The last digits depend on threads, device and versions; a resume elsewhere is right, and not bitwise equal."""
+def note_other_conditions(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """The last digits depend on threads, processes, device and version: a resume elsewhere is right, not bitwise."""
     changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
     if changed:
-        warnings.warn(
-            f"Resuming under other conditions ({', '.join(changed)}): the weights will not be bitwise equal to an "
-            "uninterrupted run's.",
-            stacklevel=2,
+        print(
+            f"Going on under other conditions ({', '.join(changed)}): the weights will not be bitwise those of an "
+            "uninterrupted run.",
+            file=sys.stderr,
         )
 
 
@@ -256,7 +256,8 @@ def restore(trainer: RunState, found: Found) -> None:
     folder, state = found
     changes = differences(trainer, state)
     refuse_changes(trainer.config, changes)
-    warn_of_numerics(state["numerics"], trainer.numerics)
+    if trainer.accelerator.is_main_process:
+        note_other_conditions(state["numerics"], trainer.numerics)
 
     named = dict(trainer.network.named_parameters())
     restore_tensors(dict(zip(named, trainer.parameters, strict=True)), checkpoint.read_tensors(folder, "model"))

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from . import assemble, resume
 from .checkpoint import checkpoint_name, list_checkpoints
@@ -45,14 +46,17 @@ class Trainer(RunState):
     ) -> None:
         self.config, self.accelerator, self.run, self.stop = config, accelerator, run, stop
         self.found = resume.find(config, run, accelerator)
-        self.numerics = set_numerics(config, self.found.state["numerics"]["num_threads"] if self.found else None)
+        threads = self.found.state["numerics"]["num_threads"] if self.found else None
+        self.numerics = set_numerics(config, accelerator, threads)
         arguments = assemble.network_config(config)
         self.data = assemble.build_data(config, arguments)
         network = assemble.build_network(config, arguments, self.data)
         self.scheduler = assemble.build_scheduler(config)
         self.tables = self.scheduler.tables.to(accelerator.device)
         self.dtype = torch.float64 if config.double else torch.float32
-        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        # FSDP2 shards contiguous weights only.
+        channels_last = config.channels_last and not accelerator.is_fsdp2
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
         network.to(accelerator.device)
         (network.double() if config.double else network).to(memory_format=self.layout)  # pyright: ignore
         assemble.speed_up(config, network)
@@ -251,6 +255,7 @@ class Trainer(RunState):
             "learning_rate": self.config.learning_rate * self.lr_factor(self.update_count - 1),
             "images_per_second": progress.images_per_second(),
             "skipped": self.skipped,
+            "unreadable_images": len(self.data.skipped),
         }
         self.accelerator.log(record, step=self.update_count)
         if self.accelerator.is_main_process:
@@ -368,6 +373,8 @@ def run_to_its_end(trainer: Trainer) -> int:
         return 0
     if main:
         record_start(trainer)
+    if main and trainer.data.skipped:
+        print(f"{len(trainer.data.skipped)} images cannot be read and are left out: {trainer.data.skipped[:10]}")
     start_trackers(trainer.accelerator, recorded(trainer.config))
     code = trainer.fit()
     if main and code == PREEMPTED:
@@ -389,10 +396,9 @@ def record_start(trainer: Trainer) -> None:
     run, network = trainer.run, trainer.network
     start = {
         "update": trainer.update_count,
-        "processes": trainer.accelerator.num_processes,
         "accumulation": trainer.plan.accumulation,
         "distributed_type": trainer.accelerator.distributed_type.value,
-        "device": str(trainer.accelerator.device),
+        "sharded": any(isinstance(parameter, DTensor) for parameter in trainer.parameters),
         **trainer.numerics,
         **environment(),
     }

@@ -1,0 +1,359 @@
+"""Many processes: launchers, signals, kills, sharding. Each test starts a launch of its own, so most are slow."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import DDPMPipeline
+from training import (
+    ROOT,
+    TORCHRUN,
+    assert_bitwise_equal,
+    finish,
+    log_without_speed,
+    options,
+    run_here,
+    start,
+    status,
+    weights,
+)
+
+from ddpm_ext.launch import FSDP_ON_CPU
+from ddpm_ext.signals import PREEMPTED
+
+CONFIGS = ROOT / "accelerate_configs"
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
+ENDLESS = {"max_train_steps": 100_000, "checkpointing_steps": 100_000, "logging_steps": 5}
+
+
+def begin(folder: Path) -> dict[str, Any]:
+    """The last start in config.json."""
+    return json.loads((folder / "config.json").read_text())["starts"][-1]
+
+
+def wait_for_updates(folder: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    """Until the first log line is there."""
+    end = time.monotonic() + seconds
+    while not (folder / "log.jsonl").exists() or not (folder / "log.jsonl").read_text():
+        if process.poll() is not None or time.monotonic() > end:
+            pytest.fail(finish(process)[1])
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    """All processes below one, by /proc."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found += [child, *children(child)]
+    return found
+
+
+def gone(pids: list[int], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not any(alive(pid) for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def goes_on(folder: Path, **changes: Any) -> None:
+    """The checkpoint that a signal left lets one process go on for two updates."""
+    reached = status(folder)["update"]
+    given = {**ENDLESS, "max_train_steps": reached + 2, **changes}
+    assert run_here(folder, **given) == 0
+    assert status(folder) | {"time": ""} == {
+        "status": "finished",
+        "update": reached + 2,
+        "updates": reached + 2,
+        "time": "",
+    }
+
+
+# Worlds ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_shipped_cpu_configuration_starts_two_processes(tmp_path: Path) -> None:
+    launcher = [*ACCELERATE, "--config_file", str(CONFIGS / "cpu.yaml")]
+    code, output = finish(start(options(tmp_path / "run"), launcher))
+    assert code == 0, output
+    assert begin(tmp_path / "run")["processes"] == 2
+
+
+@pytest.mark.slow
+def test_two_machines_on_loopback(tmp_path: Path) -> None:
+    words = ["--multi_gpu", "--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
+    words += ["--main_process_port", "29517", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    given = options(tmp_path / "run", global_batch_size=8)
+    machines = [start(given, [*ACCELERATE, *words, "--machine_rank", str(rank)]) for rank in (0, 1)]
+    for machine in machines:
+        code, output = finish(machine)
+        assert code == 0, output
+    assert begin(tmp_path / "run")["processes"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_updates_are_counted_alike_whatever_processes_and_accumulation(accumulation: int, tmp_path: Path) -> None:
+    given = {
+        "lr_scheduler": "cosine",
+        "logging_steps": 1,
+        "max_train_steps": 8,
+        "gradient_accumulation_steps": accumulation,
+    }
+    assert run_here(tmp_path / "one", **given, train_batch_size=4) == 0
+    code, output = finish(start(options(tmp_path / "two", **given, train_batch_size=2), [*TORCHRUN, "2"]))
+    assert code == 0, output
+    one, two = log_without_speed(tmp_path / "one"), log_without_speed(tmp_path / "two")
+    assert [record["update"] for record in two] == [*range(1, 9)]
+    for name in ("update", "images", "learning_rate"):
+        assert [record[name] for record in one] == [record[name] for record in two]
+    # Float32: the same algorithm, sums in another order.
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+    assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
+    left, right = weights(tmp_path / "one", 8), weights(tmp_path / "two", 8)
+    apart = sum(float((left[name] - right[name]).square().sum()) for name in left)
+    assert apart**0.5 < 1e-4 * sum(float(tensor.square().sum()) for tensor in left.values()) ** 0.5
+
+
+@pytest.mark.slow
+def test_twenty_launches_of_two_processes_all_end_well(tmp_path: Path) -> None:
+    for number in range(20):
+        words = options(tmp_path / str(number), max_train_steps=2, eval_batch_size=2, ddpm_num_inference_steps=1)
+        code, output = finish(start(words, [*TORCHRUN, "2"]))
+        assert code == 0, f"launch {number}:\n{output}"
+
+
+@pytest.mark.slow
+def test_a_stream_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    (tmp_path / "pictures").mkdir()
+    numbers = np.random.default_rng(0)
+    for i in range(24):
+        Image.fromarray(numbers.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / "pictures" / f"{i:02d}.png")
+    given = {"train_data_dir": tmp_path / "pictures", "resolution": "8", "streaming": True, "double": True}
+    given |= {"global_batch_size": 8}
+    assert run_here(tmp_path / "one", **given) == 0
+    code, output = finish(start(options(tmp_path / "two", **given), [*TORCHRUN, "2"]))
+    assert code == 0, output
+    left, right = weights(tmp_path / "one", 12), weights(tmp_path / "two", 12)
+    assert max(float((left[name] - right[name]).abs().max()) for name in left) < 1e-11
+
+
+# Signals --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_a_signal_to_one_process_ends_it_with_75_and_a_checkpoint(number: signal.Signals, tmp_path: Path) -> None:
+    process = start(options(tmp_path / "run", **ENDLESS))
+    wait_for_updates(tmp_path / "run", process)
+    process.send_signal(number)
+    code, output = finish(process, timeout=60)
+    assert code == PREEMPTED, output
+    assert status(tmp_path / "run")["status"] == "preempted" and "the same command continues" in output
+    goes_on(tmp_path / "run")
+
+
+USR1 = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        ([*TORCHRUN, "2"], signal.SIGTERM),
+        ([*TORCHRUN[:-1], *USR1, "--nproc_per_node", "2"], signal.SIGUSR1),
+        ([*ACCELERATE, "--config_file", str(CONFIGS / "cpu.yaml")], signal.SIGTERM),
+    ],
+    ids=["torchrun-TERM", "torchrun-USR1", "accelerate-TERM"],
+)
+def test_a_signal_to_the_launcher_reaches_the_ranks(
+    launcher: list[str], number: signal.Signals, tmp_path: Path
+) -> None:
+    process = start(options(tmp_path / "run", **ENDLESS, global_batch_size=8), launcher)
+    wait_for_updates(tmp_path / "run", process)
+    process.send_signal(number)
+    code, output = finish(process, timeout=60)
+    assert code == 1, output  # a launcher turns every code into 1
+    assert status(tmp_path / "run")["status"] == "preempted"
+    goes_on(tmp_path / "run", global_batch_size=8)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_of_them(tmp_path: Path) -> None:
+    process = start(options(tmp_path / "run", **ENDLESS), [*TORCHRUN, "2"])
+    wait_for_updates(tmp_path / "run", process)
+    rank = children(process.pid)[-1]
+    os.kill(rank, signal.SIGTERM)
+    code, output = finish(process, timeout=60)
+    assert code == 1, output
+    assert status(tmp_path / "run")["status"] == "preempted"
+
+
+@pytest.mark.slow
+def test_a_signal_while_sampling_is_heard(tmp_path: Path) -> None:
+    long = {**ENDLESS, "save_images_steps": 6, "ddpm_num_inference_steps": 1000, "eval_batch_size": 64}
+    process = start(options(tmp_path / "run", **long))
+    wait_for_updates(tmp_path / "run", process)
+    time.sleep(2)  # update 6, where the grid begins, follows update 5 at once
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process, timeout=60)
+    assert code == PREEMPTED, output
+    assert status(tmp_path / "run")["update"] == 6 and not (tmp_path / "run" / "samples").exists()
+
+
+@pytest.mark.slow
+def test_ranks_end_with_a_launcher_that_was_killed(tmp_path: Path) -> None:
+    for launcher in ([*TORCHRUN, "2"], [*ACCELERATE, "--num_processes", "1", "--cpu"]):
+        folder = tmp_path / str(len(launcher))
+        process = start(options(folder, **ENDLESS), launcher, ACCELERATE_USE_CPU="true")
+        wait_for_updates(folder, process)
+        ranks = children(process.pid)
+        process.kill()
+        assert gone(ranks, 30), "orphans go on"
+        process.communicate()
+        assert status(folder)["status"] == "preempted"
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_launch_and_the_same_command_resumes(tmp_path: Path) -> None:
+    given = {**ENDLESS, "checkpointing_steps": 5, "global_batch_size": 8}
+    process = start(options(tmp_path / "run", **given), [*TORCHRUN, "2"])
+    wait_for_updates(tmp_path / "run", process)
+    time.sleep(1)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    killed = time.monotonic()
+    code, output = finish(process, timeout=40)
+    assert code != 0 and time.monotonic() - killed < 40, output
+    process = start(options(tmp_path / "run", **{**given, "max_train_steps": 400}), [*TORCHRUN, "2"])
+    code, output = finish(process)
+    assert code == 0, output
+    assert begin(tmp_path / "run")["update"] > 0 and status(tmp_path / "run")["update"] == 400
+
+
+@pytest.mark.slow
+def test_a_second_writer_is_stopped_while_the_first_goes_on(tmp_path: Path) -> None:
+    process = start(options(tmp_path / "run", **ENDLESS))
+    wait_for_updates(tmp_path / "run", process)
+    for launcher in ([sys.executable], [*TORCHRUN, "2"]):
+        code, output = finish(start(options(tmp_path / "run", **ENDLESS), launcher))
+        assert code == 1 and output.count("is being written by another run") == 1, output
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == PREEMPTED
+
+
+# Disk -----------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A file system of its own in memory."""
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[sys.executable], [*TORCHRUN, "2"]], ids=["one", "two"])
+def test_a_full_disk_leaves_the_last_checkpoint(launcher: list[str], tmp_path: Path) -> None:
+    given = {
+        "checkpoints_total_limit": "none",
+        "checkpointing_steps": 2,
+        "max_train_steps": 400,
+        "global_batch_size": 8,
+    }
+    with small_disk(tmp_path / "disk", "3m"):
+        folder = tmp_path / "disk" / "run"
+        code, output = finish(start(options(folder, **given), launcher))
+        assert code == 1 and "The disk is full: " in output and "bytes and" in output, output
+        assert str(folder / "checkpoints" / "step-") in output
+        newest = max(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
+        shutil.copytree(folder, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    assert run_here(tmp_path / "run", **{**given, "max_train_steps": newest + 2}) == 0
+
+
+# Sharding -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_fsdp2_trains_resumes_in_a_fresh_process_and_exports_the_same_pipeline(tmp_path: Path) -> None:
+    file = tmp_path / "fsdp2.yaml"
+    config = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())
+    file.write_text(yaml.safe_dump({**config, "num_processes": 2}))
+    launcher = [*ACCELERATE, "--config_file", str(file)]
+    given = {"global_batch_size": 8, "random_flip": True, "channels_last": "false", "checkpoints_total_limit": "none"}
+
+    def launch(folder: Path, **changes: Any) -> dict[str, Any]:
+        code, output = finish(start(options(folder, **given, **changes), launcher, **{FSDP_ON_CPU: "1"}))
+        assert code == 0, output
+        found = begin(folder)
+        assert found["distributed_type"] == "FSDP" and found["sharded"] and found["processes"] == 2
+        return found
+
+    launch(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "moved")
+    (tmp_path / "moved" / "status.json").unlink()
+    assert launch(tmp_path / "moved", resume_from_checkpoint="step-00000004")["update"] == 4
+    assert_bitwise_equal(tmp_path / "whole", tmp_path / "moved", 12)
+
+    # The same run without sharding, and the sharded checkpoint going on without it.
+    assert run_here(tmp_path / "one", **given) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "unsharded")
+    (tmp_path / "unsharded" / "status.json").unlink()
+    assert run_here(tmp_path / "unsharded", **given, resume_from_checkpoint="step-00000004") == 0
+    for other in ("whole", "unsharded"):
+        for stem in ("model", "ema"):
+            left, right = weights(tmp_path / "one", 12, stem), weights(tmp_path / other, 12, stem)
+            for name in left:
+                torch.testing.assert_close(left[name], right[name], rtol=0, atol=1e-4)  # 12 float32 Adam steps
+    averaged = weights(tmp_path / "whole", 12, "ema")
+    unet = DDPMPipeline.from_pretrained(tmp_path / "whole" / "pipeline").unet
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in unet.state_dict().items())
+
+
+def test_deepspeeds_file_is_understood_by_its_plugin() -> None:
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    from accelerate.utils import DeepSpeedPlugin
+
+    config = yaml.safe_load((CONFIGS / "deepspeed_zero2.yaml").read_text())["deepspeed_config"]
+    assert DeepSpeedPlugin(zero_stage=config["zero_stage"]).zero_stage == 2
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_accelerate_file_has_only_keys_that_accelerate_knows(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 1
