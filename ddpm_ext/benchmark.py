@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from .config import TrainConfig
+from .data import ImageSet
 from .images import to_uint8
 from .launch import make_accelerator
 from .pipeline import DDPMExtPipeline
@@ -156,6 +157,7 @@ def training_row(preset: TrainConfig, turns: int, num_threads: int) -> Row:
         )
         run = RunDir(str(config.output_dir))
         trainer = Trainer(config, make_accelerator(config, run), run)
+        assert isinstance(trainer.data, ImageSet)
         pixels = trainer.data.batch(range(len(trainer.data))).pixels
         calls = [trainer.update, stock_update(config, pixels)]
         name = f"training update, `{preset.unet}`, batch {trainer.plan.global_batch}"
