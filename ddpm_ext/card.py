@@ -308,6 +308,11 @@ def conditions(figure: Mapping[str, Any]) -> str:
     )
 
 
+def command_words(words: Sequence[str]) -> str:
+    """A command line without the folders of the machine that it ran on."""
+    return " ".join(re.sub(r"(^|(?<==))/\S*/(?=\S)", "", word) for word in words)
+
+
 def certificates(figures: Sequence[Mapping[str, Any]]) -> list[str]:
     """One line per evaluation command."""
     lines = []
@@ -317,7 +322,12 @@ def certificates(figures: Sequence[Mapping[str, Any]]) -> list[str]:
             continue
         hardware = made["hardware"]["gpu"] or f"{made['hardware']['processor']}, {made['hardware']['cores']} cores"
         averaged = {True: "averaged weights", False: "weights as trained"}.get(figure["averaged"])
-        parts = [f"`{' '.join(made['command'])}`", averaged, f"seed {figure['seed']}", f"weights {figure['weights']}"]
+        parts = [
+            f"`{command_words(made['command'])}`",
+            averaged,
+            f"seed {figure['seed']}",
+            f"weights {figure['weights']}",
+        ]
         parts += [
             f"ddpm_ext {made['versions']['ddpm-ext']} at commit {made['commit']}" if made["commit"] else None,
             hardware,

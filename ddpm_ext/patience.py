@@ -181,9 +181,10 @@ def explain(error: BaseException, errand: Errand) -> str | None:
     if any(isinstance(cause, HFValidationError) for cause in causes(error)):
         return illegal_name(errand, next(str(c) for c in causes(error) if isinstance(c, HFValidationError)))
     if is_offline(error):
+        missing = f"{errand.repo_id} is not in the cache, and " if errand.purpose == "pull" else ""
         return (
-            f"{errand.repo_id} is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub. {kept(errand)}Unset it "
-            f"(`unset HF_HUB_OFFLINE`) and run again: {errand.again}"
+            f"{missing}HF_HUB_OFFLINE forbids to ask the Hub. {kept(errand)}Unset it (`unset HF_HUB_OFFLINE`) and run "
+            f"again: {errand.again}"
         )
     found = answer(error)
     if found is not None:

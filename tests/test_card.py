@@ -15,7 +15,7 @@ from hub_worker import Client, fixture_client, fixture_hub  # noqa: F401
 from PIL import Image
 
 from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
-from ddpm_ext.card import MARK, export_card, render_card, training_hours, write_card
+from ddpm_ext.card import MARK, command_words, export_card, render_card, training_hours, write_card
 from ddpm_ext.features import weights_hash
 from ddpm_ext.repository import collect
 from ddpm_ext.run_dir import environment
@@ -229,6 +229,20 @@ def test_every_picture_of_the_card_is_pushed_and_exported_with_it(run: Path, tmp
     assert {p.relative_to(tmp_path / "card").as_posix() for p in (tmp_path / "card").rglob("*.png")} == shown
 
 
+def test_a_command_is_shown_without_the_folders_of_its_machine() -> None:
+    words = [
+        "evaluate.py",
+        "--model",
+        "runs/a/pipeline",
+        "--cache",
+        "/home/me/cache",
+        "--out=/home/me/out",
+        "--x",
+        "1/2",
+    ]
+    assert command_words(words) == "evaluate.py --model runs/a/pipeline --cache cache --out=out --x 1/2"
+
+
 def test_hours_by_hand() -> None:
     log = [{"update": 10, "images_per_second": 1.0}, {"update": 20}, {"update": 30, "images_per_second": 2.0}]
     assert training_hours(log, 360) == pytest.approx((10 * 360 / 1 + 20 * 360 / 2) / 3600)
@@ -246,5 +260,5 @@ def test_the_hub_accepts_it(hub: Hub, client: Client, run: Path) -> None:
     client(validate, str(run))
     assert hub.requests("POST", "/api/validate-yaml") == [200]
     write_card(run, "alice/ddpm-cifar10", "no such licence")
-    with pytest.raises(ValueError, match="must be one of .'apache-2.0'"):
+    with pytest.raises(ValueError, match=r"must be one of .'apache-2.0'"):
         client(validate, str(run))

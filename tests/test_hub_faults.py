@@ -244,3 +244,12 @@ def test_an_error_of_ours_is_neither_retried_nor_renamed(monkeypatch: pytest.Mon
     assert calls == [1]
     with pytest.raises(HubError, match="already said"), in_sentences(errand):
         raise HubError("already said")
+
+
+def test_a_push_offline_is_told(tmp_path: Path) -> None:
+    """In this process the Hub is offline, as conftest.py has it."""
+    from ddpm_ext.hub import push_to_hub
+
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(HubError, match=r"^HF_HUB_OFFLINE forbids to ask the Hub\. The local files are as they were"):
+        push_to_hub(tmp_path, "alice/digits", token="tok-alice")
