@@ -185,6 +185,12 @@ class Bound:
         """L_T of each image, shape (B,), nats/dim."""
         return mean_over_dims(prior_kl(x_0, self.tables.alpha_bar[self.times[0]]))
 
+    def ask(self, x_0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """(x_t, the network's output) of pairs: x_t rounded to the network's precision, both returned in x_0's."""
+        x_t = q_sample(x_0, t, eps.to(x_0.dtype), self.tables).to(self.dtype)
+        output = self.model(x_t.to(self.device), t.to(self.device))
+        return x_t.to(x_0.dtype), getattr(output, "sample", output).to(x_0)
+
     def terms(self, x_0: Tensor, t: Tensor, eps: Tensor, *, decoder: bool) -> tuple[Tensor, Tensor]:
         """(L_{t-1}, or L_0 where `decoder`; mean of (x_0 - x̂_0)²) of pairs, each (P,), in nats/dim and x_0's unit².
 
@@ -194,10 +200,8 @@ class Bound:
             eps: Noise in the shape of x_0.
             decoder: Which of the two terms.
         """
-        x_t = q_sample(x_0, t, eps.to(x_0.dtype), self.tables).to(self.dtype)
-        output = self.model(x_t.to(self.device), t.to(self.device))
-        output = getattr(output, "sample", output).to(x_0)
-        reverse = self.chain.p_mean_variance(output, t, x_t.to(x_0.dtype), decoder_variance=self.decoder_variance)
+        x_t, output = self.ask(x_0, t, eps)
+        reverse = self.chain.p_mean_variance(output, t, x_t, decoder_variance=self.decoder_variance)
         x_0_hat = reverse.pred_original_sample
         if decoder:  # the mean of the last jump is x̂_0 itself
             nats = decoder_nll(x_0, x_0_hat, reverse.log_var, cdf=self.cdf)

@@ -20,11 +20,13 @@ from .bound import BitsPerDim, Sweep, full_sweep, grid_images, make_bound, sampl
 from .data import ImageSet
 from .features import Extractor, Features, HandOff, extract, hand_off
 from .likelihood import Cdf, gaussian_kl
+from .optimal import optimal_variance
 from .pipeline import DDPMExtPipeline
 from .process import jump
 from .reference import as_features, as_tensors
 from .reverse import DecoderVariance, reverse_log_var, variance_bounds
 from .scheduler import DDPMExtScheduler
+from .scheduler_options import extension
 from .schedules import check_word
 from .shards import run_shards
 
@@ -202,33 +204,43 @@ def set_bound(
 
 
 def is_fixed(scheduler: Any) -> bool:
-    """Whether a scheduler's reverse variance is one number per step, the same for every image."""
-    return str(scheduler.config.variance_type).startswith("fixed_")
+    """Whether a scheduler's reverse variance is one number per step, and its steps do not depend on which."""
+    return str(scheduler.config.variance_type).startswith("fixed_") and extension(scheduler.config).trajectory != (
+        "optimal"
+    )
 
 
-def under_fixed_variance(found: SetBound, scheduler: DDPMExtScheduler) -> SetBound:
-    r"""The same network and the same noise judged with another fixed variance, without running the network again.
+def under_fixed_variance(found: SetBound, scheduler: DDPMExtScheduler, times: list[int] | None = None) -> SetBound:
+    r"""The same network and the same noise judged with another variance or chain, without running the network again.
 
         mean_dims L_{t-1} = ½ [β̃/σ² - 1 - log(β̃/σ²) + (c1²/σ²) mean_dims (x_0 - x̂_0)²]
 
-    A fixed σ² is one number per step, so the squared errors of the sweep are all that it needs. L_T and L_0 do not
-    depend on which of the fixed variances it is.
+    A fixed or analytic σ² is one number per step, so the squared errors of the sweep are all that it needs. L_T and L_0
+    depend neither on which of these variances it is nor on the kept times between the first and the last.
 
     Args:
         found: A full sweep under any fixed variance.
         scheduler: The other variance, and the same noise schedule.
+        times: Kept times, descending: some of the sweep's, its first and last among them; None for all.
     """
-    assert found.sweep is not None and found.sweep.bits_per_dim.steps is not None
-    bits, times = found.sweep.bits_per_dim, torch.tensor(found.sweep.timesteps)
-    step = jump(scheduler.tables, times[:-1], times[1:])
+    assert found.sweep is not None
+    bits, kept = found.sweep.bits_per_dim, found.sweep.timesteps
+    times = kept if times is None else times
+    if (times[0], times[-1]) != (kept[0], kept[-1]):
+        raise ValueError(f"times must run from {kept[0]} to {kept[-1]} as the sweep does, got {times[0]}..{times[-1]}.")
+    squared_error = found.sweep.squared_error[:, [kept.index(t) for t in times]]
+    t, s = torch.tensor(times[:-1]), torch.tensor(times[1:])
+    step = jump(scheduler.tables, t, s)
     small, large = variance_bounds(step, step.var.log())
-    log_var = reverse_log_var(
-        scheduler.config["variance_type"], small, large, torch.zeros_like(times[:-1], dtype=torch.bool)
-    )
-    rmse = found.sweep.squared_error[:, :-1].sqrt()
+    log_optimal, mse_eps = None, extension(scheduler.config).mse_eps
+    if mse_eps is not None:
+        log_optimal = optimal_variance(scheduler.tables, torch.tensor(mse_eps, dtype=torch.float64), s, t).log()
+    variance_type, last = scheduler.config["variance_type"], torch.zeros_like(t, dtype=torch.bool)
+    log_var = reverse_log_var(variance_type, small, large, last, log_optimal=log_optimal)
+    rmse = squared_error[:, :-1].sqrt()
     steps = gaussian_kl(step.c1 * rmse, small, torch.zeros_like(rmse), log_var) / math.log(2)
     bits = bits._replace(steps=steps, total=bits.prior + steps.sum(1) + bits.decoder)
-    return SetBound(bits, found.sweep._replace(bits_per_dim=bits))
+    return SetBound(bits, Sweep(times, bits, squared_error))
 
 
 def standard_error_of_mean(x: Tensor) -> float:

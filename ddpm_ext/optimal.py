@@ -191,12 +191,12 @@ def optimal_trajectories(
     best = np.full(T, math.inf)
     best[0] = 0.0
     came_from = [np.zeros(T, dtype=np.int64)]
-    for _ in range(1, max(steps)):
+    for _ in range(1, max((K for K in steps if K < T), default=1)):
         total = from_s + best
         origin = total.argmin(axis=1)
         came_from.append(origin)
         best = total[np.arange(T), origin]
-    return {K: _walk_back(came_from[:K], T) for K in steps}
+    return {K: list(range(T)) if K == T else _walk_back(came_from[:K], T) for K in steps}
 
 
 def kl_bound(tables: Tables, mse_eps: Tensor, times: list[int], cost: TrajectoryCost = "analytic") -> float:

@@ -147,3 +147,9 @@ def test_errors_that_do_not_fit_are_refused(errors: torch.Tensor):
         optimal.optimal_variance(TABLES, errors, torch.tensor(0), torch.tensor(1))
     with pytest.raises(ValueError, match="eta must lie between 0"):
         optimal.optimal_variance(TABLES, torch.zeros(T), torch.tensor(0), torch.tensor(1), eta=1.5)
+
+
+def test_all_steps_are_the_full_chain_and_need_no_search(monkeypatch: pytest.MonkeyPatch):
+    small = make_tables("squaredcos_cap_v2", 12)
+    monkeypatch.setattr(optimal, "_walk_back", None)
+    assert optimal.optimal_trajectory(small, isotropic_errors(0.4, small), 12) == list(range(12))
