@@ -18,9 +18,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LARGE = (".safetensors", ".png", ".bin", ".parquet")  # what .gitattributes sends to LFS
+from hub_repositories import Commit, Repo, Repositories, is_large, told_of
+
 LICENSES = {"apache-2.0", "mit", "cc-by-4.0", "other"}
-ATTRIBUTES = b"".join(b"*%s filter=lfs diff=lfs merge=lfs -text\n" % suffix.encode() for suffix in LARGE)
 Kind = Literal["status", "drop", "reset", "lost", "half", "flip"]
 
 
@@ -42,35 +42,11 @@ class Fault:
     met: int = 0
 
 
-@dataclass
-class Commit:
-    oid: str
-    parent: str | None
-    summary: str
-    files: dict[str, bytes]  # name -> SHA-256 of its content, or LFS pointer without content for Xet
-
-
-@dataclass
-class Repo:
-    private: bool
-    refs: dict[str, str] = field(default_factory=dict)  # refs/heads/main, refs/tags/v1, refs/pr/1 -> commit
-    commits: dict[str, Commit] = field(default_factory=dict)
-
-
-def git_sha1(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def is_large(name: str, size: int) -> bool:
-    return name.endswith(LARGE) or size > 10_000_000
-
-
-class Hub:
+class Hub(Repositories):
     """The state and the two servers."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.repos: dict[str, Repo] = {}
+        super().__init__()
         self.lfs: dict[str, bytes] = {}  # SHA-256 -> content
         self.users = {
             "tok-alice": {"name": "alice", "role": "write"},
@@ -104,37 +80,6 @@ class Hub:
     def requests(self, method: str, path: str) -> list[int]:
         """Answers given to the requests that match."""
         return [status for m, p, status in self.log if m == method and re.search(path, p)]
-
-    # repositories, for the tests and for the handlers
-
-    def create(self, repo_id: str, private: bool = False) -> Repo:
-        with self.lock:
-            repo = self.repos[repo_id] = Repo(private)
-            self.commit(repo_id, "refs/heads/main", "initial commit", {".gitattributes": ATTRIBUTES})
-            return repo
-
-    def commit(self, repo_id: str, ref: str, summary: str, add: dict[str, bytes], delete: Any = ()) -> str:
-        with self.lock:
-            repo = self.repos[repo_id]
-            parent = repo.refs.get(ref) or repo.refs.get("refs/heads/main")
-            files = {n: c for n, c in (repo.commits[parent].files if parent else {}).items() if n not in delete}
-            files |= add
-            text = json.dumps([parent, summary, len(repo.commits), sorted((n, git_sha1(c)) for n, c in files.items())])
-            oid = hashlib.sha1(text.encode()).hexdigest()
-            repo.commits[oid], repo.refs[ref] = Commit(oid, parent, summary, files), oid
-            return oid
-
-    def head(self, repo_id: str, ref: str = "refs/heads/main") -> Commit:
-        repo = self.repos[repo_id]
-        return repo.commits[repo.refs[ref]]
-
-    def history(self, repo_id: str, ref: str = "refs/heads/main") -> list[str]:
-        """Summaries, the newest first."""
-        commits, oid, found = self.repos[repo_id].commits, self.repos[repo_id].refs[ref], []
-        while commit := commits.get(oid or ""):
-            found.append(commit.summary)
-            oid = commit.parent
-        return found
 
 
 class _Server(ThreadingHTTPServer):
@@ -342,22 +287,22 @@ class _Handler(BaseHTTPRequestHandler):
         answers = []
         for asked in json.loads(self.body)["files"]:
             large = is_large(asked["path"], asked["size"])
-            entry = {"path": asked["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            told = {"path": asked["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
             if asked["path"] in files:
-                entry["oid"] = self._entry(asked["path"], files[asked["path"]])["checksum"]
-            answers.append(entry)
+                told["oid"] = told_of(asked["path"], files[asked["path"]])["checksum"]
+            answers.append(told)
         return 200, {"files": answers}, {}
 
     def _batch(self, repo_id: str) -> tuple[int, Any, dict[str, str]]:
         self._repo(repo_id, write=True)
         objects = []
         for asked in json.loads(self.body)["objects"]:
-            entry = dict(asked)
+            told = dict(asked)
             if asked["oid"] not in self.hub.lfs:
                 links = {"upload": f"{self.hub.storage_url}/{asked['oid']}?sign=1"}
                 links |= {"verify": f"{self.hub.url}/{repo_id}/lfs-verify"}
-                entry["actions"] = {name: {"href": link} for name, link in links.items()}
-            objects.append(entry)
+                told["actions"] = {name: {"href": link} for name, link in links.items()}
+            objects.append(told)
         return 200, {"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"}
 
     def _verify(self, repo_id: str) -> tuple[int, Any, dict[str, str]]:
@@ -372,7 +317,7 @@ class _Handler(BaseHTTPRequestHandler):
         add: dict[str, bytes] = {}
         delete, header = set(), {}
         for line in self.body.splitlines():
-            key, value = (entry := json.loads(line))["key"], entry["value"]
+            key, value = (part := json.loads(line))["key"], part["value"]
             if key == "header":
                 header = value
             elif key == "file":
@@ -404,28 +349,11 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(end)}
         return 200, {"casUrl": url, "accessToken": token, "exp": end}, headers
 
-    def _entry(self, name: str, content: bytes) -> dict[str, Any]:
-        """What the Hub tells of a file."""
-        entry: dict[str, Any] = {"oid": git_sha1(content), "size": len(content)}
-        entry["checksum"] = entry["oid"]
-        if xet := re.fullmatch(rb"xet ([0-9a-f]{64}) (\d+)", content):
-            entry |= {"checksum": xet[1].decode(), "size": int(xet[2])}
-        elif is_large(name, len(content)):
-            entry["checksum"] = hashlib.sha256(content).hexdigest()
-        if entry["checksum"] != entry["oid"]:
-            entry["lfs"] = {
-                "oid": entry["checksum"],
-                "sha256": entry["checksum"],
-                "size": entry["size"],
-                "pointerSize": 1,
-            }
-        return entry
-
     def _info(self, repo_id: str, revision: str = "main") -> tuple[int, Any, dict[str, str]]:
         commit = self._at(self._repo(repo_id), revision)
         siblings = []
         for name, content in sorted(commit.files.items()):
-            entry = self._entry(name, content)
+            entry = told_of(name, content)
             more = {"size": entry["size"], "blobId": entry["oid"], **({"lfs": entry["lfs"]} if "lfs" in entry else {})}
             siblings.append({"rfilename": name, **(more if "blobs" in self.query else {})})
         return 200, {"id": repo_id, "sha": commit.oid, "siblings": siblings, "private": False, "tags": []}, {}
@@ -436,7 +364,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, content in sorted(self._at(self._repo(repo_id), revision).files.items()):
             child, *deeper = name.removeprefix(prefix).split("/")
             if name.startswith(prefix) and (whole or not deeper):
-                entries[name] = {"type": "file", "path": name, **self._entry(name, content)}
+                entries[name] = {"type": "file", "path": name, **told_of(name, content)}
             elif name.startswith(prefix):
                 entries[prefix + child] = {"type": "directory", "path": prefix + child, "oid": "0" * 40, "size": 0}
         if prefix and not entries:
@@ -470,7 +398,7 @@ class _Handler(BaseHTTPRequestHandler):
             refused = Refused(404, "EntryNotFound", "Entry not found")
             refused.headers |= headers
             raise refused
-        content, entry = commit.files[name], self._entry(name, commit.files[name])
+        content, entry = commit.files[name], told_of(name, commit.files[name])
         if "lfs" not in entry:
             headers |= {"ETag": f'"{entry["oid"]}"'}
             return self._ranged(content, headers) if self.command == "GET" else (200, content, headers)
