@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple, get_args
 
@@ -38,11 +39,18 @@ class Chain:
     config: Mapping[str, Any]  # the options it was made for
     times: list[int]  # code indices, descending
     table: Tensor  # float64, (T, 9), a row of Weights per step
-    rows: dict[int, Weights]  # the visited rows as floats
     previous: Tensor  # int64, (T,): the step after t in the reverse chain, -1 for the clean image
     uses_output: bool  # whether c3 is anything but 0: the DDIM family
     lacks_errors: bool  # variance_type "analytic" before mse_eps is measured
+    usable: list[bool]  # which of `times` have weights: epsilon has none where ᾱ_t = 0
     by_device: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def rows(self) -> dict[int, Weights]:
+        """The visited rows as floats, made when the first step asks for one."""
+        values = self.table[self.times].tolist()
+        visited = zip(self.times, values, self.usable, strict=True)
+        return {i: Weights(*row) for i, row, fits in visited if fits}
 
     def weights(self, t: Tensor, x: Tensor) -> Weights:
         """One row per image, shaped beside x, in the dtype in which x is computed; no wait for an accelerator."""
@@ -86,10 +94,8 @@ def make_chain(tables: Tables, times: list[int], config: Mapping[str, Any]) -> C
     table[t[usable]] = weights[usable]
     previous = torch.full((tables.num_timesteps,), -1, dtype=torch.int64)
     previous[t] = s
-    rows = zip(times, weights.tolist(), usable.tolist(), strict=True)
-    visited = {i: Weights(*row) for i, row, fits in rows if fits}
     lacks_errors = config["variance_type"] == "analytic" and extra.mse_eps is None
-    return Chain(config, times, table, visited, previous, extra.eta != 1, lacks_errors)
+    return Chain(config, times, table, previous, extra.eta != 1, lacks_errors, usable.tolist())
 
 
 def _mean_weights(
@@ -115,7 +121,7 @@ def _analytic_std(tables: Tables, s: Tensor, t: Tensor, extra: Extension, first:
 
 def check_usable(chain: Chain) -> None:
     """Raise a ValueError when a chain visits a step at which x̂_0 is undefined (epsilon at ᾱ_t = 0)."""
-    missing = [i for i in chain.times if i not in chain.rows]
+    missing = [i for i, fits in zip(chain.times, chain.usable, strict=True) if not fits]
     if missing:
         raise ValueError(
             f"timestep {missing[0]} has no signal left (ᾱ_t = 0), where epsilon prediction is undefined. Use "
