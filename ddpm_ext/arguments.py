@@ -50,6 +50,7 @@ NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "hub_model_id": ("push_to_hub", (True,)),
     "hub_token": ("push_to_hub", (True,)),
     "hub_private_repo": ("push_to_hub", (True,)),
+    "hub_every": ("push_to_hub", (True,)),
     "price_per_hour": ("dry_run", (True,)),
 }
 

@@ -66,6 +66,9 @@ class DiffusionOptions:
         "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"
     ] = option("fixed_large", "Reverse variance; the learned ones give the network twice the output channels.")
     loss: Literal["simple", "vlb", "hybrid"] = option("simple", "Simple squared error, the bound, or both.")
+    timestep_sampler: Literal["uniform", "loss_aware"] = option(
+        "uniform", "Draw t uniformly, or in proportion to its recent losses, weighed so that the mean stays the same."
+    )
     snr_gamma: float | None = option(None, "Weight the simple loss by min(SNR, gamma), e.g. 5.0; none: unweighted.")
 
 
@@ -145,6 +148,7 @@ class RunOptions:
     hub_model_id: str | None = option(None, "Repository to upload to; none: the run folder's name.")
     hub_token: str | None = option(None, "Token for the Hub; none: the stored one. Never written to a file.")
     hub_private_repo: bool = option(False, "Make the repository private.")
+    hub_every: int | None = option(None, "Updates between uploads in the background; none: one at the end.")
     dry_run: bool = option(False, "One update, one checkpoint round trip, memory, speed, time and cost; then stop.")
     price_per_hour: float | None = option(None, "Price of this machine's hour, for the cost that --dry_run prints.")
 
@@ -187,6 +191,7 @@ class TrainConfig(
 
 
 AT_LEAST_ONE = (
+    "hub_every",
     "ddpm_num_steps",
     "ddpm_num_inference_steps",
     "train_batch_size",
@@ -336,6 +341,7 @@ NEUTRAL = frozenset(
         "hub_model_id",
         "hub_token",
         "hub_private_repo",
+        "hub_every",
         "dry_run",
         "price_per_hour",
         "eval_steps",
@@ -366,5 +372,6 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
 
 def config_changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Options that alter the weights and differ: name -> (old, new); batch and length are compared in resume.py."""
+    old = {"timestep_sampler": "uniform", **old}  # as before there was a choice
     names = sorted((old.keys() | new.keys()) - NEUTRAL)
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}

@@ -61,6 +61,10 @@ class EvalConfig:
 
     plots: bool = option(False, "Draw rate-distortion, Figures 6 to 8 of the paper and nearest training images.")
     averaged: bool | None = option(None, "Whether the weights are averages; none: what the run's config.json says.")
+    push_to_hub: bool = option(False, "Upload the run with its card when it is measured.")
+    hub_model_id: str | None = option(None, "Repository to upload to; none: the run folder's name.")
+    hub_token: str | None = option(None, "Token for the Hub; none: the stored one. Never written to a file.")
+    hub_private_repo: bool = option(False, "Make the repository private.")
     cpu: bool = option(False, "Use the CPU even where there is an accelerator.")
 
     def __post_init__(self) -> None:
@@ -144,4 +148,4 @@ def check_numbers(config: EvalConfig) -> None:
 
 def recorded(config: EvalConfig) -> dict[str, Any]:
     """Options as they are written to eval.json."""
-    return asdict(config)
+    return {name: value for name, value in asdict(config).items() if name != "hub_token"}

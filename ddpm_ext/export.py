@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from .checkpoint import checkpoint_name
 from .config import TrainConfig
 from .ema import reconstruction_weights, weighted_sum
-from .hub import push_to_hub
+from .patience import HubError
 from .pipeline import DDPMExtPipeline
+from .publish import Publisher
 from .run_dir import RunDir, RunError
 
 
@@ -87,9 +89,20 @@ def read_mark(path: Path) -> tuple[int, float]:
     return int(mark["update"]), float(mark["sigma_rel"])
 
 
-def push(config: TrainConfig, run: RunDir) -> None:
-    """Upload the run when --push_to_hub asks for it: pipeline, samples and configuration, in one commit."""
-    if config.push_to_hub:
-        push_to_hub(
-            run.path, config.hub_model_id or run.path.name, private=config.hub_private_repo, token=config.hub_token
-        )
+def make_publisher(config: TrainConfig, run: RunDir) -> Publisher | None:
+    """The uploads that --push_to_hub asks for; None without it. A missing token is told here, before the training."""
+    if not config.push_to_hub:
+        return None
+    name = config.hub_model_id or run.path.name
+    try:
+        return Publisher(run.path, name, token=config.hub_token, private=config.hub_private_repo or None)
+    except HubError as error:
+        raise RunError(str(error)) from error
+
+
+def finish_upload(publisher: Publisher) -> None:
+    """The last upload, awaited. A run whose upload fails is finished all the same, and can be pushed by its script."""
+    try:
+        publisher.finish()
+    except HubError as error:
+        print(f"error: {error}", file=sys.stderr)

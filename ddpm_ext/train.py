@@ -23,18 +23,20 @@ from .config import TrainConfig, recorded
 from .data import Batch, prefetch, random_flip
 from .dry_run import dry_run
 from .ema import PowerFunctionEMA, make_averages, swapped
-from .export import push, write_pipeline, write_snapshot
+from .export import finish_upload, make_publisher, write_pipeline, write_snapshot
 from .images import to_x_0
 from .launch import make_accelerator, set_numerics, whole
 from .losses import training_loss
 from .pipeline import DDPMExtPipeline
 from .process import q_sample
 from .progress import Meter, Progress, draw_training, start_trackers, track_images
+from .publish import Publisher
 from .randomness import draw, seed_dropout
 from .resume import RunState, on_main
 from .run_dir import RunDir, RunError, environment, write_json
 from .sample import SamplingStopped, make_grid, sample_images, save_png
 from .signals import PREEMPTED, StopRequest, die_with_launcher, leave
+from .timesteps import Timesteps
 from .watch import Watch
 
 
@@ -67,6 +69,7 @@ class Trainer(RunState):
         self.parameters = list(self.network.parameters())
         self.averages = make_averages(config, self.parameters)
         self.meter = Meter(accelerator.device, config.ddpm_num_steps)
+        self.timesteps = Timesteps(config.timestep_sampler, config.ddpm_num_steps)
         self.update_count = self.step = self.skipped = self.bad_in_a_row = 0
 
         self.plan = resume.planned(config, self.found, accelerator.num_processes)
@@ -87,6 +90,7 @@ class Trainer(RunState):
                 loss = self.loss(next(self.batches), micro)
                 # A loss that overflowed may have finite gradients: make them nan, so that every process sees it.
                 self.accelerator.backward(loss * (1 + 0 * loss.detach()))
+        self.timesteps.learn(self.accelerator)
         norm = self.clip()
         self.step += 1
         if math.isfinite(norm):
@@ -106,23 +110,25 @@ class Trainer(RunState):
             pixels = random_flip(pixels, draws.flip)
         x_0 = to_x_0(pixels).to(self.dtype, memory_format=self.layout)
         eps = draws.eps.to(self.dtype, memory_format=self.layout)
-        x_t = q_sample(x_0, draws.t, eps, self.tables)
+        t, weight = self.timesteps.choose(draws.t, config.seed, self.step, rows)
+        x_t = q_sample(x_0, t, eps, self.tables)
         labels = batch.labels.to(device) if config.class_conditional and batch.labels is not None else None
-        output = self.unet(x_t, draws.t, class_labels=labels, return_dict=False)[0]
+        output = self.unet(x_t, t, class_labels=labels, return_dict=False)[0]
         losses = training_loss(
             output,
             x_0,
             x_t,
             eps,
-            draws.t,
+            t,
             self.tables,
             prediction_type=config.prediction_type,
             variance_type=config.variance_type,
             loss=config.loss,
             snr_gamma=config.snr_gamma,
         )
-        self.meter.add_losses(losses, draws.t)
-        return losses.mean()
+        self.meter.add_losses(losses, t, weight)
+        self.timesteps.see(t, losses)
+        return losses.mean() if weight is None else (losses * weight).mean()
 
     def clip(self) -> float:
         """Clip the gradients; their norm before it, the same on every process, non-finite if any gradient is."""
@@ -184,6 +190,8 @@ class Trainer(RunState):
 
     # -- the run ----------------------------------------------------------------------------------------------------
 
+    publisher: Publisher | None = None  # the main process's, with --push_to_hub
+
     def fit(self) -> int:
         """Train to the last update, then write grid, pipeline and plot.
 
@@ -197,6 +205,7 @@ class Trainer(RunState):
         every_export = assemble.epochs_to_updates("save_model_epochs", options.save_model_epochs, self.num_images, plan)
         every_snapshot = options.ema_snapshot_steps or max(1, self.updates // 32)
         watch = Watch(self) if options.eval_steps else None
+        on_main(self.accelerator, self.open_publisher)
         progress = Progress(self.accelerator, self.updates, self.update_count, plan.global_batch)
         self.saved_at = self.update_count
         try:
@@ -217,6 +226,8 @@ class Trainer(RunState):
                         self.export()
                     if self.due(every_grid) and self.update_count < self.updates:
                         self.draw_grid()
+                    if self.due(options.hub_every) and self.update_count < self.updates:
+                        self.upload()
                 if self.must_stop():
                     raise SamplingStopped
             self.save()
@@ -326,11 +337,22 @@ class Trainer(RunState):
         """What a complete run leaves: grid, pipeline, plot, and the upload if asked for."""
         self.draw_grid()
         self.export()
-        if self.accelerator.is_main_process:
-            if not draw_training(self.run):
-                print("training.png is not drawn: it needs matplotlib (pip install ddpm-ext[plots]) and logged losses.")
-            push(self.config, self.run)
+        if self.accelerator.is_main_process and not draw_training(self.run):
+            print("training.png is not drawn: it needs matplotlib (pip install ddpm-ext[plots]) and logged losses.")
         self.write_status("finished")
+        if self.publisher is not None:
+            finish_upload(self.publisher)
+        self.accelerator.wait_for_everyone()
+
+    def open_publisher(self) -> None:
+        """On the main process alone: the others upload nothing."""
+        self.publisher = make_publisher(self.config, self.run)
+
+    def upload(self) -> None:
+        """The averaged weights as they are now to the Hub, in the background of the main process."""
+        self.export()
+        if self.publisher is not None:
+            self.publisher.push(self.update_count)
 
 
 def train(config: TrainConfig) -> int:

@@ -15,6 +15,8 @@ import sys
 from ddpm_ext.arguments import parse_options
 from ddpm_ext.evaluate import evaluate
 from ddpm_ext.evaluate_options import EvalConfig
+from ddpm_ext.patience import HubError
+from ddpm_ext.publish import publish
 from ddpm_ext.run_dir import RunError
 from ddpm_ext.signals import explained, leave
 
@@ -24,7 +26,10 @@ def main() -> int:
     try:
         config = parse_options(EvalConfig, "Measure a DDPM: eval.json, tables, plots.")
         figures = evaluate(config)
-    except (ValueError, RunError) as error:
+        if config.push_to_hub and os.environ.get("RANK", "0") == "0":
+            name = config.hub_model_id or config.folder.resolve().name
+            print(publish(config.folder, name, token=config.hub_token, private=config.hub_private_repo or None).url)
+    except (ValueError, RunError, HubError) as error:
         return explained(error)
     if os.environ.get("RANK", "0") == "0":
         print(f"{len(figures)} figures in {config.folder / 'eval.json'}, as tables in {config.folder / 'eval.md'}")
