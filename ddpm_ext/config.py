@@ -116,7 +116,7 @@ class NumericsOptions:
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Autocast of the forward pass.")
     allow_tf32: bool = option(False, "TF32 matrix products on NVIDIA GPUs.")
     channels_last: bool = option(
-        True, "Channels-last memory format; never under FSDP, which shards contiguous weights only."
+        False, "Channels-last memory format, for GPUs; not under FSDP, which shards others only."
     )
     fused_optimizer: bool = option(True, "PyTorch's fused AdamW; off: its for-each one.")
     compile: bool = option(False, "torch.compile each block of the network.")

@@ -29,6 +29,7 @@ PAPER = TrainConfig(
     checkpointing_steps=10_000,
     save_images_steps=20_000,
     logging_steps=100,
+    channels_last=True,
     output_dir="runs/cifar10",
 )
 PAPER_256 = dataclasses.replace(
@@ -69,6 +70,7 @@ PRESETS: dict[str, Preset] = {
         dataclasses.replace(
             PAPER,
             unet="cifar10-small",
+            channels_last=False,
             train_batch_size=64,
             global_batch_size=64,
             max_train_steps=20_000,

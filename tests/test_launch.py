@@ -313,7 +313,7 @@ def test_fsdp2_trains_resumes_in_a_fresh_process_and_exports_the_same_pipeline(t
     config = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())
     file.write_text(yaml.safe_dump({**config, "num_processes": 2}))
     launcher = [*ACCELERATE, "--config_file", str(file)]
-    given = {"global_batch_size": 8, "random_flip": True, "channels_last": "false", "checkpoints_total_limit": "none"}
+    given = {"global_batch_size": 8, "random_flip": True, "checkpoints_total_limit": "none"}
 
     def launch(folder: Path, **changes: Any) -> dict[str, Any]:
         code, output = finish(start(options(folder, **given, **changes), launcher, **{FSDP_ON_CPU: "1"}))

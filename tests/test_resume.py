@@ -64,7 +64,7 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(uninterrupted: Path
 @pytest.mark.parametrize(
     "changes",
     [
-        {"gradient_accumulation_steps": 2, "fused_optimizer": "false", "channels_last": "false"},
+        {"gradient_accumulation_steps": 2, "fused_optimizer": "false", "channels_last": True},
         {"ema": "power_function"},
         {"mixed_precision": "bf16", "ema": "warmup"},
         {"use_ema": "false", "lr_scheduler": "cosine"},
@@ -115,7 +115,7 @@ def test_a_finished_run_has_nothing_to_do(uninterrupted: Path, capsys: pytest.Ca
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: 1 -> 2"),
         ({"dropout": 0.5}, "dropout: 0.1 -> 0.5"),
         ({"ddpm_beta_schedule": "sigmoid"}, "ddpm_beta_schedule: 'linear' -> 'sigmoid'"),
-        ({"channels_last": "false"}, "channels_last: True -> False"),
+        ({"channels_last": True}, "channels_last: False -> True"),
         ({"train_split": "test"}, "train_split: 'train' -> 'test'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
