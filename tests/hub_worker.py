@@ -69,7 +69,7 @@ def start() -> tuple[Hub, ProcessPoolExecutor, str]:
     hub, home = Hub(), tempfile.TemporaryDirectory(prefix="ddpm_ext_hub_")
     with mock.patch.dict(os.environ, environment(hub, home.name), clear=True):
         pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=make_impatient)
-        pool.submit(os.getpid).result(timeout=120)
+        pool.submit(os.getpid).result(timeout=400)
     atexit.register(home.cleanup)
     atexit.register(hub.close)
     atexit.register(pool.shutdown)
@@ -91,7 +91,7 @@ def fixture_client(hub: Hub) -> Client:
     """`client(function, *arguments)` calls it in the process whose Hub is the fixture's."""
 
     def call(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        return start()[1].submit(function, *arguments, **options).result(timeout=120)
+        return start()[1].submit(function, *arguments, **options).result(timeout=400)
 
     return call
 

@@ -53,18 +53,15 @@ def test_train_evaluate_card_push_pull_sample_and_push_again(own_hub: Hub, tmp_p
     run = tmp_path / "digits"
     home = environment(own_hub, str(tmp_path / "home"), HF_TOKEN="tok-alice", OMP_NUM_THREADS="1", MPLBACKEND="Agg")
     train = f"--preset digits --output_dir {run} --max_train_steps 30 --lr_warmup_steps 5 --eval_batch_size 4"
-    train += (
-        " --ddpm_num_inference_steps 5 --checkpointing_steps 30 --push_to_hub --hub_every 10 --hub_model_id trained"
-    )
-    python(
-        home, "scripts/train.py", *train.split(), *["--push_to_hub", "--hub_every", "10", "--hub_model_id", "trained"]
-    )
+    train += " --ddpm_num_inference_steps 5 --checkpointing_steps 30"
+    publish = ("--push_to_hub", "--hub_model_id", "trained")
+    python(home, "scripts/train.py", *train.split(), *publish, "--hub_every", "10")
     history = own_hub.history("alice/trained")
     assert history[0] == "The finished run" and "initial commit" == history[-1] and len(history) > 2
     assert "training.png" in own_hub.head("alice/trained").files or not (run / "training.png").exists()
     judge = f"--model {run}/pipeline --metrics bpd,fid --extractor pixels --num_samples 20 --num_inference_steps 5"
     bits = "--max_bpd_images 8 --num_timesteps_sampled 8"
-    python(home, "scripts/evaluate.py", *judge.split(), *bits.split(), *["--push_to_hub", "--hub_model_id", "trained"])
+    python(home, "scripts/evaluate.py", *judge.split(), *bits.split(), *publish)
     assert b"type: bits_per_dim" in own_hub.head("alice/trained").files["README.md"]
     push = ("scripts/push_to_hub.py", "--model", str(run), "--hub_model_id", "alice/digits", "--license", "apache-2.0")
     assert f"{own_hub.url}/alice/digits/commit/" in python(home, *push, "--variant", "fp16", "--tags", "v1.0")
