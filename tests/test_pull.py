@@ -234,7 +234,7 @@ print(json.dumps(shapes))
 
 def test_stock_diffusers_loads_and_samples_without_this_package(hub: Hub, pushed: Path, tmp_path: Path) -> None:
     env = environment(hub, str(tmp_path / "fresh"))
-    done = subprocess.run([sys.executable, "-c", STOCK], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", STOCK], env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     expected = [[1, 8, 8, 1], "DDPMPipeline", "DDPMScheduler"]
     assert json.loads(done.stdout.splitlines()[-1]) == [expected, expected]
