@@ -270,7 +270,9 @@ class Work:
                 way = Way(self.own_variance, trajectory)
                 for K in self.config.steps:
                     started = time.perf_counter()
-                    score = bits_of(self.bound(self.unet, self.scheduler_of(found, way), K, test, count))
+                    # With all T steps there is one trajectory: under one name it is swept once.
+                    named = way if K < len(self.scheduler) else way._replace(trajectory="even")
+                    score = bits_of(self.bound(self.unet, self.scheduler_of(found, named), K, test, count))
                     yield self.figure("bpd", started, **score, **self.of_way(way, K), **conditions)
 
     def bound(self, unet: Any, scheduler: DDPMExtScheduler, K: int | None, test: Any, count: int) -> SetBound:

@@ -3,6 +3,7 @@
     step-00000500/model.safetensors        weights
                   ema.safetensors          averaged weights (ema-1.safetensors ... for further widths)
                   optimizer.safetensors    moments, named <parameter>/<moment>
+                  timesteps.safetensors    recent losses of each t, where t is drawn by them
                   state.json               format, seed, step, update, position, batch, data, versions, configuration
                   SHA256SUMS               one line per file above
 

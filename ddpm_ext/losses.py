@@ -6,7 +6,7 @@ Losses come back with shape (B,); reducing them is the caller's, who knows what 
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -33,6 +33,16 @@ from .reverse import (
 from .schedules import Tables, check_word
 
 Loss = Literal["simple", "vlb", "hybrid"]
+TimestepSampler = Literal["uniform", "loss_aware"]
+REMEMBERED = 10  # losses of each t that decide how often it is drawn
+UNIFORM_SHARE = 0.001  # of the draws, so that no t is forgotten
+
+
+class LossHistory(NamedTuple):
+    """The last losses of each t."""
+
+    recent: Tensor  # float64, (T, 10): the latest losses, in a ring
+    count: Tensor  # int64, (T,): losses ever seen
 
 
 def training_loss(
@@ -184,6 +194,59 @@ def uniform_timesteps(
     Source: Ho et al. 2020, arXiv:2006.11239, Algorithm 1, line 3.
     """
     return torch.randint(num_timesteps, (batch_size,), generator=generator, device=device)
+
+
+def empty_history(num_timesteps: int) -> LossHistory:
+    """The history before the first loss, on the CPU."""
+    shape = (num_timesteps, REMEMBERED)
+    return LossHistory(torch.zeros(shape, dtype=torch.float64), torch.zeros(num_timesteps, dtype=torch.int64))
+
+
+def remember(history: LossHistory, t: Tensor, losses: Tensor) -> LossHistory:
+    """The history after some more losses, in their order; the old one stays as it is.
+
+    Args:
+        history: What was seen before.
+        t: int64, shape (B,), 0 <= t < T, of all processes.
+        losses: L_t of each, not weighted, shape (B,). What is not finite is left out.
+    """
+    recent, count = history.recent.clone(), history.count.clone()
+    for step, loss in zip(t.tolist(), losses.tolist(), strict=True):
+        if math.isfinite(loss):
+            recent[step, count[step] % REMEMBERED] = loss
+            count[step] += 1
+    return LossHistory(recent, count)
+
+
+def loss_aware_probabilities(history: LossHistory) -> Tensor:
+    r"""p_t ∝ √(mean of the last 10 L_t²), of which 0.001 is given to all alike; uniform until every t has 10 losses.
+
+    Returns:
+        float64, shape (T,), sum 1, all positive.
+
+    Source: Nichol & Dhariwal 2021, arXiv:2102.09672, §3.3, Eq. (18).
+    """
+    uniform = torch.full_like(history.recent[:, 0], 1 / len(history.count))
+    size = history.recent.square().mean(1).sqrt()
+    if bool((history.count < REMEMBERED).any()) or not bool(size.sum() > 0):
+        return uniform
+    return (1 - UNIFORM_SHARE) * size / size.sum() + UNIFORM_SHARE * uniform
+
+
+def weighted_timesteps(u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    r"""(t, w) of uniform numbers: t = F⁻¹(u) with F the cumulative sum of p, and w_t = 1 / (T p_t).
+
+    Σ p_t w_t L_t = (1/T) Σ L_t: the mean of w_t L_t is that of uniform t, whatever p is.
+
+    Args:
+        u: float64 in [0, 1), shape (B,).
+        p: float64, shape (T,), sum 1, all positive.
+
+    Returns:
+        t, int64, and w, float64, each shape (B,).
+    """
+    t = torch.searchsorted(p.cumsum(0), u, right=True).clamp(max=len(p) - 1)
+    return t, 1 / (len(p) * p[t])
 
 
 def check_loss_options(loss: Loss, variance_type: VarianceType, snr_gamma: float | None) -> None:

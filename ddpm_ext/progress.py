@@ -19,7 +19,8 @@ QUARTERS = 4
 class Meter:
     """Sums of losses and gradient norms, kept on the device until they are asked for.
 
-    Row 0 holds the losses' sum by quarter of t, row 1 their number, row 2 the sum and number of gradient norms.
+    Row 0 holds the losses' sum by quarter of t, row 1 their number (weighted sum and weights, where t is not drawn
+    uniformly), row 2 the sum and number of gradient norms.
     """
 
     def __init__(self, device: torch.device, num_timesteps: int) -> None:
@@ -27,11 +28,12 @@ class Meter:
         self.sums = torch.zeros(3, QUARTERS, dtype=dtype, device=device)
         self.num_timesteps = num_timesteps
 
-    def add_losses(self, losses: Tensor, t: Tensor) -> None:
-        """Losses of some pictures and their timesteps, both (B,); non-finite ones are left out."""
+    def add_losses(self, losses: Tensor, t: Tensor, weight: Tensor | None = None) -> None:
+        """Losses of some pictures, their timesteps and weights or None, each (B,); non-finite ones are left out."""
         quarter, finite = t * QUARTERS // self.num_timesteps, losses.isfinite()
-        self.sums[0].index_add_(0, quarter, torch.where(finite, losses.detach(), 0).to(self.sums.dtype))
-        self.sums[1].index_add_(0, quarter, finite.to(self.sums.dtype))
+        share = finite if weight is None else finite * weight
+        self.sums[0].index_add_(0, quarter, torch.where(finite, losses.detach() * share, 0).to(self.sums.dtype))
+        self.sums[1].index_add_(0, quarter, share.to(self.sums.dtype))
 
     def add_grad_norm(self, norm: Tensor) -> None:
         self.sums[2, 0] += norm

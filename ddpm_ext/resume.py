@@ -25,6 +25,7 @@ from .launch import fill, whole
 from .progress import Meter
 from .run_dir import RunDir, RunError, package_versions
 from .stream import ImageStream
+from .timesteps import STEM, Timesteps
 
 NETWORK_OPTIONS = ("model_config_name_or_path", "unet", "dropout", "class_conditional", "resolution")
 DATA_OPTIONS = (
@@ -55,6 +56,7 @@ class RunState:
     averages: list[ForeachEMA]
     optimizer: AcceleratedOptimizer
     meter: Meter
+    timesteps: Timesteps
     numerics: dict[str, Any]
     update_count: int  # optimiser updates done
     step: int  # global batches seen: the updates and the skipped steps
@@ -218,7 +220,7 @@ def gather(trainer: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
     inner = trainer.optimizer.optimizer
     moments = {name: inner.state[p] for name, p in zip(names, trainer.parameters, strict=True) if p in inner.state}
     tensors["optimizer"] = {key: whole(tensor) for key, tensor in checkpoint.flatten(moments)}
-    return tensors, state_of(trainer)
+    return {**tensors, **trainer.timesteps.state()}, state_of(trainer)
 
 
 def state_of(trainer: RunState) -> dict[str, Any]:
@@ -274,6 +276,8 @@ def restore(trainer: RunState, found: Found) -> None:
     if trainer.accelerator.is_main_process:
         trainer.meter.sums.copy_(torch.tensor(state["meter"], dtype=trainer.meter.sums.dtype))
     trainer.data.load_state_dict(state["data"]["state"])
+    if trainer.timesteps.history is not None and state["config"].get("timestep_sampler") == "loss_aware":
+        trainer.timesteps.restore(checkpoint.read_tensors(folder, STEM))
 
 
 def restore_tensors(targets: dict[str, Tensor], saved: dict[str, Tensor]) -> None:

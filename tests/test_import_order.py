@@ -41,6 +41,7 @@ WORK = [
     "checkpoint",
     "launch",
     "randomness",
+    "timesteps",
     "sample",
     "features",
     "metrics",
