@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from ddpm_ext.bound import (
     PILOT_FLOOR,
     BitsPerDim,
+    _pilot,
     bits_per_dim,
     full_sweep,
     grid_images,
@@ -349,6 +350,33 @@ def test_what_the_pilot_images_do_not_pay_is_still_counted() -> None:
     exact = full_sweep(bound, x_0).bits_per_dim.total[1]
     draws = torch.stack([sampled_bound(bound, x_0, 5, seeded(i)).total[1] for i in range(200)])
     assert abs(draws.mean() - exact) < 4 * draws.std() / math.sqrt(200)
+
+
+def test_no_jump_is_impossible_because_the_pilot_pays_nothing_there() -> None:
+    scheduler = DDPMExtScheduler(prediction_type="sample", **SHORT)
+    images = torch.zeros((4, 1, 2, 2), dtype=torch.uint8)
+    bound = make_bound(lambda x, t: -1 + 0.5 * (t == 7).to(x).reshape(-1, 1, 1, 1).expand_as(x), scheduler, images)
+    p = _pilot(bound, grid_images(images), seeded())
+    assert p.sum().item() == pytest.approx(1, rel=1e-12)
+    assert p.argmax() == 19 - 7
+    assert p.min().item() == pytest.approx(PILOT_FLOOR / 19, rel=1e-9)
+
+
+def test_the_stated_error_counts_the_decoders_noise() -> None:
+    scheduler = DDPMExtScheduler(prediction_type="sample", **SHORT)
+    images = torch.full((8, 1, 2, 2), 128, dtype=torch.uint8)
+
+    def network(x: Tensor, t: Tensor) -> Tensor:  # exact but at the last step, where x̂_0 is off by up to 0.03
+        wrong = 0.03 * torch.sin(1e3 * x) * (t == 0).to(x).reshape(-1, 1, 1, 1)
+        return 2 * 128 / 255 - 1 + wrong
+
+    estimates = [
+        bits_per_dim(network, scheduler, images, num_timesteps_sampled=10, generator=seeded(i)) for i in range(200)
+    ]
+    spread = torch.stack([estimate.total.mean() for estimate in estimates]).std()
+    stated = torch.stack([estimate.standard_error for estimate in estimates]).square().mean().sqrt()  # pyright: ignore
+    assert spread > 0
+    assert spread.item() == pytest.approx(stated.item(), rel=0.2)  # 200 repetitions know a spread to 5%
 
 
 # Networks, schedulers, input ------------------------------------------------------------------------------------------
