@@ -216,7 +216,7 @@ def training_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Gradient clipping", "global norm {max_grad_norm:g}"),
         (
             "Averaged weights",
-            "{ema}, decay up to {ema_max_decay:g}" if config.get("use_ema") else "none" if config else "",
+            "{ema}, decay {ema_max_decay:g}" if config.get("use_ema") else "none" if config else "",
         ),
         ("Dropout", "{dropout}"),
         ("Mirrored pictures", ("yes" if config["random_flip"] else "no") if "random_flip" in config else ""),

@@ -150,7 +150,7 @@ def test_the_text_has_usage_training_limits_cost_and_citation(run: Path) -> None
     assert 'DDPMPipeline.from_pretrained("alice/ddpm-cifar10")' in text
     assert 'DDPMExtPipeline.from_pretrained("alice/ddpm-cifar10")' in text
     assert "| Updates × batch | 800,000 × 128 |" in text
-    assert "| Averaged weights | constant, decay up to 0.9999 |" in text
+    assert "| Averaged weights | constant, decay 0.9999 |" in text
     assert "| Commit of ddpm_ext | abc123 |" in text
     assert "![Samples above their nearest training pictures](plots/nearest.png)" in text
     assert "Hardware: 2 × H200. Training time by the log: 11 hours." in text  # (400,000 · 128)(1/2000 + 1/4000) s
