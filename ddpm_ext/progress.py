@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -97,11 +98,17 @@ def start_trackers(accelerator: Accelerator, config: dict[str, Any]) -> None:
     accelerator.init_trackers("ddpm-ext", config=plain)
 
 
-def track_images(accelerator: Accelerator, grid: Any, update: int) -> None:
-    """One picture, uint8 (H, W, C), to every tracker that takes pictures."""
+def track_images(accelerator: Accelerator, grid: np.ndarray, update: int) -> None:
+    """One picture, uint8 (H, W, C), to the trackers, as RGB: TensorBoard takes nothing else."""
+    picture = grid if grid.shape[-1] == 3 else grid[..., :1].repeat(3, axis=-1)
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
-            tracker.log_images({"samples": grid[None]}, step=update)
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": picture[None]}, step=update, **layout)  # pyright: ignore
+        elif tracker.name == "trackio":
+            import trackio  # pyright: ignore[reportMissingImports]
+
+            tracker.log({"samples": trackio.Image(picture)}, step=update)
 
 
 def draw_training(run: RunDir) -> bool:

@@ -255,7 +255,24 @@ def test_trackers_get_configuration_scalars_and_grids(tmp_path: Path, monkeypatc
     assert recorder.config["train_batch_size"] == 8 and recorder.config["snr_gamma"] == "None"
     assert [step for step, _ in recorder.scalars] == [3, 4]
     assert {"loss", "loss_q4", "learning_rate", "images_per_second"} <= recorder.scalars[0][1].keys()
-    assert len(recorder.pictures) == 1 and recorder.pictures[0][0] == 4 and recorder.pictures[0][1][0] == 1
+    ((update, shape),) = recorder.pictures
+    assert update == 4 and shape[0] == 1 and shape[-1] == 3  # RGB also for grey pictures, as TensorBoard wants
+
+
+def test_tensorboard_takes_scalars_grids_and_configuration(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run_here(tmp_path / "run", max_train_steps=4, report_to="tensorboard") == 0
+    events = EventAccumulator(str(tmp_path / "run" / "logs" / "ddpm-ext")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [3, 4]
+    assert len(events.Images("samples")) == 1
+
+
+def test_the_plot_is_drawn_where_matplotlib_is(finished: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    with Image.open(finished / "training.png") as picture:
+        assert picture.size[0] > 1000
 
 
 def test_a_tracker_that_is_not_installed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
