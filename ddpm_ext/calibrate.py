@@ -342,8 +342,8 @@ class Work:
 
     def plan(self) -> list[tuple[Way, int]]:
         """Ways and numbers of steps of the Fréchet distances: the model's own first, then the calibrated ones."""
-        ways = [Way(self.own_variance, "even"), self.calibrated, Way("analytic", "even"), Way("analytic", "even", 0.0)]
-        ways.insert(2, Way("analytic", "optimal", 0.0))
+        ways = [Way(self.own_variance, "even"), self.calibrated]
+        ways += [Way("analytic", trajectory, eta) for trajectory in get_args(Trajectory) for eta in (1.0, 0.0)]
         plan = [(way, K) for K in self.config.fid_steps for way in dict.fromkeys(ways)]
         return [*plan, (Way("fixed_small", "even"), len(self.scheduler))] if self.config.full_chain else plan
 
