@@ -158,7 +158,8 @@ def make_scheduler(shape: Shape, code: Code, options: ConvertOptions, T: int) ->
     variance = "learned_range" if learned else "fixed_large"
     if options.noise_schedule == "cosine":
         return DDPMExtScheduler(num_train_timesteps=T, variance_type=variance, beta_schedule="squaredcos_cap_v2")
-    ends: dict[str, Any] = {"beta_start": 1e-4 * 1000 / T, "beta_end": 0.02 * 1000 / T}  # so that α̅_T stays the same for every T
+    # Betas in proportion to 1 / T, so that ᾱ_T is the same for every T.
+    ends: dict[str, Any] = {"beta_start": 1e-4 * 1000 / T, "beta_end": 0.02 * 1000 / T}
     return DDPMExtScheduler(num_train_timesteps=T, variance_type=variance, **ends)
 
 
