@@ -113,8 +113,8 @@ class CalibrateConfig:
     def of_evaluation(self) -> EvalConfig:
         """The part that is an evaluation."""
         names = EvalConfig.__dataclass_fields__.keys() & self.__dataclass_fields__.keys() - {"metrics"}
-        shared = {name: getattr(self, name) for name in names}
-        splits = {"reference_split": self.split, "bpd_split": self.test_split}
+        shared: dict[str, Any] = {name: getattr(self, name) for name in names}
+        splits: dict[str, Any] = {"reference_split": self.split, "bpd_split": self.test_split}
         if self.fid_num_inference_steps is not None:
             EvalConfig(**{**shared, "num_inference_steps": self.fid_num_inference_steps})
         return EvalConfig(**shared, **splits, metrics=",".join(self.scores) or "bpd")

@@ -42,7 +42,7 @@ class LossHistory(NamedTuple):
     """The last losses of each t."""
 
     recent: Tensor  # float64, (T, 10): the latest losses, in a ring
-    count: Tensor  # int64, (T,): losses ever seen
+    total: Tensor  # int64, (T,): losses ever seen
 
 
 def training_loss(
@@ -210,12 +210,12 @@ def remember(history: LossHistory, t: Tensor, losses: Tensor) -> LossHistory:
         t: int64, shape (B,), 0 <= t < T, of all processes.
         losses: L_t of each, not weighted, shape (B,). What is not finite is left out.
     """
-    recent, count = history.recent.clone(), history.count.clone()
+    recent, total = history.recent.clone(), history.total.clone()
     for step, loss in zip(t.tolist(), losses.tolist(), strict=True):
         if math.isfinite(loss):
-            recent[step, count[step] % REMEMBERED] = loss
-            count[step] += 1
-    return LossHistory(recent, count)
+            recent[step, total[step] % REMEMBERED] = loss
+            total[step] += 1
+    return LossHistory(recent, total)
 
 
 def loss_aware_probabilities(history: LossHistory) -> Tensor:
@@ -226,9 +226,9 @@ def loss_aware_probabilities(history: LossHistory) -> Tensor:
 
     Source: Nichol & Dhariwal 2021, arXiv:2102.09672, §3.3, Eq. (18).
     """
-    uniform = torch.full_like(history.recent[:, 0], 1 / len(history.count))
+    uniform = torch.full_like(history.recent[:, 0], 1 / len(history.total))
     size = history.recent.square().mean(1).sqrt()
-    if bool((history.count < REMEMBERED).any()) or not bool(size.sum() > 0):
+    if bool((history.total < REMEMBERED).any()) or not bool(size.sum() > 0):
         return uniform
     return (1 - UNIFORM_SHARE) * size / size.sum() + UNIFORM_SHARE * uniform
 

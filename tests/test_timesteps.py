@@ -49,7 +49,7 @@ def test_probabilities_are_roots_of_mean_squares_with_a_uniform_share() -> None:
 def test_uniform_until_every_step_has_ten_losses() -> None:
     history = of_one_loss_each(torch.arange(1.0, T + 1, dtype=torch.float64))
     assert loss_aware_probabilities(history).std() > 0.01
-    history.count[3] = 9
+    history.total[3] = 9
     assert_close(loss_aware_probabilities(history), torch.full((T,), 1 / T, dtype=torch.float64))
     assert_close(
         loss_aware_probabilities(of_one_loss_each(torch.zeros(T, dtype=torch.float64))),
@@ -83,8 +83,8 @@ def test_history_keeps_the_last_ten_and_leaves_the_old_one_alone() -> None:
     losses = torch.cat([torch.arange(13.0), torch.tensor([7.0])])
     losses[2] = math.inf
     after = remember(history, t, losses)
-    assert history.count.tolist() == [0, 0]
-    assert after.count.tolist() == [12, 1]
+    assert history.total.tolist() == [0, 0]
+    assert after.total.tolist() == [12, 1]
     assert sorted(after.recent[0].tolist()) == [3.0, 4, 5, 6, 7, 8, 9, 10, 11, 12]
     assert after.recent[1].sum() == 7
 
@@ -111,7 +111,7 @@ def test_what_was_seen_is_learned_once() -> None:
         plan.see(torch.tensor([t, 2]), torch.tensor([1.0, 3.0]))
     plan.learn(Accelerator(cpu=True))
     assert plan.history is not None
-    assert plan.history.count.tolist() == [1, 1, 2, 0, 0, 0]
+    assert plan.history.total.tolist() == [1, 1, 2, 0, 0, 0]
     assert plan.seen == []
 
 
@@ -126,7 +126,7 @@ def test_logged_losses_are_means_over_uniform_steps() -> None:
 
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
     assert run_here(tmp_path / "whole", **AWARE) == 0
-    count = weights(tmp_path / "whole", 8, "timesteps")["count"]
+    count = weights(tmp_path / "whole", 8, "timesteps")["total"]
     assert count.sum() == 8 * 16 and count.min() >= REMEMBERED  # t is drawn by its losses before the resume
     resumed = Path(shutil.copytree(tmp_path / "whole", tmp_path / "resumed"))
     for path in ("checkpoints/step-00000012", "pipeline"):
@@ -150,7 +150,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     code, output = finish(start(options(tmp_path / "two", **exact), (*TORCHRUN, "2")))
     assert code == 0, output
     one, two = (weights(tmp_path / name, 12, "timesteps") for name in ("one", "two"))
-    assert torch.equal(one["count"], two["count"])
+    assert torch.equal(one["total"], two["total"])
     assert_close(one["recent"], two["recent"], rtol=1e-6, atol=0)  # losses are gathered as float32
 
 
