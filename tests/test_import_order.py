@@ -64,6 +64,7 @@ WORK = [
     "assemble",
     "progress",
     "resume",
+    "updates",
     "dry_run",
     "export",
     "watch",
