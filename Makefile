@@ -28,8 +28,9 @@ install: $(STAMP)
 train: $(STAMP)
 	$(BIN)/python scripts/train.py $(ARGS)
 
+# One process per core, a file at a time each.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu and not hub" $(ARGS)
