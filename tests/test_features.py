@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +171,12 @@ def test_clip_gives_embeddings_of_unit_length(tmp_path: Path, monkeypatch: pytes
     found = extract(make_extractor("clip"), [images(size=16)]).features
     assert found.shape == (6, 6)
     assert_close(found.norm(dim=1), torch.ones(6))
+
+
+def test_without_a_pooled_output_the_class_token_stands_in() -> None:
+    tokens = torch.randn(2, 5, 3)
+    output = SimpleNamespace(last_hidden_state=tokens, pooler_output=None)
+    assert torch.equal(features.pooled(output, output, "x"), tokens[:, 0])
 
 
 def test_a_name_that_is_no_model_is_a_sentence(tmp_path: Path) -> None:
