@@ -67,6 +67,7 @@ class RunDir:
         except OSError:
             handle.seek(0)
             holder = handle.read().strip() or "unknown"
+            handle.close()
             raise RunError(
                 f"{self.path} is being written by another run (process {holder}). Wait for its end, stop it, or give "
                 "another --output_dir."
