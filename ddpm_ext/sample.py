@@ -15,7 +15,7 @@ from PIL import Image
 from .launch import check_world
 from .pipeline import DDPMExtPipeline
 from .run_dir import RunError, read_json, write_json
-from .signals import PREEMPTED, StopRequest
+from .signals import PREEMPTED, StopRequest, die_with_launcher, leave
 
 Poll = Callable[[], bool]
 POLL_EVERY = 10  # denoising steps between two looks at the stop flag: with several processes a look is an all-reduce
@@ -131,27 +131,33 @@ def sample_to_folder(config: SampleConfig) -> int:
         RunError: the folder holds images of another model or other settings.
     """
     stop = StopRequest()
+    die_with_launcher()
     accelerator = Accelerator(cpu=config.cpu or not torch.accelerator.is_available())
     check_world(accelerator)
     folder = Path(config.output_dir)
     claim(folder, config, accelerator)
-    pipeline = DDPMExtPipeline.from_pretrained(config.model)
-    pipeline.to(accelerator.device, getattr(torch, config.dtype))
+    pipeline = DDPMExtPipeline.from_pretrained(config.model).to(accelerator.device)
+    if config.dtype != "float32":
+        pipeline.to(getattr(torch, config.dtype))
     pipeline.set_progress_bar_config(disable=not accelerator.is_main_process)
 
     missing = [i for i in range(config.num_samples) if not image_path(folder, i).exists()]
+    accelerator.wait_for_everyone()  # all have looked before the first writes
     with accelerator.split_between_processes(missing) as share:
-        mine = cast(list[int], share)
         try:
-            write_images(pipeline, mine, folder, config, poll=lambda: bool(stop))
+            write_images(pipeline, cast(list[int], share), folder, config, poll=lambda: bool(stop))
         except SamplingStopped:
-            return PREEMPTED
+            return leave(PREEMPTED, accelerator.num_processes)
+        finally:
+            stop.release()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         images = np.stack([np.asarray(Image.open(image_path(folder, i))) for i in range(min(config.num_samples, 64))])
         save_png(make_grid(images[..., None] if images.ndim == 3 else images), folder / "grid.png")
         print(f"{config.num_samples} images in {folder}, the first of them in {folder / 'grid.png'}")
-    return 0
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return leave(0, accelerator.num_processes)
 
 
 def claim(folder: Path, config: SampleConfig, accelerator: Accelerator) -> None:
