@@ -266,15 +266,15 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         weights = self._weights(chain, timestep, x_t)
 
         x_0 = self._predict_x_0(prediction, x_t, weights)
-        x_s = _mix(x_0, weights.c1, x_t, weights.c2)
-        if chain.uses_output:
-            x_s = x_s + weights.c3 * prediction
-        if not isinstance(weights.noisy, float) or weights.noisy:
+        if isinstance(weights.noisy, float) and not weights.noisy:
+            check_generators(generator, sample.shape[0])
+            x_s = _mix(x_0, weights.c1, x_t, weights.c2)
+        else:
             z = draw_noise(sample, generator).to(dtype)
             std = weights.std if head is None else self._learned_std(weights, head.to(dtype))
-            x_s = x_s.add_(z, alpha=std) if isinstance(std, float) else torch.addcmul(x_s, z, std)
-        elif generator is not None:
-            check_generators(generator, sample.shape[0])
+            x_s = _add_to_noise(z, std, x_0, weights.c1, x_t, weights.c2)
+        if chain.uses_output:
+            x_s = x_s + weights.c3 * prediction
 
         x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
         return DDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
@@ -489,3 +489,12 @@ def _mix(x: Tensor, x_weight: Any, y: Tensor, y_weight: Any) -> Tensor:
     if isinstance(x_weight, float):
         return torch.mul(x, x_weight).add_(y, alpha=y_weight)
     return torch.addcmul(x * x_weight, y.to(x_weight.dtype), y_weight)  # the weights' dtype is at least float32
+
+
+def _add_to_noise(z: Tensor, std: Any, x: Tensor, x_weight: Any, y: Tensor, y_weight: Any) -> Tensor:
+    """std · z + x_weight · x + y_weight · y in the noise's own memory where floats allow it, in y's layout."""
+    z = z if z.stride() == y.stride() else torch.empty_like(y).copy_(z)
+    noise = z.mul_(std) if isinstance(std, float) else std * z
+    if isinstance(x_weight, float):
+        return noise.add_(x, alpha=x_weight).add_(y, alpha=y_weight)
+    return noise.addcmul(x, x_weight).addcmul(y, y_weight)
