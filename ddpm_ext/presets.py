@@ -107,6 +107,26 @@ PRESETS: dict[str, Preset] = {
         ),
         "No published number: a network small enough to watch learn on two CPU cores.",
     ),
+    "cifar10-tiny": Preset(
+        dataclasses.replace(
+            PAPER,
+            unet="cifar10-tiny",
+            dropout=0.0,
+            channels_last=False,
+            train_batch_size=32,
+            global_batch_size=32,
+            max_train_steps=8000,
+            learning_rate=1e-3,
+            lr_scheduler="cosine",
+            lr_warmup_steps=200,
+            ema_max_decay=0.999,
+            ddpm_num_inference_steps=100,
+            checkpointing_steps=500,
+            save_images_steps=None,
+            output_dir="runs/cifar10-tiny",
+        ),
+        "No published number: about an hour of one CPU core, for measurements that need real pictures and no GPU.",
+    ),
     "lsun256": Preset(
         dataclasses.replace(
             PAPER_256,

@@ -24,7 +24,7 @@ class UNetPreset(NamedTuple):
 
     config: Mapping[str, Any]  # arguments of UNet2DModel that differ from its defaults
     init: Initialisation
-    num_parameters: int  # as counted in the published code's network; ours for the two small ones
+    num_parameters: int  # as counted in the published code's network; ours for the small ones
 
 
 def _levels(widths: tuple[int, ...], attention: tuple[int, ...]) -> dict[str, Any]:
@@ -78,6 +78,17 @@ UNET_PRESETS: dict[str, UNetPreset] = {
         },
         "ddpm",
         2_587_491,
+    ),
+    "cifar10-tiny": UNetPreset(
+        {
+            "sample_size": 32,
+            **_levels((16, 32, 64), (1,)),
+            **_HO,
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+        },
+        "ddpm",
+        649_907,
     ),
     "cifar10": UNetPreset(
         {"sample_size": 32, "dropout": 0.1, **_levels((128, 256, 256, 256), (1,)), **_HO}, "ddpm", 35_746_307
