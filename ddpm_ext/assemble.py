@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.optimization import get_scheduler
 from torch import nn
 
@@ -187,7 +189,19 @@ def speed_up(config: TrainConfig, network: UNet2DModel) -> None:
     if config.enable_xformers_memory_efficient_attention:
         network.enable_xformers_memory_efficient_attention()
     if config.compile:
-        network.compile()
+        compile_blocks(network)
+
+
+def compile_blocks(network: UNet2DModel) -> None:
+    """torch.compile each residual and attention block by itself; blocks of one shape share their code.
+
+    The whole network in one graph takes several times as long to compile and is no faster (docs/experiments.md).
+    """
+    blocks = [module for module in network.modules() if isinstance(module, (ResnetBlock2D, Attention))]
+    # Each shape is compiled for itself; past the limit PyTorch would go on uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(blocks))
+    for block in blocks:
+        block.compile(dynamic=False)
 
 
 def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.AdamW:

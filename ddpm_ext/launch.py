@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import Tensor
@@ -55,13 +59,47 @@ def tracker(report_to: str) -> str | None:
 
 
 def check_world(accelerator: Accelerator) -> None:
-    """Two processes that do not see each other would train two models into one folder, each as rank 0."""
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked != accelerator.num_processes:
+    """The processes asked for are there and see each other.
+
+    Two that do not would train two models into one folder, each as rank 0; one alone would take twice the time.
+
+    Raises:
+        RunError: they are not.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
         raise RunError(
-            f"The launcher started {asked} processes and this one sees {accelerator.num_processes}. Without "
+            f"The launcher started {started} processes and this one sees {accelerator.num_processes}. Without "
             "a GPU launch with accelerate_configs/cpu.yaml, or set ACCELERATE_USE_CPU=true."
         )
+    asked = asked_of_accelerate(psutil.Process().parent())
+    if "WORLD_SIZE" not in os.environ and asked > 1:
+        raise RunError(
+            f"accelerate launch was asked for {asked} processes and started one, as it does without a GPU. Launch "
+            "with --config_file accelerate_configs/cpu.yaml and --cpu behind the script's name, or ask for one."
+        )
+
+
+def asked_of_accelerate(launcher: psutil.Process | None) -> int:
+    """The processes that an `accelerate launch` was asked for on its command line or in the file that it names; else 1.
+
+    Args:
+        launcher: The process that may be one.
+    """
+    try:
+        words = launcher.cmdline() if launcher else []
+    except psutil.Error:  # another user's, or gone
+        return 1
+    # `python …/bin/accelerate launch …` or `python -m accelerate.commands.launch …`
+    if "launch" not in words[:3] and not any(word.endswith("accelerate.commands.launch") for word in words[:3]):
+        return 1
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_processes", "--num-processes", type=int)
+    parser.add_argument("--config_file", "--config-file")
+    known, _ = parser.parse_known_args(words)
+    if known.num_processes is None and known.config_file is not None:
+        return int(yaml.safe_load(Path(known.config_file).read_text(encoding="utf-8")).get("num_processes", 1))
+    return known.num_processes or 1
 
 
 def set_numerics(config: TrainConfig, accelerator: Accelerator, recorded_threads: int | None) -> dict[str, Any]:

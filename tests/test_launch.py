@@ -12,7 +12,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from training import (
     weights,
 )
 
-from ddpm_ext.launch import FSDP_ON_CPU
+from ddpm_ext.launch import FSDP_ON_CPU, asked_of_accelerate
 from ddpm_ext.signals import PREEMPTED
 
 CONFIGS = ROOT / "accelerate_configs"
@@ -100,6 +101,31 @@ def test_the_shipped_cpu_configuration_starts_two_processes(tmp_path: Path) -> N
     code, output = finish(start(options(tmp_path / "run"), launcher))
     assert code == 0, output
     assert begin(tmp_path / "run")["processes"] == 2
+
+
+@pytest.mark.slow
+def test_a_launch_that_starts_one_process_of_two_is_an_error(tmp_path: Path) -> None:
+    launcher = [*ACCELERATE, "--cpu", "--num_processes", "2"]
+    code, output = finish(start(options(tmp_path / "run"), launcher))
+    assert code != 0 and "was asked for 2 processes and started one" in output, output
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "processes"),
+    [
+        ("python /usr/bin/accelerate launch --cpu --num_processes 2 train.py", 2),
+        ("python -m accelerate.commands.launch --num_processes=4 train.py --cpu", 4),
+        ("python -m accelerate.commands.launch --config_file {file} train.py", 3),
+        ("python -m accelerate.commands.launch --config_file {file} --num_processes 1 train.py", 1),
+        ("python /usr/bin/accelerate launch train.py", 1),
+        ("bash job.sh --num_processes 2", 1),
+    ],
+)
+def test_what_accelerate_was_asked_for_stands_in_its_command_line(words: str, processes: int, tmp_path: Path) -> None:
+    (tmp_path / "file.yaml").write_text("num_processes: 3\ndistributed_type: MULTI_CPU\n")
+    command = words.format(file=tmp_path / "file.yaml").split()
+    assert asked_of_accelerate(cast(Any, SimpleNamespace(cmdline=lambda: command))) == processes
 
 
 @pytest.mark.slow
@@ -202,6 +228,39 @@ def test_a_signal_to_the_launcher_reaches_the_ranks(
     assert code == 1, output  # a launcher turns every code into 1
     assert status(tmp_path / "run")["status"] == "preempted"
     goes_on(tmp_path / "run", global_batch_size=8)
+
+
+@pytest.mark.slow
+def test_usr1_reaches_the_ranks_of_an_accelerate_launch_that_ignores_it(tmp_path: Path) -> None:
+    # As a batch system sends it: to every process of the job. The launcher alone would die of it at once.
+    launch = " ".join([*ACCELERATE, "--config_file", str(CONFIGS / "cpu.yaml")])
+    launcher = ["bash", "-c", f"trap '' USR1; exec {launch} \"$@\"", "bash"]
+    process = start(options(tmp_path / "run", **ENDLESS, global_batch_size=8), launcher)
+    wait_for_updates(tmp_path / "run", process)
+    for pid in [process.pid, *children(process.pid)]:
+        os.kill(pid, signal.SIGUSR1)
+    code, output = finish(process, timeout=60)
+    assert code == 1, output
+    assert status(tmp_path / "run")["status"] == "preempted"
+    goes_on(tmp_path / "run", global_batch_size=8)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_the_papers_network_is_written_before_the_launcher_kills(tmp_path: Path) -> None:
+    """35.7 million weights, their average and Adam's moments: 570 MB, on two ranks, in less than 25 of 30 seconds."""
+    paper = {"model_config_name_or_path": None, "unet": "cifar10", "resolution": "32", "train_batch_size": 1}
+    given = {**ENDLESS, **paper, "logging_steps": 1, "random_flip": True}
+    process = start(options(tmp_path / "run", **given), [*TORCHRUN, "2"])
+    wait_for_updates(tmp_path / "run", process)
+    process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    while status(tmp_path / "run")["status"] != "preempted":
+        assert process.poll() is None and time.monotonic() - asked < 25
+        time.sleep(0.05)
+    code, output = finish(process, timeout=60)
+    assert code == 1, output
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert sum(file.stat().st_size for file in checkpoint.iterdir()) > 16 * 35_746_307
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,37 @@ def test_tensorboard_takes_scalars_grids_and_configuration(tmp_path: Path) -> No
     assert len(events.Images("samples")) == 1
 
 
+def test_weights_and_biases_takes_scalars_grids_and_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    assert run_here(tmp_path / "run", max_train_steps=4, report_to="wandb") == 0
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    (grid,) = (folder / "files" / "media" / "images").glob("samples_*.png")
+    with Image.open(grid) as picture:
+        assert picture.mode == "RGB"
+    (record,) = folder.glob("*.wandb")  # protocol buffers: keys and values stand in them as text
+    text = record.read_bytes()
+    for word in (b"learning_rate", b"loss_q4", b"images_per_second", b"ema_max_decay", b"samples"):
+        assert word in text
+
+
+def test_trackio_takes_scalars_grids_and_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio", reason="trackio is not installed")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    assert run_here(tmp_path / "run", max_train_steps=4, report_to="trackio") == 0
+    (name,) = SQLiteStorage.get_runs("ddpm-ext")
+    logs = SQLiteStorage.get_logs("ddpm-ext", name)
+    assert [record["step"] for record in logs if "loss" in record] == [3, 4]
+    assert any("samples" in record for record in logs)
+    assert SQLiteStorage.get_run_config("ddpm-ext", name)["train_batch_size"] == 8
+
+
 def test_the_plot_is_drawn_where_matplotlib_is(finished: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     with Image.open(finished / "training.png") as picture:
@@ -417,3 +449,33 @@ def test_bf16_learns_like_float32(tmp_path: Path) -> None:
         assert run_here(tmp_path / precision, **long, mixed_precision=precision) == 0
         means.append(np.mean([record["loss"] for record in log_without_speed(tmp_path / precision)][-50:]))
     assert abs(means[1] / means[0] - 1) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_learn_what_eager_ones_learn(tmp_path: Path) -> None:
+    """Each block is compiled, none falls back to eager code, and the weights differ by float32 rounding alone."""
+    network = tmp_path / "attention.json"
+    attentive = {
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    }
+    network.write_text(json.dumps({**TINY_UNET, **attentive}))
+    eager, compiled = (
+        trainer(tmp_path / str(switch), model_config_name_or_path=network, compile=switch) for switch in (False, True)
+    )
+    blocks = [
+        module for module in compiled.network.modules() if type(module).__name__ in ("ResnetBlock2D", "Attention")
+    ]
+    assert len(blocks) == 12 and all(block._compiled_call_impl is not None for block in blocks)
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for _ in range(4):
+            eager.update()
+            compiled.update()
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4 and not torch._dynamo.utils.counters["graph_break"]
+    )
+    assert list(compiled.averaged()) == list(eager.averaged())  # the names of an uncompiled network
+    for a, b in zip(eager.parameters, compiled.parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)  # Adam's first steps are of 1e-3 whatever the gradient
