@@ -195,7 +195,8 @@ def speed_up(config: TrainConfig, network: UNet2DModel) -> None:
 def compile_blocks(network: UNet2DModel) -> None:
     """torch.compile each residual and attention block by itself; blocks of one shape share their code.
 
-    The whole network in one graph takes several times as long to compile and is no faster (docs/experiments.md).
+    What lies between them is a few copies and resamplings; the whole network in one graph takes longer to compile
+    (docs/experiments.md).
     """
     blocks = [module for module in network.modules() if isinstance(module, (ResnetBlock2D, Attention))]
     # Each shape is compiled for itself; past the limit PyTorch would go on uncompiled.

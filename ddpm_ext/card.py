@@ -1,6 +1,6 @@
-"""config.json + eval.json of a run -> its model card.
+"""config.json + eval.json of a run, and calibration.json where it was calibrated -> its model card.
 
-Every number comes from those two files; what they do not hold is left out of the card, never guessed. Scores of other
+Every number comes from those files; what they do not hold is left out of the card, never guessed. Scores of other
 weights than those in pipeline/ are left out, too.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from . import calibrate
 from .features import weights_hash
 from .repository import INDEX, pictures
 from .run_dir import RunDir, read_json, write_atomically
@@ -31,7 +32,9 @@ CAPTIONS = {
     "training.png": "Loss and learning rate over the training",
     "plots/progressive.png": "Progressive generation: the predicted x_0 as the chain runs",
 }
-SHOWN = ("log.jsonl", *CAPTIONS, "plots/nearest.png")  # what a card reads or shows beside the two files
+CALIBRATION = "calibrated/calibration.json"
+BITS_PLOT = "calibrated/plots/bpd_against_steps.png"
+SHOWN = ("log.jsonl", *CAPTIONS, "plots/nearest.png", CALIBRATION, BITS_PLOT)  # what a card reads or shows, too
 STOCK_CANNOT = {"learned": "its variance is learned as a logarithm", "posterior_mean": "it predicts the posterior mean"}
 
 
@@ -66,7 +69,7 @@ def render_card(run: str | Path, repo_id: str | None = None, license: str | None
     """The card of a run folder; arguments as in `write_card`."""
     run = Path(run)
     record = read_json(run / "config.json") if (run / "config.json").is_file() else {}
-    figures = own_figures(run)
+    figures, calibrated = own_figures(run, "eval.json"), own_figures(run, CALIBRATION)
     repo_id = str(repo_id or record.get("config", {}).get("hub_model_id") or run.resolve().name)
     network = network_config(run)
     shown = gallery(run)
@@ -91,6 +94,9 @@ def render_card(run: str | Path, repo_id: str | None = None, license: str | None
         training=training_rows(record),
         results=markdown(figures).strip(),
         certificates=certificates(figures),
+        few_steps=calibrate.markdown(calibrated).strip(),
+        few_steps_certificates=certificates(calibrated),
+        few_steps_plot=BITS_PLOT if calibrated and (run / BITS_PLOT).is_file() else None,
         data=data_of(record),
         size=size_words(network),
         T=record.get("config", {}).get("ddpm_num_steps"),
@@ -105,9 +111,9 @@ def render_card(run: str | Path, repo_id: str | None = None, license: str | None
 # What the files hold --------------------------------------------------------------------------------------------------
 
 
-def own_figures(run: Path) -> list[dict[str, Any]]:
-    """The figures of eval.json that were measured on the weights in pipeline/."""
-    path = run / "eval.json"
+def own_figures(run: Path, name: str) -> list[dict[str, Any]]:
+    """The figures of a file of the run that were measured on the weights in pipeline/."""
+    path = run / name
     figures = read_json(path).get("figures", []) if path.is_file() else []
     if not figures:
         return []
@@ -116,7 +122,7 @@ def own_figures(run: Path) -> list[dict[str, Any]]:
     own = [figure for figure in figures if figure.get("weights") == weights]
     if len(own) < len(figures):
         logger.warning(
-            "%d of %d figures in %s are of other weights than pipeline/ and are left out of the card: evaluate again.",
+            "%d of %d figures in %s are of other weights than pipeline/ and are left out of the card: measure again.",
             len(figures) - len(own),
             len(figures),
             path,

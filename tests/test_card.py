@@ -171,7 +171,7 @@ def test_what_is_not_known_is_left_out(run: Path, tmp_path: Path) -> None:
     assert not {"license", "datasets", "model-index", "widget"} & data.keys()
     for heading in ("## Training", "## Results", "## Environmental cost", "<Gallery />"):
         assert heading in full and heading not in text
-    assert "has not been examined" in text
+    assert "has not been examined" in text and "## Fewer steps" not in text
     assert not re.findall(r"\d+\.\d+", text.split("# bare")[1].split("## Citation")[0])
 
 
@@ -185,6 +185,27 @@ def test_every_number_comes_from_the_two_files(run: Path) -> None:
     assert "4.25" in text and "3.17" not in text
     assert "num_inference_steps=500" in text
     assert "| Diffusion steps T | 500 |" in text and "Optimiser" not in text and "Network |" not in text
+
+
+def test_a_calibration_has_its_table_plot_and_certificate(run: Path, tmp_path: Path) -> None:
+    weights = json.loads((run / "eval.json").read_text())["figures"][0]["weights"]
+    rows = [
+        figure(weights, "bpd", value, sampler=sampler, num_inference_steps=steps, dataset=DATA)
+        for sampler, steps, value in (("fixed_small, even", 50, 24.07319), ("analytic, optimal", 50, 4.56462))
+    ]
+    other = figure("0123456789abcdef", "bpd", 1.2345, sampler="analytic, even", num_inference_steps=50, dataset=DATA)
+    (run / "calibrated" / "plots").mkdir(parents=True)
+    (run / "calibrated" / "calibration.json").write_text(json.dumps({"format": 1, "figures": [*rows, other]}))
+    assert "bpd_against_steps" not in str(render_card(run))
+    Image.new("RGB", (8, 8)).save(run / "calibrated" / "plots" / "bpd_against_steps.png")
+    section = str(render_card(run)).split("## Fewer steps")[1].split("## Intended use")[0]
+    assert "bits/dim of 10,000 images of uoft-cs/cifar10 test" in section
+    assert "| fixed_small, even | 24.0732 |" in section and "| analytic, optimal | **4.5646** |" in section
+    assert "1.2345" not in section  # measured on other weights
+    assert section.count("seed 0") == 1 and "(calibrated/plots/bpd_against_steps.png)" in section
+    write_card(run)
+    assert "calibrated/plots/bpd_against_steps.png" in collect(run, tmp_path / "staging")
+    assert not any("calibration" in name for name in collect(run, tmp_path / "staging"))
 
 
 def test_scores_of_other_weights_are_left_out(run: Path, caplog: pytest.LogCaptureFixture) -> None:
