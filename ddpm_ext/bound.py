@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -76,6 +76,7 @@ def bits_per_dim(
     generator: Generators = None,
     num_timesteps_sampled: int | None = None,
     batch_size: int | None = None,
+    class_labels: Tensor | Sequence[int] | None = None,
 ) -> BitsPerDim:
     r"""The variational bound on -log₂ p(x_0) of each image, in bits per dimension.
 
@@ -93,6 +94,8 @@ def bits_per_dim(
         generator: Source of the noise; a list of one per image makes every image independent of its batch.
         num_timesteps_sampled: Jumps drawn per image instead of the whole sweep: an unbiased estimate (`sampled_bound`).
         batch_size: Pairs (image, t) in one network call. It changes nothing but the speed.
+        class_labels: The class of each image, shape (B,), for a class-conditional network: the bound on
+            -log₂ p(x_0 | class), from the network's `class_labels`.
 
     Raises:
         ValueError: images off the 8-bit grid, of wrong range or shape, or NaN; a network whose output is NaN or does
@@ -100,7 +103,16 @@ def bits_per_dim(
     """
     x_0 = grid_images(images)
     bound = make_bound(
-        model, scheduler, images, num_inference_steps, timesteps, decoder_variance, cdf, clip_sample, batch_size
+        model,
+        scheduler,
+        images,
+        num_inference_steps,
+        timesteps,
+        decoder_variance,
+        cdf,
+        clip_sample,
+        batch_size,
+        class_labels,
     )
     if num_timesteps_sampled is None:
         return full_sweep(bound, x_0, generator).bits_per_dim
@@ -119,11 +131,21 @@ def rate_distortion(
     clip_sample: bool = True,
     generator: Generators = None,
     batch_size: int | None = None,
+    class_labels: Tensor | Sequence[int] | None = None,
 ) -> RateDistortion:
     """The rows of DDPM Table 4, averaged over the images; arguments as for `bits_per_dim`."""
     x_0 = grid_images(images)
     bound = make_bound(
-        model, scheduler, images, num_inference_steps, timesteps, decoder_variance, cdf, clip_sample, batch_size
+        model,
+        scheduler,
+        images,
+        num_inference_steps,
+        timesteps,
+        decoder_variance,
+        cdf,
+        clip_sample,
+        batch_size,
+        class_labels,
     )
     return rate_distortion_rows(full_sweep(bound, x_0, generator), bound.chain.tables.num_timesteps)
 
@@ -180,27 +202,32 @@ class Bound:
     dtype: torch.dtype  # of the network's input
     device: torch.device  # of the network
     batch_size: int
+    labels: Tensor | None = None  # (B,), classes of the images that it is asked about
 
     def prior(self, x_0: Tensor) -> Tensor:
         """L_T of each image, shape (B,), nats/dim."""
         return mean_over_dims(prior_kl(x_0, self.tables.alpha_bar[self.times[0]]))
 
-    def ask(self, x_0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    def ask(self, x_0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(x_t, the network's output) of pairs: x_t rounded to the network's precision, both returned in x_0's."""
+        condition = {} if labels is None else {"class_labels": labels.to(self.device)}
         x_t = q_sample(x_0, t, eps.to(x_0.dtype), self.tables).to(self.dtype)
-        output = self.model(x_t.to(self.device), t.to(self.device))
+        output = self.model(x_t.to(self.device), t.to(self.device), **condition)
         return x_t.to(x_0.dtype), getattr(output, "sample", output).to(x_0)
 
-    def terms(self, x_0: Tensor, t: Tensor, eps: Tensor, *, decoder: bool) -> tuple[Tensor, Tensor]:
+    def terms(
+        self, x_0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None = None, *, decoder: bool
+    ) -> tuple[Tensor, Tensor]:
         """(L_{t-1}, or L_0 where `decoder`; mean of (x_0 - x̂_0)²) of pairs, each (P,), in nats/dim and x_0's unit².
 
         Args:
             x_0: Clean images, float64, shape (P, C, H, W).
             t: Kept times, int64, shape (P,); for the decoder all the last one, else none of them.
             eps: Noise in the shape of x_0.
+            labels: Classes, int64, shape (P,), where the network asks for them.
             decoder: Which of the two terms.
         """
-        x_t, output = self.ask(x_0, t, eps)
+        x_t, output = self.ask(x_0, t, eps, labels)
         reverse = self.chain.p_mean_variance(output, t, x_t, decoder_variance=self.decoder_variance)
         x_0_hat = reverse.pred_original_sample
         if decoder:  # the mean of the last jump is x̂_0 itself
@@ -227,7 +254,8 @@ class Bound:
         found: list[tuple[Tensor, Tensor]] = []
         for some in t.T.split(max(1, self.batch_size // len(x_0))):
             eps = [randn_tensor(shape, generator=_as_list(generator), device=x_0.device, dtype=dtype) for _ in some]
-            pairs = x_0.repeat(len(some), 1, 1, 1), some.reshape(-1), torch.cat(eps)
+            pairs = [x_0.repeat(len(some), 1, 1, 1), some.reshape(-1), torch.cat(eps)]
+            pairs += [] if self.labels is None else [self.labels.repeat(len(some))]
             for pair in zip(*(part.split(self.batch_size) for part in pairs), strict=True):
                 found.append(self.terms(*pair, decoder=decoder))
         if not found:
@@ -255,8 +283,12 @@ def make_bound(
     cdf: Cdf = "tanh",
     clip_sample: bool = True,
     batch_size: int | None = None,
+    class_labels: Tensor | Sequence[int] | None = None,
 ) -> Bound:
-    """The chain that `bits_per_dim` describes, on a copy of the scheduler; `images` tell the size and precision."""
+    """The chain that `bits_per_dim` describes, on a copy of the scheduler; `images` tell the size and precision.
+
+    With `class_labels` it is the bound of these images and of no others.
+    """
     check_word("decoder_variance", decoder_variance, get_args(DecoderVariance))
     check_word("cdf", cdf, get_args(Cdf))
     if batch_size is not None and batch_size < 1:
@@ -282,7 +314,28 @@ def make_bound(
         dtype=own_dtype if parameter is None else parameter.dtype,
         device=device,
         batch_size=batch_size or max(1, min(MOST_PAIRS, PAIR_ELEMENTS // images[0].numel())),
+        labels=checked_labels(model, class_labels, len(images)),
     )
+
+
+def checked_labels(model: Any, class_labels: Tensor | Sequence[int] | None, count: int) -> Tensor | None:
+    """One class per image, int64, where the network asks for them.
+
+    Raises:
+        ValueError: they are missing or too many, or are none of the network's classes.
+    """
+    config = getattr(model, "config", None) or {}
+    classes = config.get("num_class_embeds")
+    if class_labels is None:
+        if classes is not None:
+            raise ValueError(f"The network is class-conditional: pass class_labels, one of 0..{classes - 1} per image.")
+        return None
+    labels = torch.as_tensor(class_labels)
+    outside = classes is not None and bool(((labels < 0) | (labels >= classes)).any())
+    if labels.is_floating_point() or labels.shape != (count,) or outside:
+        limit = "" if classes is None else f" in 0..{classes - 1}"
+        raise ValueError(f"class_labels must be {count} ints{limit}, one per image, got {class_labels!r}.")
+    return labels.long()
 
 
 @torch.no_grad()
@@ -348,7 +401,8 @@ def _pilot(bound: Bound, x_0: Tensor, generator: Generators) -> Tensor:
     chosen = sorted({round(i) for i in torch.linspace(0, len(x_0) - 1, PILOT_IMAGES).tolist()})
     some = [generator[i] for i in chosen] if isinstance(generator, Sequence) else generator
     times = torch.tensor(bound.times[:-1], device=x_0.device).expand(len(chosen), -1)
-    mean = bound.columns(x_0[chosen], times, some)[0].mean(0).clamp(min=0)
+    few = bound if bound.labels is None else replace(bound, labels=bound.labels[chosen])
+    mean = few.columns(x_0[chosen], times, some)[0].mean(0).clamp(min=0)
     uniform = torch.full_like(mean, 1 / len(mean))
     return uniform if not bool(mean.sum() > 0) else (1 - PILOT_FLOOR) * mean / mean.sum() + PILOT_FLOOR * uniform
 

@@ -56,6 +56,7 @@ class CalibrateConfig:
     dataset_config_name: str | None = option(None, "Configuration of a Hub set.")
     data_dir: str | None = option(None, "Folder of images, in place of dataset_name.")
     image_column: str | None = option(None, "Column of the images; none: the only one.")
+    label_column: str | None = option(None, "Column of the classes, for a class-conditional model; none: the only one.")
     split: str = option("train", "Split on which errors are measured and with which samples are compared.")
     test_split: str = option("test", "Split whose bits/dim are reported.")
     num_images: int = option(1024, "Images of the errors, every step of each.")

@@ -306,10 +306,6 @@ def check_agreement(config: TrainConfig) -> None:
             'eval_metric "bits_per_dim" needs the held-out split that it is measured on; give --eval_split.',
         ),
         (
-            config.class_conditional and config.eval_split is not None,
-            "bits/dim of a class-conditional network are not measured; drop eval_split.",
-        ),
-        (
             config.eval_samples < 2,
             f"eval_samples must be at least 2 for a Frechet distance, got {config.eval_samples}.",
         ),

@@ -274,6 +274,7 @@ class Session:
             config.data_dir,
             split,
             config.image_column,
+            config.label_column,
             resolution=tuple(size) if isinstance(size, (list, tuple)) else size,
             channels=unet["in_channels"],
         )

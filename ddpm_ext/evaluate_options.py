@@ -33,6 +33,7 @@ class EvalConfig:
     dataset_config_name: str | None = option(None, "Configuration of a Hub set.")
     data_dir: str | None = option(None, "Folder of images, in place of dataset_name.")
     image_column: str | None = option(None, "Column of the images; none: the only one.")
+    label_column: str | None = option(None, "Column of the classes, for a class-conditional model; none: the only one.")
     reference_split: str = option("train", "Split that generated images are compared with.")
     bpd_split: str = option("test", "Split whose bits/dim are measured.")
     max_reference_images: int | None = option(None, "Only the first so many of the reference; none: all.")

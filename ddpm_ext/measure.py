@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from torch import Tensor
 
-from .bound import BitsPerDim, Sweep, full_sweep, grid_images, make_bound, sampled_bound
+from .bound import BitsPerDim, Bound, Sweep, full_sweep, grid_images, make_bound, sampled_bound
 from .data import ImageSet
 from .features import Extractor, Features, HandOff, extract, hand_off
 from .likelihood import Cdf, gaussian_kl
@@ -146,6 +146,20 @@ def sample_features(
     return Samples(as_features(tensors), tensors["images"])
 
 
+def images_and_labels(unet: UNet2DModel, images: ImageSet, numbers: range) -> tuple[Tensor, Tensor | None]:
+    """(pixels, classes) of images by number; classes where the network asks for them, else None.
+
+    Raises:
+        ValueError: it asks for them and the set has none.
+    """
+    pixels, labels = images.batch(list(numbers))
+    if unet.config.get("num_class_embeds") is None:
+        return pixels, None
+    if labels is None:
+        raise ValueError("The network is class-conditional, and these images have no classes: bits/dim need them.")
+    return pixels, labels
+
+
 def set_bound(
     unet: UNet2DModel,
     scheduler: Any,
@@ -163,17 +177,16 @@ def set_bound(
     accelerator: Accelerator,
 ) -> SetBound:
     """`bits_per_dim` of the first images of a set, piece by piece over all processes; see there."""
-    if unet.config.get("num_class_embeds") is not None or unet.config.get("class_embed_type") is not None:
-        raise ValueError(
-            "The bound of a class-conditional network is not defined here: it would need a label per image."
-        )
-    example = images.batch([0]).pixels
     options = (num_inference_steps, None, decoder_variance, cdf, True, batch_size)
-    times = make_bound(unet, scheduler, example, *options).times
+
+    def bound_of(piece: range) -> tuple[Bound, Tensor]:
+        pixels, labels = images_and_labels(unet, images, piece)
+        return make_bound(unet, scheduler, pixels, *options, labels), pixels
+
+    times = bound_of(range(1))[0].times
 
     def work(piece: range) -> dict[str, Tensor]:
-        pixels = images.batch(list(piece)).pixels
-        bound = make_bound(unet, scheduler, pixels, *options)
+        bound, pixels = bound_of(piece)
         generators = [torch.Generator().manual_seed(seed + i) for i in piece]
         if num_timesteps_sampled is not None:
             bits = sampled_bound(bound, grid_images(pixels), num_timesteps_sampled, generators)

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from .bound import bits_per_dim
 from .data import ImageSet
 from .features import Extractor, HandOff, extract
-from .measure import generate
+from .measure import generate, images_and_labels
 from .metrics import feature_statistics, frechet_distance
 from .pipeline import DDPMExtPipeline
 from .reference import make_reference
@@ -81,10 +81,11 @@ class SmallEvaluation:
     def bits(self, unet: Any, scheduler: Any, numbers: range) -> torch.Tensor:
         """Bits/dim of this process's held-out images."""
         assert self.held_out is not None
-        pixels = self.held_out.batch(list(numbers)).pixels
+        pixels, labels = images_and_labels(unet, self.held_out, numbers)
         generators = [torch.Generator().manual_seed(self.seed + i) for i in numbers]
         sampled = self.num_timesteps_sampled
-        return bits_per_dim(unet, scheduler, pixels, generator=generators, num_timesteps_sampled=sampled).total.cpu()
+        options = {"generator": generators, "num_timesteps_sampled": sampled, "class_labels": labels}
+        return bits_per_dim(unet, scheduler, pixels, **options).total.cpu()
 
     def share(self, count: int) -> range:
         """This process's part of range(count); every process has at least one item, so that none has nothing to do."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from .bound import Bound, evaluating, grid_images, make_bound
 from .data import ImageSet
 from .likelihood import mean_over_dims
-from .measure import SWEEP_SHARD
+from .measure import SWEEP_SHARD, images_and_labels
 from .process import eps_weights, per_image
 from .reverse import split_output
 from .shards import run_shards
@@ -41,9 +41,11 @@ class MeanError(NamedTuple):
 class ErrorTerms(Bound):
     """A bound whose two terms are the errors of ε̂ in place of L_{t-1} and the error of x̂_0."""
 
-    def terms(self, x_0: Tensor, t: Tensor, eps: Tensor, *, decoder: bool = False) -> tuple[Tensor, Tensor]:
+    def terms(
+        self, x_0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None = None, *, decoder: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """(mean_dims (ε - ε̂)², mean_dims ε̂²) of pairs, each (P,); arguments as in `Bound.terms`."""
-        x_t, output = self.ask(x_0, t, eps)
+        x_t, output = self.ask(x_0, t, eps, labels)
         prediction, _ = split_output(output, x_t, self.chain.config["variance_type"])
         weights = eps_weights(self.tables, t, self.chain.config["prediction_type"])
         eps_hat = per_image(weights.of_x_t, x_t) * x_t + per_image(weights.of_output, x_t) * prediction
@@ -94,8 +96,8 @@ def set_errors(
     """
 
     def work(piece: range) -> dict[str, Tensor]:
-        pixels = images.batch(list(piece)).pixels
-        bound = make_bound(unet, scheduler, pixels, clip_sample=False, batch_size=batch_size)
+        pixels, labels = images_and_labels(unet, images, piece)
+        bound = make_bound(unet, scheduler, pixels, clip_sample=False, batch_size=batch_size, class_labels=labels)
         generators = [torch.Generator().manual_seed(seed + i) for i in piece]
         found = step_errors(bound, grid_images(pixels), generators)
         return {name: part.cpu() for name, part in found._asdict().items()}

@@ -82,6 +82,7 @@ def eval_images(config: TrainConfig, split: str) -> ImageSet:
         config.train_data_dir,
         split,
         config.image_column,
+        config.label_column,
         resolution=tuple(size) if isinstance(size, list) else size,
         channels=arguments["in_channels"],
         cache_dir=config.cache_dir,

@@ -106,6 +106,46 @@ def test_the_record_equals_the_literal_formulas(
     assert ours.standard_error is None
 
 
+def test_a_class_conditional_network_is_told_each_images_class() -> None:
+    """A network that knows each class's only image pays L_0 and L_T alone, in every batch and with sampled steps."""
+    scheduler, levels = DDPMExtScheduler(), torch.tensor([-1.0, 2 * 128 / 255 - 1, 1.0], dtype=torch.float64)
+
+    def network(x: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+        bar = alpha_bar_of(scheduler, x, t)
+        return (x - bar.sqrt() * levels[class_labels].reshape(-1, 1, 1, 1)) / (1 - bar).sqrt()
+
+    classes = torch.tensor([1, 0, 2, 1, 2])
+    images = levels[classes].reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    floor = torch.tensor([0.509908, 1.305665, 0.509908], dtype=torch.float64)[classes]  # grey, then the two ends; tanh
+    options: dict[str, Any] = {"class_labels": classes, "timesteps": EVEN[50]}
+    for batch_size in (None, 3):
+        found = bits_per_dim(network, scheduler, images, batch_size=batch_size, generator=seeded(), **options)
+        assert_close(found.decoder, floor, rtol=0, atol=1e-6)  # the printed digits
+        assert_close(found.steps, torch.zeros(5, 49, dtype=torch.float64), rtol=0, atol=1e-9)
+        sampled = bits_per_dim(
+            network, scheduler, images, batch_size=batch_size, generator=seeded(), num_timesteps_sampled=4, **options
+        )
+        assert_close(sampled.total, found.total, rtol=0, atol=1e-6)
+    wrong = bits_per_dim(network, scheduler, images, generator=seeded(), **{**options, "class_labels": classes.flip(0)})
+    assert wrong.total.max() > 100
+    rows = rate_distortion(network, scheduler, images, generator=seeded(), **options)
+    assert rows.distortion_rmse.max() < 1e-6
+    unet = UNet2DModel(
+        sample_size=2,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(4,),
+        norm_num_groups=2,
+        add_attention=False,
+        num_class_embeds=3,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    for labels in (None, [0, 1], [0, 1, 2, 3, 0], torch.zeros(5)):
+        with pytest.raises(ValueError, match=r"class_labels.*0\.\.2"):
+            bits_per_dim(unet, scheduler, images, class_labels=labels)
+
+
 # Exact cases ----------------------------------------------------------------------------------------------------------
 
 

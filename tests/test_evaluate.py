@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 
 from ddpm_ext import metrics
 from ddpm_ext.arguments import parse_options
-from ddpm_ext.bound import bits_per_dim, rate_distortion
+from ddpm_ext.bound import bits_per_dim, grid_images, make_bound, rate_distortion
 from ddpm_ext.data import load_images
 from ddpm_ext.evaluate import evaluate, merge
 from ddpm_ext.evaluate_options import EvalConfig
@@ -27,6 +27,7 @@ from ddpm_ext.reference import load_reference, make_reference
 from ddpm_ext.scheduler import DDPMExtScheduler
 from ddpm_ext.shards import load_checked, run_shards, save_whole
 from ddpm_ext.small_evaluation import SmallEvaluation
+from ddpm_ext.step_errors import set_errors, step_errors
 from ddpm_ext.tables import markdown
 from tests.training import TORCHRUN, finish, start
 
@@ -263,12 +264,33 @@ def test_the_command_line() -> None:
 def test_too_small_a_reference_and_a_reference_without_logits_are_sentences(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='kid needs at least 6 reference images, the split "train" gives 5'):
         evaluate(small(model, tmp_path, metrics="kid", max_reference_images=5))
-    conditional: Any = SimpleNamespace(config={"num_class_embeds": 10})
-    none: Any = None
-    with pytest.raises(ValueError, match="class-conditional"):
-        set_bound(
-            conditional, none, none, num_images=1, seed=0, batch_size=1, folder=tmp_path, key={}, accelerator=none
-        )
+
+
+def test_bits_and_errors_of_a_class_conditional_network_are_those_of_each_images_class(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    unet = UNet2DModel.from_config(tiny_unet().config, num_class_embeds=10)
+    DDPMExtPipeline(unet, tiny_scheduler()).save_pretrained(tmp_path / "pipeline")
+    (figure,) = evaluate(small(tmp_path / "pipeline", tmp_path, metrics="bpd"))
+    accelerator = Accelerator(cpu=True)
+    work: dict[str, Any] = {"seed": 0, "batch_size": None, "folder": tmp_path, "key": {}, "accelerator": accelerator}
+    errors = set_errors(unet, tiny_scheduler(), load_images("digits", split="test"), num_images=6, **work)
+
+    test, bits, mse = load_images("digits", split="test").batch(range(6)), [], []
+    for i in range(6):
+
+        def network(x: torch.Tensor, t: torch.Tensor, digit: torch.Tensor = test.labels[i]) -> torch.Tensor:
+            return unet(x, t, class_labels=digit.expand(len(x))).sample
+
+        pixels, (first, second) = test.pixels[i : i + 1], ([torch.Generator().manual_seed(i)] for _ in range(2))
+        bits.append(bits_per_dim(network, tiny_scheduler(), pixels, generator=first).total.item())
+        bound = make_bound(network, tiny_scheduler(), pixels, clip_sample=False)
+        mse.append(step_errors(bound, grid_images(pixels), second).mse_eps)
+    assert figure["value"] == pytest.approx(sum(bits) / 6, rel=1e-5)  # float32 in other batches
+    torch.testing.assert_close(errors.mse_eps, torch.cat(mse), rtol=1e-5, atol=1e-7)
+
+    unlabelled: Any = SimpleNamespace(batch=lambda numbers: test._replace(labels=None))
+    with pytest.raises(ValueError, match="these images have no classes"):
+        set_bound(unet, tiny_scheduler(), unlabelled, num_images=1, **work)
 
 
 # Pieces ---------------------------------------------------------------------------------------------------------------
