@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from .config import TrainConfig, recorded
 from .presets import PRESETS
@@ -190,6 +191,8 @@ def make_parser(options: type, description: str, defaults: dict[str, Any]) -> Ar
     hints = get_type_hints(options)
     for action in parser._actions:
         if type(None) in get_args(hints.get(action.dest)):
+            if bool in get_args(hints[action.dest]):
+                action.nargs, action.const, action.type = "?", True, string_to_bool  # --private alone says yes
             allow_none(action)
         if action.nargs == "+":
             action.nargs = "*"  # an empty list in a YAML file

@@ -7,6 +7,7 @@ weights than those in pipeline/ are left out, too.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import calibrate
 from .features import weights_hash
-from .repository import INDEX, pictures
+from .repository import INDEX, RENDERED, pictures
 from .run_dir import RunDir, read_json, write_atomically
 from .tables import NAMES, data_words, markdown, sampler_words
 
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("template.md")
 TASK = "unconditional-image-generation"
-MARK = "<!-- Rendered by ddpm_ext from config.json and eval.json; without this line the card is yours and is kept. -->"
+MARK = f"{RENDERED}config.json and eval.json; without this line the card is yours and is kept. -->"
 SINGLE = {"bpd": "bits_per_dim", "rate_distortion": "distortion_rmse", "is": "inception_score"}
 CAPTIONS = {
     "training.png": "Loss and learning rate over the training",
@@ -44,22 +45,26 @@ def write_card(run: str | Path, repo_id: str | None = None, license: str | None 
     Args:
         run: A run folder.
         repo_id: Its repository on the Hub, for the usage lines; None takes the run's name.
-        license: Licence of the weights, by the Hub's name such as "apache-2.0"; None leaves it out.
+        license: Licence of the weights, by the Hub's name such as "apache-2.0"; None takes that of the card there, or
+            leaves it out.
     """
     path = Path(run) / "README.md"
-    if path.exists() and MARK not in path.read_text(encoding="utf-8"):
-        return None
+    if path.exists():
+        if MARK not in path.read_text(encoding="utf-8"):
+            return None
+        license = license or ModelCard.load(path, ignore_metadata_errors=True).data.get("license")
     write_atomically(path, str(render_card(run, repo_id, license)))
     return path
 
 
 def export_card(run: str | Path, folder: str | Path, repo_id: str | None = None, license: str | None = None) -> Path:
-    """Write the card and the pictures that it shows into a folder of their own."""
+    """Write the card, its pictures and the files that its numbers come from into a folder of their own."""
     run, folder = Path(run), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     card = folder / "README.md"
     write_atomically(card, str(render_card(run, repo_id, license)))
-    for name in set(re.findall(r"\]\(([\w./-]+\.png)\)", card.read_text(encoding="utf-8"))):
+    shown = set(re.findall(r"\]\(([\w./-]+\.png)\)", card.read_text(encoding="utf-8")))
+    for name in shown | {name for name in ("config.json", "eval.json", CALIBRATION) if (run / name).is_file()}:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(run / name, folder / name)
     return card
@@ -154,7 +159,8 @@ def data_of(record: Mapping[str, Any]) -> str | None:
         return f"the folder {Path(config['train_data_dir']).name}"
     if config.get("dataset_name") in (None, "digits"):
         return "handwritten digits (UCI Optical Recognition of Handwritten Digits, CC BY 4.0)"
-    return str(config["dataset_name"])
+    name = str(config["dataset_name"])
+    return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else f"the folder {Path(name).name}"
 
 
 def size_words(network: Mapping[str, Any]) -> str | None:
@@ -245,15 +251,19 @@ def fill(text: str, known: Mapping[str, Any]) -> str:
 
 def cost(run: Path, record: Mapping[str, Any]) -> str | None:
     """Hardware and hours of the training; None where neither is known."""
-    start = (record.get("starts") or [{}])[-1]
-    hardware, parts = start.get("hardware") or {}, []
-    if what := hardware.get("gpu") or hardware.get("processor"):
-        count = start.get("processes", 1)
-        device = f"{count} × {what}" if hardware.get("gpu") else f"{what}, {hardware.get('cores')} cores"
-        parts.append(f"Hardware: {device}.")
+    devices = [device for start in record.get("starts") or [] if (device := device_words(start))]
+    parts = [f"Hardware: {', then '.join(dict.fromkeys(devices))}."] if devices else []
     if hours := training_hours(RunDir(run).read_log(), record.get("global_batch")):
         parts.append(f"Training time by the log: {hours:.2g} hours.")
     return " ".join(parts) or None
+
+
+def device_words(start: Mapping[str, Any]) -> str | None:
+    """What one start of a training ran on; None where it is not known."""
+    hardware = start.get("hardware") or {}
+    if hardware.get("gpu"):
+        return f"{start.get('processes', 1)} × {hardware['gpu']}"
+    return f"{hardware['processor']}, {hardware.get('cores')} cores" if hardware.get("processor") else None
 
 
 def training_hours(log: Sequence[Mapping[str, Any]], global_batch: int | None) -> float | None:
@@ -284,11 +294,12 @@ def eval_results(figure: Mapping[str, Any]) -> list[EvalResult]:
             dataset_name=str(dataset["name"]),
             dataset_split=dataset["split"],
             metric_type=kind,
-            metric_value=round(value, 6),
+            metric_value=float(f"{value:.6g}"),
             metric_name=name,
             metric_args={k: v for k, v in arguments.items() if v is not None},
         )
         for kind, name, value in numbers(figure)
+        if math.isfinite(value)
     ]
 
 

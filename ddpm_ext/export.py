@@ -100,9 +100,15 @@ def make_publisher(config: TrainConfig, run: RunDir) -> Publisher | None:
         raise RunError(str(error)) from error
 
 
-def finish_upload(publisher: Publisher) -> None:
-    """The last upload, awaited. A run whose upload fails is finished all the same, and can be pushed by its script."""
+def finish_upload(publisher: Publisher) -> int:
+    """The last upload, awaited. A run whose upload fails is finished all the same: the same command uploads it again.
+
+    Returns:
+        Exit code: 0, or 1 where it failed.
+    """
     try:
         publisher.finish()
     except HubError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

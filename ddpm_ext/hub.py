@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -20,26 +21,11 @@ from huggingface_hub.utils import validate_repo_id
 from . import __version__
 from .hub_client import Client, State
 from .patience import Errand, HubError, Patience, conflict, in_sentences, patiently
-from .repository import INDEX, VARIANTS, Files, check_no_token, collect, components, stage
+from .repository import RENDERED, Files, check_no_token, collect, minimal_card, stage, stale
 
 logger = logging.getLogger(__name__)
-MINIMAL_CARD = """---
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags:
-- ddpm
-- unconditional-image-generation
-- pytorch
----
-
-# {name}
-
-```python
-from diffusers import DDPMPipeline
-
-image = DDPMPipeline.from_pretrained("{repo_id}")(num_inference_steps=1000).images[0]
-```
-"""
+# Options of a push -> of scripts/push_to_hub.py, where the two differ.
+FLAGS = {"private": "hub_private_repo"}
 
 
 class Push(NamedTuple):
@@ -71,17 +57,20 @@ def push_to_hub(
     variant: str | None = None,
     parent_commit: str | None = None,
     patience: Patience | None = None,
+    again: str | None = None,
 ) -> Push:
     """Upload a run or a pipeline in one commit; `repository.collect` says which files.
 
     Files of an earlier push in the pipeline's folders that this one does not have are deleted in the same commit, so
-    that no old weights stay beside new ones; all else in the repository stays, `.gitattributes` with it. Pushing
-    unchanged files makes no commit; pushing again after an interruption sends what is missing.
+    that no old weights stay beside new ones; all else in the repository stays, `.gitattributes` with it, and a card
+    that was written by hand there is not replaced by a rendered one. Pushing unchanged files makes no commit; pushing
+    again after an interruption sends what is missing.
 
     Args:
         folder_or_pipeline: A run folder, the folder of a saved pipeline, or a pipeline. Nothing in it is changed.
         repo_id: "user/model", or "model" for the token's owner. Made if missing.
-        private: Whether a new repository is private; None leaves it to the account's default.
+        private: Whether a new repository is private; None leaves it to the account's default. True refuses one that
+            is public.
         revision: Branch to commit to, made if missing; None for main.
         create_pr: Open a pull request in place of committing to main.
         token: Token with write right; None takes HF_TOKEN or the one of `hf auth login`.
@@ -91,11 +80,22 @@ def push_to_hub(
         parent_commit: The commit that the branch must be at; None takes where it is when the push begins. If someone
             else pushes in between, nothing is overwritten.
         patience: How long failing calls are tried again.
+        again: The command that a failure's sentence advises; None makes it of these options, without the token.
 
     Raises:
         HubError: the push failed, with what to do about it.
     """
-    again = f"python scripts/push_to_hub.py --model {_name(folder_or_pipeline)} --hub_model_id {repo_id}"
+    again = again or push_command(
+        folder_or_pipeline,
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        tags=tags,
+        variant=variant,
+        parent_commit=parent_commit,
+    )
     token = token or get_token()
     errand = Errand(repo_id, "push", again, has_token=token is not None, revision=revision)
     if create_pr and revision not in (None, constants.DEFAULT_REVISION):
@@ -112,6 +112,27 @@ def push_to_hub(
             for tag in tags:
                 client.tag(repo_id, tag, push.commit)
     return push
+
+
+def push_command(folder_or_pipeline: Any, repo_id: str, **options: Any) -> str:
+    """The command, or for a pipeline in memory the call, that pushes with these options; those left out are not named.
+
+    Args:
+        folder_or_pipeline: As in `push_to_hub`.
+        repo_id: As there.
+        **options: Those of `push_to_hub`, and `license` of the script; never the token.
+    """
+    given = {name: value for name, value in options.items() if value is not None and value not in (False, (), [])}
+    if options.get("private") is False:
+        given["private"] = False
+    if not isinstance(folder_or_pipeline, str | os.PathLike):
+        more = "".join(f", {name}={value!r}" for name, value in given.items())
+        return f'pipeline.push_to_hub("{repo_id}"{more})'
+    words = ["--model", str(folder_or_pipeline), "--hub_model_id", repo_id]
+    for name, value in given.items():
+        values = [] if value is True else value if isinstance(value, list | tuple) else [value]
+        words += [f"--{FLAGS.get(name, name)}", *(str(word).lower() if word is False else str(word) for word in values)]
+    return f"python scripts/push_to_hub.py {shlex.join(words)}"
 
 
 def push_space(
@@ -147,11 +168,35 @@ def push_space(
     return push._replace(url=f"{constants.ENDPOINT}/spaces/{repo_id}")
 
 
+def open_repository(
+    repo_id: str, *, private: bool | None = None, token: str | None = None, patience: Patience | None = None
+) -> str:
+    """Make a repository if it is missing and see that it may be written to: better before a training than after it.
+
+    Args:
+        repo_id: As in `push_to_hub`, and the others.
+        private: As there.
+        token: As there.
+        patience: As there.
+
+    Returns:
+        Its full name, "user/model".
+
+    Raises:
+        HubError: there is no token, or it may not write there.
+    """
+    token = token or get_token()
+    errand = Errand(repo_id, "push", "the same command", has_token=token is not None)
+    with in_sentences(errand):
+        validate_repo_id(repo_id)
+        return Client(token, patience).open(repo_id, private, errand)[0]
+
+
 def full_name(repo_id: str, token: str | None = None, patience: Patience | None = None) -> str:
     """Name of a repository with its owner, "user/model"; where none is given, it is the token's.
 
     Raises:
-        HubError: there is no token, or the Hub does not take it: better told before a training than after it.
+        HubError: there is no token, or the Hub does not take it.
     """
     token = token or get_token()
     errand = Errand(repo_id, "push", "the same command", has_token=token is not None)
@@ -159,10 +204,6 @@ def full_name(repo_id: str, token: str | None = None, patience: Patience | None 
         validate_repo_id(repo_id)
         name = patiently(Client(token, patience).api.whoami, patience)["name"]
     return repo_id if "/" in repo_id else f"{name}/{repo_id}"
-
-
-def _name(folder_or_pipeline: Any) -> str:
-    return str(folder_or_pipeline) if isinstance(folder_or_pipeline, str | os.PathLike) else "<folder>"
 
 
 def _files(folder_or_pipeline: Any, staging: Path, variant: str | None) -> Files:
@@ -187,40 +228,30 @@ def _commit(
     before = client.branch(repo_id, errand.revision)
     if parent is not None and not before.commit.startswith(parent):
         raise HubError(conflict(errand, f"{branch} is at {before.commit[:10]}, not at {parent[:10]}"))
-    if "README.md" not in files and "README.md" not in before.checksums:
-        files = {**files, "README.md": staging / "README.md"}
-        card = MINIMAL_CARD.format(repo_id=repo_id, name=repo_id.split("/")[-1])
-        files["README.md"].write_text(card, encoding="utf-8")
+    files = _with_card(client, repo_id, before, files, staging)
     changed = before.lacks(files)
-    stale = _stale(before, files)
-    if not changed and not stale:
+    gone = stale(before.checksums, files, changed)
+    if not changed and not gone:
         return Push(repo_id, before.commit, _url(repo_id, before.commit), False, None)
     requests = client.pull_requests(repo_id) if create_pr else set()
-
-    def made() -> Push | None:
-        """The commit of an attempt whose answer was lost."""
-        refs = client.pull_requests(repo_id) - requests if create_pr else {branch}
-        for ref in refs:
-            now = client.state(repo_id, ref)
-            if now.commit != before.commit:
-                if not now.lacks(files):
-                    request = f"{constants.ENDPOINT}/{repo_id}/discussions/{ref.split('/')[-1]}" if create_pr else None
-                    return Push(repo_id, now.commit, _url(repo_id, now.commit), True, request)
-                raise HubError(conflict(errand, f"{ref} is at {now.commit[:10]} now"))
-        return None
+    for ref in sorted(requests):
+        if not (now := client.state(repo_id, ref)).lacks(files):
+            return Push(repo_id, now.commit, _url(repo_id, now.commit), False, _request_url(repo_id, ref))
 
     attempts = 0
 
     def attempt() -> Push:
         nonlocal attempts
         attempts += 1
-        if attempts > 1 and (found := made()) is not None:
-            return found
+        if attempts > 1:  # the commit may have been made, and its answer lost
+            refs = client.pull_requests(repo_id) - requests if create_pr else {branch}
+            if (found := _made(client, errand, files, before, refs)) is not None:
+                return found
         info = client.api.create_commit(
             repo_id,
             [
                 *(CommitOperationAdd(name, str(files[name])) for name in changed),
-                *(CommitOperationDelete(name, is_folder=False) for name in stale),
+                *(CommitOperationDelete(name, is_folder=False) for name in gone),
             ],
             commit_message=message or f"Upload {repo_id.split('/')[-1]} with ddpm_ext {__version__}",
             revision=errand.revision,
@@ -239,12 +270,42 @@ def _commit(
     return push
 
 
-def _stale(before: State, files: Files) -> list[str]:
-    """Files of earlier pushes in the pipeline's folders; none where a variant alone is pushed."""
-    folders = components(files[INDEX]) if INDEX in files else []
-    if all(Path(name).stem.split(".")[-1] in VARIANTS for name in files if name.endswith(".safetensors")):
-        return []
-    return [name for name in before.checksums if "/" in name and name.split("/")[0] in folders and name not in files]
+def _made(client: Client, errand: Errand, files: Files, before: State, refs: set[str]) -> Push | None:
+    """The commit with these files that one of these refs has got since; None where none has moved.
+
+    Raises:
+        HubError: one has moved, and to other files: someone else pushed.
+    """
+    for ref in refs:
+        now = client.state(errand.repo_id, ref)
+        if now.commit == before.commit:
+            continue
+        if now.lacks(files):
+            raise HubError(conflict(errand, f"{ref} is at {now.commit[:10]} now"))
+        request = _request_url(errand.repo_id, ref) if ref.startswith("refs/pr/") else None
+        return Push(errand.repo_id, now.commit, _url(errand.repo_id, now.commit), True, request)
+    return None
+
+
+def _with_card(client: Client, repo_id: str, before: State, files: Files, staging: Path) -> Files:
+    """The files with a card: a minimal one where there is none, and not a rendered one over one written by hand."""
+    card, there = files.get("README.md"), "README.md" in before.checksums
+    if card is None:
+        if there or client.repo_type != "model":
+            return files
+        path = staging / "README.md"
+        path.write_text(minimal_card(repo_id, files), encoding="utf-8")
+        return {**files, "README.md": path}
+    if not there or RENDERED not in card.read_text(encoding="utf-8") or not before.lacks({"README.md": card}):
+        return files
+    if RENDERED in client.text(repo_id, "README.md", before.commit):
+        return files
+    logger.warning("The card of %s was written by hand and is kept; the rendered one is not pushed.", repo_id)
+    return {name: path for name, path in files.items() if name != "README.md"}
+
+
+def _request_url(repo_id: str, ref: str) -> str:
+    return f"{constants.ENDPOINT}/{repo_id}/discussions/{ref.split('/')[-1]}"
 
 
 def _url(repo_id: str, commit: str) -> str:
@@ -296,10 +357,13 @@ class BackgroundPush:
         except BaseException:
             snapshot.cleanup()
             raise
+        options = {**self.options, **options}
+        told = {name: options[name] for name in options.keys() & PUSH_OPTIONS - {"token", "patience"}}
+        options.setdefault("again", push_command(folder, self.repo_id, **told))
         with self._lock:
             if self._waiting is not None:
                 self._waiting[0].cleanup()
-            self._waiting = (snapshot, {**self.options, **options})
+            self._waiting = (snapshot, options)
         self._last = self._worker.submit(self._push_waiting)
 
     def _push_waiting(self) -> Push | None:

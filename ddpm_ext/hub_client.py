@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, constants
 
 from . import __version__
-from .patience import Errand, HubError, Patience, answer, in_sentences, patiently
+from .patience import Errand, HubError, Patience, answer, brief, in_sentences, patiently
 from .repository import Files, checksums, has_checksum
 
 
@@ -48,7 +49,24 @@ class Client:
                 self.api.create_repo, full, private=private, exist_ok=True, repo_type=self.repo_type, **sdk
             )
             patiently(create, self.patience)
+            if private:
+                self.check_private(full, errand)
         return full, name
+
+    def check_private(self, repo_id: str, errand: Errand) -> None:
+        """Raise HubError where a repository that should be private is there already and public."""
+        info: Any = patiently(partial(self.api.repo_info, repo_id, repo_type=self.repo_type, timeout=60), self.patience)
+        if info.private is False:
+            raise HubError(
+                f"{repo_id} exists and is public, and a private one was asked for. The local files are as they were. "
+                f"Make it private at {constants.ENDPOINT}/{repo_id}/settings, or leave the option out, then: "
+                f"{errand.again}"
+            )
+
+    def text(self, repo_id: str, name: str, revision: str) -> str:
+        """A small file of a repository."""
+        fetch = partial(self.api.hf_hub_download, repo_id, name, revision=revision, repo_type=self.repo_type)
+        return Path(patiently(fetch, self.patience)).read_text(encoding="utf-8")
 
     def state(self, repo_id: str, revision: str | None) -> State:
         ask = partial(self.api.repo_info, repo_id, repo_type=self.repo_type, files_metadata=True, timeout=60)
@@ -79,7 +97,14 @@ class Client:
         refs = patiently(partial(self.api.list_repo_refs, repo_id), self.patience)
         placed = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
         if placed is None:
-            patiently(partial(self.api.create_tag, repo_id, tag=tag, revision=commit, exist_ok=True), self.patience)
+            make = partial(self.api.create_tag, repo_id, tag=tag, revision=commit, exist_ok=True)
+            try:
+                patiently(make, self.patience)
+            except Exception as error:
+                raise HubError(
+                    f"The files are at {repo_id}, commit {commit[:10]}, but the Hub did not take the tag {tag!r} "
+                    f"({brief(error)}). Put it there with: hf repo tag create {repo_id} {tag} --revision {commit}"
+                ) from error
         elif placed != commit:
             raise HubError(
                 f"The files are at {repo_id}, commit {commit[:10]}, but the tag {tag!r} already stands on commit "

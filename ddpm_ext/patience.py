@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import get_session
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -36,13 +37,15 @@ class Patience:
     """How long a call is tried again.
 
     Waits are first_wait, 2 first_wait, 4 first_wait, … but at most longest_wait, or what the server asks for where that
-    is more. All of them end after `tries` calls, and no wait begins that would end after `total`.
+    is more. All of them end after `tries` calls, and no wait begins that would end after `total`. A call fails when the
+    server is silent for `silence`: by itself the client would wait for its answer without end.
     """
 
     tries: int = 6
     first_wait: float = 1.0  # seconds, and so are the others
     longest_wait: float = 30.0
     total: float = 300.0
+    silence: float = 120.0
 
 
 PATIENCE = Patience()
@@ -51,6 +54,17 @@ PATIENCE = Patience()
 def bounds(patience: Patience | None) -> Patience:
     """The bounds that were given, or the usual ones."""
     return patience or PATIENCE
+
+
+@contextmanager
+def impatient_client(patience: Patience | None) -> Iterator[None]:
+    """Let every request of the Hub's client end after `patience.silence`; those with a bound of their own keep it."""
+    session: Any = get_session()
+    former, session.timeout = getattr(session, "timeout", None), bounds(patience).silence
+    try:
+        yield
+    finally:
+        session.timeout = former
 
 
 def patiently(call: Callable[[], Result], patience: Patience | None = None) -> Result:
@@ -66,7 +80,8 @@ def patiently(call: Callable[[], Result], patience: Patience | None = None) -> R
     patience, start = bounds(patience), time.monotonic()
     for attempt in range(patience.tries):
         try:
-            return call()
+            with impatient_client(patience):
+                return call()
         except Exception as error:
             backoff = min(patience.first_wait * 2**attempt, patience.longest_wait)
             wait = max(backoff, asked_wait(error) or 0.0)
@@ -242,7 +257,7 @@ def explain_status(error: BaseException, found: Any, errand: Errand) -> str:
             f"The Hub does not accept the card of {errand.repo_id}: {errors.strip()} {kept(errand)}Mend the front "
             f"matter of README.md (https://huggingface.co/docs/hub/model-cards), then: {errand.again}"
         )
-    if status == 400:
+    if status == 400 and str(found.url).endswith("/repos/create"):
         return illegal_name(errand, said)
     if status in (409, 412):
         return conflict(errand, said)
@@ -272,7 +287,7 @@ def explain_403(said: str, errand: Errand) -> str:
     return (
         f"{whose} may not write to {errand.repo_id}: the repository or its namespace is not yours, or the token has "
         f"no write right ({said}). {kept(errand)}Make one that has it at {constants.ENDPOINT}/settings/tokens and "
-        f"run `hf auth login`, or push to a repository of your own, {own}, or propose the change with create_pr=True. "
+        f"run `hf auth login`, or push to a repository of your own, {own}, or open a pull request with --create_pr. "
         f"Then: {errand.again}"
     )
 

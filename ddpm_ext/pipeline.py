@@ -275,9 +275,13 @@ class DDPMExtPipeline(DiffusionPipeline):
         finally:
             self.unet = unet
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> hub.Push:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, repo_id: str, commit_message: str | None = None, *, safe_serialization: bool = True, **options: Any
+    ) -> hub.Push:
         """Upload in the portable layout; see `ddpm_ext.push_to_hub`, which takes the same options."""
-        return hub.push_to_hub(self, repo_id, **options)
+        if not safe_serialization:
+            raise ValueError("Weights are pushed as safetensors only: leave safe_serialization=False out.")
+        return hub.push_to_hub(self, repo_id, commit_message=commit_message, **options)
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:

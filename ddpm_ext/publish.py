@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .card import SHOWN, write_card
-from .hub import BackgroundPush, Push, full_name, push_to_hub
+from .hub import PUSH_OPTIONS, BackgroundPush, Push, full_name, open_repository, push_command, push_to_hub
+from .patience import HubError
 
 
 def publish(
@@ -23,17 +24,25 @@ def publish(
     Args:
         run: A run folder, or the folder of a saved pipeline, whose README.md is pushed as it is.
         repo_id: "user/model", or "model" for the token's owner.
-        license: Licence of the weights, for a card that is rendered; None leaves it out.
+        license: Licence of the weights, for a card that is rendered; None takes that of the run's last card.
         token: As in `push_to_hub`.
         **options: Further options of `push_to_hub`.
 
     Raises:
         HubError: the push failed, with what to do about it.
     """
+    told = {name: options[name] for name in options.keys() & PUSH_OPTIONS - {"patience"}}
+    options.setdefault("again", push_command(run, repo_id, variant=options.get("variant"), license=license, **told))
+    card = Path(run) / "README.md"
+    before = card.read_bytes() if card.is_file() else None
     if (Path(run) / "config.json").is_file() and (Path(run) / "pipeline").is_dir():
         repo_id = full_name(repo_id, token, options.get("patience"))
         write_card(Path(run), repo_id, license)
-    return push_to_hub(run, repo_id, token=token, **options)
+    try:
+        return push_to_hub(run, repo_id, token=token, **options)
+    except HubError:  # which says that the local files are as they were
+        card.unlink(missing_ok=True) if before is None else card.write_bytes(before)
+        raise
 
 
 class Publisher:
@@ -47,7 +56,7 @@ class Publisher:
         **options: Further options of `push_to_hub`.
 
     Raises:
-        HubError: there is no token, or the Hub does not take it.
+        HubError: there is no token, or it may not write to the repository, which is made if it is missing.
     """
 
     def __init__(
@@ -60,7 +69,9 @@ class Publisher:
         **options: Any,
     ) -> None:
         self.run, self.license = Path(run), license
-        self.repo_id = full_name(repo_id, token, options.get("patience"))
+        private = options.get("private")
+        self.repo_id = open_repository(repo_id, private=private, token=token, patience=options.get("patience"))
+        options.setdefault("again", push_command(run, self.repo_id, private=private, license=license))
         self._background = BackgroundPush(self.repo_id, also=SHOWN, prepare=self._card, token=token, **options)
 
     def push(self, update: int) -> None:

@@ -18,9 +18,10 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .patience import HubError
@@ -31,7 +32,26 @@ RUN_FILES = ("README.md", "config.json", "eval.json")
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+RENDERED = "<!-- Rendered by ddpm_ext from "  # begins the line that a card written by hand does not have
 TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+
+MINIMAL_CARD = """---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags:
+- ddpm
+- unconditional-image-generation
+- pytorch
+---
+
+# {name}
+
+```python
+from {package} import {kind}
+
+image = {kind}.from_pretrained("{repo_id}")({arguments}).images[0]
+```
+"""
 
 
 def collect(folder: str | os.PathLike[str], staging: Path, variant: str | None = None) -> Files:
@@ -53,6 +73,7 @@ def collect(folder: str | os.PathLike[str], staging: Path, variant: str | None =
             "the folder of one; scripts/train.py writes it."
         )
     files = pipeline_files(pipeline)
+    check_whole(files)
     if variant is not None:
         files |= variant_files(files, variant, staging)
     files |= {name: folder / name for name in RUN_FILES if (folder / name).is_file()}
@@ -75,9 +96,34 @@ def pipeline_files(pipeline: Path) -> Files:
     return files
 
 
+def check_whole(files: Files) -> None:
+    """Raise HubError where a pipeline lacks the weights of a network, or holds a file that cannot be read."""
+    for name, path in files.items():
+        try:
+            if name.endswith(".json"):
+                json.loads(path.read_text(encoding="utf-8"))
+            elif name.endswith(".safetensors"):
+                with safe_open(path, "pt") as weights:  # reads the header, and compares it with the file's size
+                    weights.keys()
+        except (ValueError, SafetensorError) as error:
+            raise HubError(
+                f"{path} is broken ({error}) and is not pushed. Save the pipeline again, then push."
+            ) from error
+    networks = [Path(name).parent.as_posix() for name in files if re.fullmatch(r"[^/]+/config\.json", name)]
+    for folder in networks:
+        if not any(name.startswith(f"{folder}/") and name.endswith(".safetensors") for name in files):
+            raise HubError(
+                f"{files[f'{folder}/config.json'].parent} holds a network's config.json and no weights "
+                "(*.safetensors). Save the pipeline again, then push."
+            )
+
+
 def components(index: Path) -> list[str]:
     """Sub-folders that a model_index.json names."""
-    entries = json.loads(index.read_text(encoding="utf-8"))
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HubError(f"{index} is broken ({error}) and is not pushed. Save the pipeline again, then push.") from error
     return [name for name, entry in entries.items() if isinstance(entry, list) and entry[0] is not None]
 
 
@@ -135,6 +181,51 @@ def is_of(path: Path, dtype: torch.dtype) -> bool:
     with safe_open(path, "pt") as weights:
         words = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118 (not a dict)
     return words.isdisjoint({"F64", "F32", "F16", "BF16"} - {word})
+
+
+def minimal_card(repo_id: str, files: Files) -> str:
+    """A card that says how to load the pipeline, with its own number of steps and, if it has classes, a class."""
+
+    def config(name: str) -> dict[str, Any]:
+        return json.loads(files[name].read_text(encoding="utf-8")) if name in files else {}
+
+    steps = config("scheduler/scheduler_config.json").get("num_train_timesteps", 1000)
+    conditional = config("unet/config.json").get("num_class_embeds") is not None
+    return MINIMAL_CARD.format(
+        repo_id=repo_id,
+        name=repo_id.split("/")[-1],
+        package="ddpm_ext" if conditional else "diffusers",
+        kind="DDPMExtPipeline" if conditional else "DDPMPipeline",
+        arguments=f"num_inference_steps={steps}" + (", class_labels=0" if conditional else ""),
+    )
+
+
+def stale(known: Mapping[str, str], files: Files, changed: list[str]) -> list[str]:
+    """Files of earlier pushes in the pipeline's folders; none where a variant alone is pushed.
+
+    Half-precision weights beside full ones that stay as they are stay, too: they are of the same network.
+
+    Args:
+        known: Name -> checksum of the repository's files.
+        files: Those of this push.
+        changed: Names of those among them whose content the repository does not hold.
+    """
+    folders = components(files[INDEX]) if INDEX in files else []
+    if all(variant_of(name) for name in files if name.endswith(".safetensors")):
+        return []
+    gone = [name for name in known if "/" in name and name.split("/")[0] in folders and name not in files]
+    return [name for name in gone if not (variant_of(name) and full_name_of(name) in files.keys() - set(changed))]
+
+
+def variant_of(name: str) -> str | None:
+    """The variant in the name of a file of weights, as fp16; None for full ones."""
+    word = Path(name).stem.split(".")[-1]
+    return word if word in VARIANTS else None
+
+
+def full_name_of(name: str) -> str:
+    """The name of the full weights beside those of a variant."""
+    return name.replace(f".{variant_of(name)}.", ".")
 
 
 def stage(files: Files, staging: Path) -> Files:

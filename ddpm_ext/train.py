@@ -39,7 +39,7 @@ class Trainer(Updates):
         """Train to the last update, then write grid, pipeline and plot.
 
         Returns:
-            Exit code: 0, or 75 when a stop was asked for; a checkpoint of the last update is then written.
+            Exit code: 0; 1 when the last upload failed; 75 when a stop was asked for, with a checkpoint written.
         """
         options, plan = self.config, self.plan
         every_grid = options.save_images_steps or assemble.epochs_to_updates(
@@ -74,14 +74,13 @@ class Trainer(Updates):
                 if self.must_stop():
                     raise SamplingStopped
             self.save()
-            self.finish()
+            return self.finish()
         except SamplingStopped:
             self.save()
             self.write_status("preempted")
             return PREEMPTED
         finally:
             progress.close()
-        return 0
 
     def due(self, every: int | None) -> bool:
         return every is not None and (self.update_count % every == 0 or self.update_count == self.updates)
@@ -176,16 +175,20 @@ class Trainer(Updates):
             write_pipeline(self.run, DDPMExtPipeline(unet=network, scheduler=self.scheduler))
         self.accelerator.wait_for_everyone()
 
-    def finish(self) -> None:
-        """What a complete run leaves: grid, pipeline, plot, and the upload if asked for."""
+    def finish(self) -> int:
+        """What a complete run leaves: grid, pipeline, plot, and the upload if asked for.
+
+        Returns:
+            Exit code: 0, or 1 where the upload failed.
+        """
         self.draw_grid()
         self.export()
         if self.accelerator.is_main_process and not draw_training(self.run):
             print("training.png is not drawn: it needs matplotlib (pip install ddpm-ext[plots]) and logged losses.")
         self.write_status("finished")
-        if self.publisher is not None:
-            finish_upload(self.publisher)
+        code = 0 if self.publisher is None else finish_upload(self.publisher)
         self.accelerator.wait_for_everyone()
+        return code
 
     def open_publisher(self) -> None:
         """On the main process alone: the others upload nothing."""
@@ -202,7 +205,7 @@ def train(config: TrainConfig) -> int:
     """A whole run, or what is left of it.
 
     Returns:
-        Exit code: 0, or 75 when a stop was asked for; the same command continues.
+        Exit code: 0, 1 when the last upload failed, or 75 when a stop was asked for; the same command continues.
 
     Raises:
         RunError: the run cannot start or go on; the message says why and what to do.
@@ -235,7 +238,8 @@ def run_to_its_end(trainer: Trainer) -> int:
     if trainer.update_count >= trainer.updates and run.is_finished():
         if main:
             print(f"{run.path} is finished at update {trainer.update_count}: nothing to do.")
-        return 0
+        on_main(trainer.accelerator, trainer.open_publisher)  # but perhaps to upload it
+        return 0 if trainer.publisher is None else finish_upload(trainer.publisher)
     if main:
         record_start(trainer)
     if main and trainer.data.skipped:

@@ -13,8 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
+from ddpm_ext.arguments import parse_options
 from ddpm_ext.card import export_card
 from ddpm_ext.patience import HubError
 from ddpm_ext.publish import publish
@@ -34,20 +33,24 @@ class Options:
     tags: list[str] = field(default_factory=list, metadata={"help": "Tags for the commit, as v1.0."})
     variant: str | None = field(default=None, metadata={"help": "fp16 or bf16: weights of that precision, too."})
     license: str | None = field(default=None, metadata={"help": "Licence of the weights, by the Hub's name."})
+    parent_commit: str | None = field(
+        default=None, metadata={"help": "Push only if the branch is still at this commit."}
+    )
     card_dir: str | None = field(default=None, metadata={"help": "Write the card and its pictures there; no upload."})
 
 
-def main(options: Options) -> int:
+def main() -> int:
     """Render the card of a run, push, and say where it lies."""
-    run, name = Path(options.model), options.hub_model_id or Path(options.model).resolve().name
     try:
+        options = parse_options(Options, "Upload a run or a pipeline to the Hub.")
+        run, name = Path(options.model), options.hub_model_id or Path(options.model).resolve().name
         if options.card_dir is not None:
             print(f"The card lies in {export_card(run, options.card_dir, name, options.license)}.")
             return 0
-        names = ("revision", "create_pr", "commit_message", "tags", "variant", "license")
+        names = ("revision", "create_pr", "commit_message", "tags", "variant", "license", "parent_commit")
         more = {name: getattr(options, name) for name in names}
         push = publish(run, name, private=options.hub_private_repo, token=options.hub_token, **more)
-    except (HubError, FileNotFoundError) as error:
+    except (HubError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{push.repo_id}: {push.pull_request or push.url}" + ("" if push.changed else " (nothing has changed)"))
@@ -55,4 +58,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(HfArgumentParser(Options).parse_args_into_dataclasses()[0]))  # pyright: ignore[reportArgumentType]
+    sys.exit(main())

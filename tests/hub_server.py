@@ -350,13 +350,13 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {"casUrl": url, "accessToken": token, "exp": end}, headers
 
     def _info(self, repo_id: str, revision: str = "main") -> tuple[int, Any, dict[str, str]]:
-        commit = self._at(self._repo(repo_id), revision)
-        siblings = []
+        repo = self._repo(repo_id)
+        commit, siblings = self._at(repo, revision), []
         for name, content in sorted(commit.files.items()):
             entry = told_of(name, content)
             more = {"size": entry["size"], "blobId": entry["oid"], **({"lfs": entry["lfs"]} if "lfs" in entry else {})}
             siblings.append({"rfilename": name, **(more if "blobs" in self.query else {})})
-        return 200, {"id": repo_id, "sha": commit.oid, "siblings": siblings, "private": False, "tags": []}, {}
+        return 200, {"id": repo_id, "sha": commit.oid, "siblings": siblings, "private": repo.private, "tags": []}, {}
 
     def _tree(self, repo_id: str, revision: str, folder: str = "") -> tuple[int, Any, dict[str, str]]:
         prefix, entries = f"{folder}/" if folder else "", {}
