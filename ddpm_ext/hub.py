@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from . import __version__
 from .hub_client import Client, State
-from .patience import Errand, HubError, Patience, conflict, in_sentences, patiently
+from .patience import Errand, HubError, Patience, conflict, explain_403, in_sentences, patiently
 from .repository import RENDERED, Files, check_no_token, collect, minimal_card, stage, stale
 
 logger = logging.getLogger(__name__)
@@ -189,7 +190,11 @@ def open_repository(
     errand = Errand(repo_id, "push", "the same command", has_token=token is not None)
     with in_sentences(errand):
         validate_repo_id(repo_id)
-        return Client(token, patience).open(repo_id, private, errand)[0]
+        client = Client(token, patience)
+        full, user = client.open(repo_id, private, errand)
+        if full.split("/")[0] not in client.owners:  # a repository that exists is opened whoever owns it
+            raise HubError(explain_403("it belongs to someone else", replace(errand, repo_id=full, user=user)))
+    return full
 
 
 def full_name(repo_id: str, token: str | None = None, patience: Patience | None = None) -> str:

@@ -31,11 +31,13 @@ class Client:
     def __init__(self, token: str | bool | None, patience: Patience | None, repo_type: str = "model") -> None:
         self.api = HfApi(token=token, library_name="ddpm_ext", library_version=__version__)
         self.patience, self.repo_type = patience, repo_type
+        self.owners: set[str] = set()  # the token's user and organisations, once `open` has asked
 
     def open(self, repo_id: str, private: bool | None, errand: Errand) -> tuple[str, str]:
         """Make the repository if it is missing; its full name, and whose token this is."""
         me = patiently(self.api.whoami, self.patience)
         name, access = str(me["name"]), (me.get("auth") or {}).get("accessToken") or {}
+        self.owners = {name, *(str(org["name"]) for org in me.get("orgs") or ())}
         full = repo_id if "/" in repo_id else f"{name}/{repo_id}"
         if access.get("role") == "read":
             raise HubError(

@@ -13,6 +13,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from hub_repositories import Commit, Repo, Repositories, is_large, told_of
 
 LICENSES = {"apache-2.0", "mit", "cc-by-4.0", "other"}
-Kind = Literal["status", "drop", "reset", "lost", "half", "flip"]
+Kind = Literal["status", "drop", "reset", "lost", "half", "flip", "silence"]
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Fault:
 
     status: answered with it, and with `headers`. drop: half the request is read, then the connection is closed (FIN).
     reset: the same with RST. lost: done, but not answered. half: the answer's body ends in its middle. flip: one bit of
-    the answer's body is wrong.
+    the answer's body is wrong. silence: nothing is answered for seconds.
     """
 
     method: str
@@ -121,6 +122,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.read(length // 2)
             return self._cut()
         self.body = self._body(length)
+        if self.fault is not None and self.fault.kind == "silence":
+            time.sleep(3)
+            return self._cut()
         if self.fault is not None and self.fault.kind == "status":
             return self._send(self.fault.status, b'{"error": "on purpose"}', self.fault.headers)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hub_server import Hub
 from hub_worker import Client, fixture_client, fixture_hub, fixture_run, make_run, push, tree  # noqa: F401
 
 from ddpm_ext.patience import HubError
-from ddpm_ext.repository import collect, git_sha1
+from ddpm_ext.repository import collect, git_sha1, minimal_card
 
 PUSHED = {
     ".gitattributes",
@@ -113,10 +114,92 @@ def test_a_pipeline_in_memory_gets_a_card_and_its_owners_name(hub: Hub, client: 
 
 
 def test_a_card_on_the_hub_is_not_replaced_by_the_minimal_one(hub: Hub, client: Client, run: Path) -> None:
-    hub.create("alice/digits")
+    hub.create("alice/digits", True)
     hub.commit("alice/digits", "refs/heads/main", "by hand", {"README.md": b"---\nlicense: mit\n---\nby hand"})
     client(push_pipeline, str(run), "method")
     assert hub.head("alice/digits").files["README.md"].endswith(b"by hand")
+
+
+RENDERED = b"---\nlicense: mit\n---\n<!-- Rendered by ddpm_ext from config.json and eval.json; old -->"
+
+
+def test_a_card_that_was_edited_by_hand_on_the_hub_outlives_rendered_ones(hub: Hub, client: Client, run: Path) -> None:
+    (run / "README.md").write_bytes(RENDERED)
+    client(push, str(run), "alice/digits")
+    (run / "README.md").write_bytes(RENDERED + b"new")
+    client(push, str(run), "alice/digits")
+    assert hub.head("alice/digits").files["README.md"].endswith(b"new")  # rendered over rendered
+    hub.commit("alice/digits", "refs/heads/main", "by hand", {"README.md": b"---\nlicense: mit\n---\nmine"})
+    (run / "README.md").write_bytes(RENDERED + b"newer")
+    (run / "eval.json").write_text("[2]")
+    assert client(push, str(run), "alice/digits")["changed"] is True
+    head = hub.head("alice/digits").files
+    assert head["README.md"].endswith(b"mine") and head["eval.json"] == b"[2]"
+
+
+def test_half_weights_stay_while_the_full_ones_do(hub: Hub, client: Client, run: Path) -> None:
+    client(push, str(run), "alice/digits", variant="fp16")
+    half = "unet/diffusion_pytorch_model.fp16.safetensors"
+    assert client(push, str(run), "alice/digits")["changed"] is False
+    (run / "eval.json").write_text("[3]")
+    client(push, str(run), "alice/digits")
+    assert half in hub.head("alice/digits").files
+    client(make_run, str(run), seed=1)
+    client(push, str(run), "alice/digits")
+    assert half not in hub.head("alice/digits").files
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", None, "holds a network's config.json and no weights"),
+        ("unet/diffusion_pytorch_model.safetensors", 1000, "is broken"),
+        ("model_index.json", 20, "is broken"),
+        ("scheduler/scheduler_config.json", 20, "is broken"),
+    ],
+)
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_broken_pipeline_is_not_pushed(
+    hub: Hub, client: Client, run: Path, name: str, content: int | None, sentence: str, variant: str | None
+) -> None:
+    (run / "pipeline" / "unet" / "old.bin").unlink()
+    path = run / "pipeline" / name
+    path.write_bytes(path.read_bytes()[:content]) if content else path.unlink()
+    assert sentence in client(push, str(run), "alice/digits", variant=variant)["error"]
+    assert hub.repos == {}
+
+
+def test_the_minimal_card_knows_steps_and_classes(tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text('{"num_train_timesteps": 100}')
+    (tmp_path / "u.json").write_text('{"num_class_embeds": 10}')
+    files = {"scheduler/scheduler_config.json": tmp_path / "s.json"}
+    card = minimal_card("alice/digits", files)
+    assert "from diffusers import DDPMPipeline" in card and "(num_inference_steps=100).images[0]" in card
+    card = minimal_card("alice/digits", {**files, "unet/config.json": tmp_path / "u.json"})
+    assert "from ddpm_ext import DDPMExtPipeline" in card and "num_inference_steps=100, class_labels=0" in card
+
+
+def test_a_private_push_to_a_public_repository_is_refused(hub: Hub, client: Client, run: Path) -> None:
+    client(push, str(run), "alice/digits")
+    (run / "eval.json").write_text("[4]")
+    done = client(push, str(run), "alice/digits", private=True)
+    assert "exists and is public" in done["error"] and len(hub.history("alice/digits")) == 2
+
+
+def test_a_tag_that_the_hub_refuses_is_told_as_that(hub: Hub, client: Client, run: Path) -> None:
+    hub.fail("POST", "/tag/", status=400, headers={"X-Error-Message": "Invalid tag name"}, times=1000)
+    done = client(push, str(run), "alice/digits", tags=["a b"])
+    head = hub.head("alice/digits").oid
+    assert f"The files are at alice/digits, commit {head[:10]}" in done["error"] and "Invalid tag name" in done["error"]
+    assert "96 letters" not in done["error"]
+
+
+def test_the_same_pull_request_is_not_opened_twice(hub: Hub, client: Client, run: Path) -> None:
+    client(push, str(run), "alice/digits")
+    (run / "eval.json").write_text("[5]")
+    first, again = (client(push, str(run), "alice/digits", create_pr=True) for _ in range(2))
+    assert again == {**first, "changed": False, "url": again["url"], "waits": again["waits"]}
+    assert "refs/pr/2" not in hub.repos["alice/digits"].refs
 
 
 def test_branches_tags_and_pull_requests(hub: Hub, client: Client, run: Path) -> None:
@@ -236,7 +319,9 @@ def failing_background(folder: str) -> str:
 
 
 def test_a_failed_push_in_the_background_is_told_at_the_end(hub: Hub, client: Client, run: Path) -> None:
-    assert "may not write to bob/digits" in client(failing_background, str(run))
+    told = client(failing_background, str(run))
+    assert "may not write to bob/digits" in told
+    assert told.endswith(f"python scripts/push_to_hub.py --model {run} --hub_model_id bob/digits")  # not the snapshot
 
 
 def train_and_publish(folder: str, pushes: int) -> dict[str, Any]:
@@ -265,16 +350,57 @@ def test_a_training_publishes_its_card_each_time_and_awaits_the_last(hub: Hub, c
     assert set(summaries[:-1]) <= {"Update 0", "Update 1", "Update 2", "The finished run"}
 
 
-def publisher_without_token(folder: str) -> str:
+def refused_publisher(folder: str, repo_id: str, token: str | None) -> str:
     from ddpm_ext.patience import HubError
     from ddpm_ext.publish import Publisher
 
     try:
-        Publisher(folder, "digits")
+        Publisher(folder, repo_id, token=token)
     except HubError as error:
         return str(error)
     return "no error"
 
 
-def test_a_missing_token_is_told_before_the_training(hub: Hub, client: Client, run: Path) -> None:
-    assert "needs a token, and there is none" in client(publisher_without_token, str(run))
+@pytest.mark.parametrize(
+    ("repo_id", "token", "sentence"),
+    [
+        ("digits", None, "needs a token, and there is none"),
+        ("digits", "tok-alice-read", "may read only"),
+        ("bob/digits", "tok-alice", "may not write to bob/digits"),
+    ],
+)
+def test_what_cannot_be_pushed_is_told_before_the_training(
+    hub: Hub, client: Client, run: Path, repo_id: str, token: str | None, sentence: str
+) -> None:
+    hub.create("bob/digits")
+    assert sentence in client(refused_publisher, str(run), repo_id, token)
+
+
+def publish_run(folder: str, repo_id: str, **options: Any) -> str:
+    from ddpm_ext.patience import HubError
+    from ddpm_ext.publish import publish
+
+    try:
+        publish(folder, repo_id, token="tok-alice", **options)
+    except HubError as error:
+        return str(error)
+    return ""
+
+
+def test_a_refused_publication_leaves_the_card_and_names_every_option(hub: Hub, client: Client, run: Path) -> None:
+    (run / "README.md").unlink()
+    hub.create("bob/digits")
+    options: dict[str, Any] = {"private": True, "revision": "dev", "variant": "fp16", "tags": ["v1", "v2"]}
+    told = client(publish_run, str(run), "bob/digits", license="mit", **options)
+    assert not (run / "README.md").exists() and "are as they were" in told
+    words = shlex.split(told.rsplit("python scripts/push_to_hub.py ", 1)[1])
+    assert words[:4] == ["--model", str(run), "--hub_model_id", "bob/digits"]
+    pairs = {"--revision dev", "--variant fp16", "--license mit", "--tags v1", "--hub_private_repo"}
+    assert all(pair in " ".join(words) for pair in pairs) and "v2" in words and "tok-alice" not in told
+
+
+def test_the_licence_of_the_last_card_is_kept(hub: Hub, client: Client, run: Path) -> None:
+    (run / "README.md").unlink()
+    for options in ({"license": "mit"}, {}):
+        assert client(publish_run, str(run), "alice/digits", **options) == ""
+        assert b"license: mit" in hub.head("alice/digits").files["README.md"]

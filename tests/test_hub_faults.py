@@ -100,6 +100,24 @@ def test_a_lost_answer_to_a_commit_makes_no_second_one(
     assert "refs/pr/2" not in refs
 
 
+def push_to_the_silent(folder: str) -> dict[str, Any]:
+    """A push that waits half a second for each answer."""
+    return push(folder, "alice/digits", patience=Patience(silence=0.5, tries=3))
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/commit/"), ("POST", "/repos/create"), ("PUT", r"\?sign=1")])
+def test_a_server_that_never_answers_ends_the_push(hub: Hub, client: Client, run: Path, method: str, path: str) -> None:
+    once = hub.fail(method, path, "silence")
+    assert client(push_to_the_silent, str(run)).get("error") is None and once.met == 1
+    assert is_whole(hub, run)
+    (run / "eval.json").write_text("[6]")
+    (run / "training.png").write_bytes(b"another picture, which is large enough for the storage" * 9)
+    hub.fail(method, path, "silence", times=1000)
+    done = client(push_to_the_silent, str(run))
+    assert "could not be reached, or cut the connection" in done["error"] and "are as they were" in done["error"]
+    assert is_whole(hub, run)
+
+
 def meddle(folder: str) -> dict[str, Any]:
     """A push during which someone else commits, after ours was compared and before it is committed."""
     from huggingface_hub import HfApi
