@@ -294,7 +294,7 @@ def eval_results(figure: Mapping[str, Any]) -> list[EvalResult]:
             dataset_name=str(dataset["name"]),
             dataset_split=dataset["split"],
             metric_type=kind,
-            metric_value=float(f"{value:.6g}"),
+            metric_value=float(f"{value:.7g}"),
             metric_name=name,
             metric_args={k: v for k, v in arguments.items() if v is not None},
         )

@@ -15,7 +15,18 @@ from huggingface_hub import constants, get_token
 from huggingface_hub.utils import validate_repo_id
 
 from .hub_client import Client, State
-from .patience import Errand, HubError, Patience, answer, bounds, in_sentences, is_transport, patiently
+from .patience import (
+    Errand,
+    HubError,
+    Patience,
+    answer,
+    bounds,
+    brief,
+    in_sentences,
+    is_transient,
+    is_transport,
+    patiently,
+)
 from .repository import INDEX, has_checksum
 
 logger = logging.getLogger(__name__)
@@ -82,9 +93,9 @@ def pull(
 
         try:
             folder = patiently(lambda: fetch(force_download), patience)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a variant that is not there
             if state is None and answer(error) is None and not is_transport(error):
-                raise HubError(_not_cached(repo_id, revision, call)) from error
+                raise HubError(_not_cached(repo_id, revision, variant, call)) from error
             raise
         for again in (True, False):
             if state is not None and folder.name != state.commit:  # pushed to since it was asked
@@ -112,16 +123,18 @@ def _state_or_cache(
     cache_dir: str | os.PathLike[str] | None,
     patience: Patience | None,
 ) -> State | None:
-    """The repository's state; None where the Hub cannot be reached and an earlier pull is in the cache."""
+    """The repository's state; None where the Hub is down or out of reach and an earlier pull is in the cache."""
     cached = Path(cache_dir or constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "snapshots"
     if cached.is_dir():  # then a Hub that is down is no reason to wait
         patience = Patience(tries=2, first_wait=bounds(patience).first_wait)
     try:
         return Client(token, patience).state(repo_id, revision)
     except Exception as error:
-        if not cached.is_dir() or answer(error) is not None or not is_transport(error):
+        if not cached.is_dir() or not is_transient(error):
             raise
-        logger.warning("%s cannot be reached: %s is taken from the cache.", constants.ENDPOINT, repo_id)
+        logger.warning(
+            "%s cannot be asked (%s): %s is taken from the cache.", constants.ENDPOINT, brief(error), repo_id
+        )
         return None
 
 
@@ -144,9 +157,10 @@ def _check_pipeline(repo_id: str, known: dict[str, str], variant: str | None) ->
             )
 
 
-def _not_cached(repo_id: str, revision: str | None, call: str) -> str:
+def _not_cached(repo_id: str, revision: str | None, variant: str | None, call: str) -> str:
+    what = (f" at {revision}" if revision else "") + (f" with the variant {variant!r}" if variant else "")
     return (
-        f"{repo_id}{f' at {revision}' if revision else ''} is not in the cache in full, and the Hub was not asked "
+        f"{repo_id}{what} is not in the cache in full, and the Hub was not asked "
         f"(local_files_only, HF_HUB_OFFLINE, or it cannot be reached). Once with the network: {call}"
     )
 

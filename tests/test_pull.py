@@ -58,6 +58,14 @@ def test_a_cached_pipeline_loads_without_the_hub(hub: Hub, client: Client, pushe
     hub.fail("HEAD", "", "reset", times=1000)
     down = client(pull, "alice/digits", cache(tmp_path))
     assert down["unet"] == online
+    hub.faults.clear()
+    for status in (503, 429):  # stock Diffusers loads it then, too
+        fault = hub.fail("GET", "", status=status, times=1000)
+        assert client(pull, "alice/digits", cache(tmp_path))["unet"] == online
+        variant = client(pull, "alice/digits", cache(tmp_path), variant="bf16")["error"]
+        assert "alice/digits with the variant 'bf16' is not in the cache in full" in variant
+        hub.faults.remove(fault)
+    hub.fail("GET", "", "reset", times=1000)
     hub.log.clear()
     assert client(pull, "alice/digits", cache(tmp_path), local_files_only=True)["unet"] == online
     assert hub.log == []

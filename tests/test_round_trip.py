@@ -58,7 +58,7 @@ def test_train_evaluate_card_push_pull_sample_and_push_again(own_hub: Hub, tmp_p
     python(home, "scripts/train.py", *train.split(), *publish, "--hub_every", "10")
     history = own_hub.history("alice/trained")
     assert history[0] == "The finished run" and "initial commit" == history[-1] and len(history) > 2
-    assert "training.png" in own_hub.head("alice/trained").files or not (run / "training.png").exists()
+    assert "training.png" in own_hub.head("alice/trained").files
     judge = f"--model {run}/pipeline --metrics bpd,fid --extractor pixels --num_samples 20 --num_inference_steps 5"
     bits = "--max_bpd_images 8 --num_timesteps_sampled 8"
     python(home, "scripts/evaluate.py", *judge.split(), *bits.split(), *publish)
@@ -72,7 +72,7 @@ def test_train_evaluate_card_push_pull_sample_and_push_again(own_hub: Hub, tmp_p
     figures = json.loads(head.files["eval.json"])["figures"]
     assert {"bpd", "fid"} == {figure["metric"] for figure in figures}
     for figure in figures:
-        assert f"value: {round(figure['value'], 6)}" in card
+        assert f"value: {float(format(figure['value'], '.7g'))}" in card
     assert f"samples/{sorted(path.name for path in (run / 'samples').glob('*.png'))[-1]}" in card
 
     stranger = environment(own_hub, str(tmp_path / "fresh"), OMP_NUM_THREADS="1")
@@ -82,6 +82,22 @@ def test_train_evaluate_card_push_pull_sample_and_push_again(own_hub: Hub, tmp_p
 
     assert "nothing has changed" in python(home, *push, "--variant", "fp16", "--tags", "v1.0")
     assert own_hub.head("alice/digits").oid == head.oid
+
+
+def test_a_training_whose_upload_failed_says_so_and_the_same_command_uploads_it(own_hub: Hub, tmp_path: Path) -> None:
+    run = tmp_path / "digits"
+    home = environment(own_hub, str(tmp_path / "home"), HF_TOKEN="tok-alice", OMP_NUM_THREADS="1", MPLBACKEND="Agg")
+    train = f"scripts/train.py --preset digits --output_dir {run} --max_train_steps 2 --lr_warmup_steps 0"
+    train += " --eval_batch_size 2 --ddpm_num_inference_steps 2 --push_to_hub --hub_model_id trained"
+    fault = own_hub.fail("POST", "/commit/", status=413, times=1000)
+    failed = subprocess.run([sys.executable, *train.split()], env=home, cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 1 and "a quota or a limit on size is reached" in failed.stderr
+    assert f"scripts/push_to_hub.py --model {run} --hub_model_id alice/trained\n" in failed.stderr
+    assert json.loads((run / "status.json").read_text())["status"] == "finished"
+    assert own_hub.history("alice/trained") == ["initial commit"]
+    own_hub.faults.remove(fault)
+    assert "nothing to do" in python(home, *train.split())
+    assert own_hub.history("alice/trained") == ["The finished run", "initial commit"]
 
 
 def words_of(data: bytes) -> str:
