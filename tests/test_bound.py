@@ -106,6 +106,42 @@ def test_the_record_equals_the_literal_formulas(
     assert ours.standard_error is None
 
 
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "analytic"])
+@pytest.mark.parametrize("kept", [None, [19, 11, 4, 0]])
+def test_zero_terminal_snr_pays_no_prior_and_equals_the_literal_formulas(variance: str, kept: list[int] | None) -> None:
+    """The chain begins at pure noise, whose x̂_0 = -v̂ is judged as any other."""
+    options: dict[str, Any] = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", **SHORT}
+    scheduler = DDPMExtScheduler(prediction_type="v_prediction", variance_type=variance, **options)
+    network, x_0 = wavy(scheduler, 1), float64_images(pictures(2, 1, 2, 2))
+    if variance == "analytic":  # with errors so small that σ² = β̃ but at the last step, where Cov = 1 and σ² = 1 = b
+        scheduler.register_to_config(_ddpm_ext={"mse_eps": [0.0] * 20})
+    ours = bits_per_dim(network, scheduler, x_0, timesteps=kept, generator=seeded())
+    times, source = kept or list(range(19, -1, -1)), seeded()
+    noise = [torch.randn(x_0.shape, generator=source, dtype=torch.float64).numpy() for _ in times]
+    alpha_bar = np.array([float(a) for a in oracles.exact_zero_terminal_snr(np.linspace(1e-3, 0.6, 20).tolist())])
+    beta = 1 - alpha_bar / np.append(1, alpha_bar[:-1])
+
+    def literal(fixed: str) -> list[np.ndarray]:
+        return list(
+            oracles.bound_in_bits(
+                lambda x_t, t: network(torch.from_numpy(x_t), torch.full((2,), t)).numpy(),
+                beta,
+                x_0.numpy(),
+                times,
+                noise,
+                prediction="v_prediction",
+                variance=fixed,
+            )
+        )
+
+    prior, steps, decoder = literal("fixed_large" if variance == "fixed_large" else "fixed_small")
+    if variance == "analytic":
+        steps[:, 0] = literal("fixed_large")[1][:, 0]
+    assert (ours.prior == 0).all() and (prior == 0).all()
+    assert_close(ours.steps, torch.from_numpy(steps), rtol=1e-8, atol=1e-12)  # β of the literal side cancels a little
+    assert_close(ours.total, torch.from_numpy(prior + steps.sum(1) + decoder), rtol=1e-8, atol=1e-12)
+
+
 def test_a_class_conditional_network_is_told_each_images_class() -> None:
     """A network that knows each class's only image pays L_0 and L_T alone, in every batch and with sampled steps."""
     scheduler, levels = DDPMExtScheduler(), torch.tensor([-1.0, 2 * 128 / 255 - 1, 1.0], dtype=torch.float64)
