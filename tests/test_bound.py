@@ -511,7 +511,7 @@ def test_the_scheduler_is_left_as_it_is_and_stock_ones_are_taken() -> None:
     assert scheduler.timesteps.tolist() == before
     assert dict(scheduler.config) == config
     assert ours.steps is not None and ours.steps.shape == (2, 4)
-    for stock in (DDPMScheduler(**SHORT), DDIMScheduler(**SHORT)):
+    for stock in (DDPMScheduler(**SHORT), DDIMScheduler(**SHORT), DDPMScheduler(20, 1e-3, 0.6)):
         assert equal(ours, bits_per_dim(network, stock, images, num_inference_steps=5, generator=seeded()))
 
 
