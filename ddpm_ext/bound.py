@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, get_args
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -24,14 +25,15 @@ from .likelihood import BoundTerms, Cdf, decoder_nll, mean_over_dims, prior_kl, 
 from .process import jump, per_image, q_sample
 from .reverse import DecoderVariance
 from .scheduler import DDPMExtScheduler
-from .schedules import Tables, check_word
+from .schedules import Tables, check_word, is_whole
+from .step_input import Generators, check_generators
+from .unet import check_resolution
 
 PAIR_ELEMENTS, MOST_PAIRS = 2**19, 1024  # numbers and pairs in one network call where batch_size is None
 PILOT_IMAGES = 8  # whose L_t shape the distribution of sampled t
 PILOT_FLOOR = (
     0.001  # share of that distribution that is uniform: no jump may be impossible because the pilot pays nothing
 )
-Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class BitsPerDim(NamedTuple):
@@ -98,8 +100,9 @@ def bits_per_dim(
             -log₂ p(x_0 | class), from the network's `class_labels`.
 
     Raises:
-        ValueError: images off the 8-bit grid, of wrong range or shape, or NaN; a network whose output is NaN or does
-            not fit; steps that the scheduler refuses.
+        ValueError: images off the 8-bit grid, of wrong range or shape, or NaN, or not of the network's channels and
+            size; a network whose output is NaN or does not fit; a scheduler without betas; steps that the scheduler
+            refuses; a list of generators that is not one per image.
     """
     x_0 = grid_images(images)
     bound = make_bound(
@@ -168,6 +171,8 @@ def rate_distortion_rows(sweep: Sweep, num_timesteps: int) -> RateDistortion:
 
 def grid_images(images: Tensor) -> Tensor:
     """Images as float64 exactly on the 8-bit grid 2k/255 - 1, or a ValueError that says why they are not."""
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images must be a torch.Tensor, got {type(images).__name__}. See torch.from_numpy.")
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"images must have shape (B, C, H, W) and not be empty, got {tuple(images.shape)}.")
     if images.dtype != torch.uint8 and not images.is_floating_point():
@@ -213,7 +218,10 @@ class Bound:
         condition = {} if labels is None else {"class_labels": labels.to(self.device)}
         x_t = q_sample(x_0, t, eps.to(x_0.dtype), self.tables).to(self.dtype)
         output = self.model(x_t.to(self.device), t.to(self.device), **condition)
-        return x_t.to(x_0.dtype), getattr(output, "sample", output).to(x_0)
+        output = getattr(output, "sample", output)
+        if not isinstance(output, Tensor):
+            raise ValueError(f"model must return a tensor or an object with .sample, got {type(output).__name__}.")
+        return x_t.to(x_0.dtype), output.to(x_0)
 
     def terms(
         self, x_0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None = None, *, decoder: bool
@@ -244,7 +252,8 @@ class Bound:
         Args:
             x_0: Clean images, float64, shape (B, C, H, W).
             t: int64, shape (B, M).
-            generator: Draws one noise of x_0's shape per column, so that the batch size does not enter.
+            generator: One, or a list of one per image. Draws one noise of x_0's shape per column, so that the batch
+                size does not enter.
             decoder: As in `terms`.
 
         Returns:
@@ -253,7 +262,7 @@ class Bound:
         shape, dtype = x_0.shape, torch.promote_types(self.dtype, torch.float32)
         found: list[tuple[Tensor, Tensor]] = []
         for some in t.T.split(max(1, self.batch_size // len(x_0))):
-            eps = [randn_tensor(shape, generator=_as_list(generator), device=x_0.device, dtype=dtype) for _ in some]
+            eps = [randn_tensor(shape, generator=generator, device=x_0.device, dtype=dtype) for _ in some]
             pairs = [x_0.repeat(len(some), 1, 1, 1), some.reshape(-1), torch.cat(eps)]
             pairs += [] if self.labels is None else [self.labels.repeat(len(some))]
             for pair in zip(*(part.split(self.batch_size) for part in pairs), strict=True):
@@ -291,11 +300,10 @@ def make_bound(
     """
     check_word("decoder_variance", decoder_variance, get_args(DecoderVariance))
     check_word("cdf", cdf, get_args(Cdf))
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    if not isinstance(scheduler, DDPMExtScheduler):
-        scheduler = DDPMExtScheduler.from_config(scheduler.config)
-    chain = copy.copy(scheduler)
+    if batch_size is not None and (not is_whole(batch_size) or batch_size < 1):
+        raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}.")
+    check_network(model, images)
+    chain = copy.copy(as_ours(scheduler))
     chain.register_to_config(clip_sample=clip_sample, thresholding=False)
     if num_inference_steps is None and timesteps is None:
         timesteps = range(len(chain) - 1, -1, -1)
@@ -318,14 +326,51 @@ def make_bound(
     )
 
 
+def as_ours(scheduler: Any) -> DDPMExtScheduler:
+    """The scheduler itself, or ours with the noise schedule of a stock one."""
+    if isinstance(scheduler, DDPMExtScheduler):
+        return scheduler
+    config = getattr(scheduler, "config", None)
+    if not isinstance(config, Mapping) or not {"num_train_timesteps", "beta_schedule"} <= set(config):
+        raise ValueError(
+            "scheduler must be a DDPMExtScheduler or a stock one with a beta schedule, as DDPM's and DDIM's are, got "
+            f"{type(scheduler).__name__}: the bound is that of a chain of betas."
+        )
+    return DDPMExtScheduler.from_config(config)
+
+
+def network_config(model: Any) -> Mapping[str, Any]:
+    """A network's configuration, empty where it has none."""
+    config = getattr(model, "config", None)
+    return config if isinstance(config, Mapping) else {}
+
+
+def check_network(model: Any, images: Tensor) -> None:
+    """Raise a ValueError unless the network is one, and takes images of this shape by what its configuration says."""
+    if isinstance(model, DiffusionPipeline) or not callable(model):
+        raise ValueError(
+            f"model must be a network or a callable (x_t, t) -> tensor, got {type(model).__name__}. Of a pipeline, "
+            "pass its unet."
+        )
+    config, (channels, *size) = network_config(model), images.shape[1:]
+    in_channels, expected = config.get("in_channels") or channels, config.get("sample_size") or size
+    expected = [expected] * 2 if isinstance(expected, int) else list(expected)
+    if (channels, size) != (in_channels, expected):
+        raise ValueError(
+            f"images must have the network's {in_channels} channels and size {expected[0]} x {expected[1]}, got shape "
+            f"{tuple(images.shape)}. See channels and resolution of ddpm_ext.data.load_images."
+        )
+    if "block_out_channels" in config:
+        check_resolution(config, (size[0], size[1]))
+
+
 def checked_labels(model: Any, class_labels: Tensor | Sequence[int] | None, count: int) -> Tensor | None:
     """One class per image, int64, where the network asks for them.
 
     Raises:
         ValueError: they are missing or too many, or are none of the network's classes.
     """
-    config = getattr(model, "config", None) or {}
-    classes = config.get("num_class_embeds")
+    classes = network_config(model).get("num_class_embeds")
     if class_labels is None:
         if classes is not None:
             raise ValueError(f"The network is class-conditional: pass class_labels, one of 0..{classes - 1} per image.")
@@ -347,6 +392,7 @@ def full_sweep(bound: Bound, x_0: Tensor, generator: Generators = None) -> Sweep
         x_0: Clean images, float64, shape (B, C, H, W).
         generator: Source of the noise.
     """
+    generator = check_generators(generator, len(x_0))
     x_0 = x_0.to(bound.tables.beta.device)
     times = torch.tensor(bound.times, device=x_0.device).expand(len(x_0), -1)
     with evaluating(bound.model):
@@ -379,6 +425,7 @@ def sampled_bound(bound: Bound, x_0: Tensor, num_timesteps_sampled: int, generat
             f"num_timesteps_sampled must be an int from 2 to {num_jumps}, the jumps before the decoder, got {n!r}. "
             "Leave it out to take every step."
         )
+    generator = check_generators(generator, len(x_0))
     x_0 = x_0.to(bound.tables.beta.device)
     times = torch.tensor(bound.times, device=x_0.device)
     with evaluating(bound.model):
@@ -413,10 +460,6 @@ def _uniform(size: int, generator: Generators) -> Tensor:
         return torch.cat([_uniform(1, one) for one in generator])
     device = "cpu" if generator is None else generator.device
     return torch.rand((size, 1), generator=generator, dtype=torch.float64, device=device).cpu()
-
-
-def _as_list(generator: Generators) -> torch.Generator | list[torch.Generator] | None:
-    return list(generator) if isinstance(generator, Sequence) else generator
 
 
 def sum_device(device: torch.device) -> torch.device:

@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -555,7 +562,14 @@ def test_images_off_the_grid_are_refused(images: Tensor, message: str) -> None:
     [
         ({"decoder_variance": "bass"}, "decoder_variance must be one of 'base', 'respaced', got 'bass'"),
         ({"cdf": "erf"}, "cdf must be one of 'tanh', 'exact', got 'erf'"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be an int of at least 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be an int of at least 1, got 2.5"),
+        ({"generator": [seeded()]}, "a list of one per image, 2 here, got a list of 1"),
+        ({"generator": [seeded()] * 3}, "a list of one per image, 2 here, got a list of 3"),
+        ({"generator": []}, "a list of one per image, 2 here, got a list of 0"),
+        ({"generator": [0, 1]}, "a list of one per image, 2 here"),
+        ({"generator": [seeded()], "num_timesteps_sampled": 3}, "2 here, got a list of 1"),
+        ({"generator": [seeded()] * 3, "num_timesteps_sampled": 3}, "2 here, got a list of 3"),
         ({"num_inference_steps": 21}, "num_inference_steps must be an int"),
         ({"timesteps": [3, 9]}, "strictly descending"),
         ({"num_timesteps_sampled": 1}, "num_timesteps_sampled must be an int from 2 to 19"),
@@ -574,3 +588,36 @@ def test_a_network_that_does_not_fit_or_diverged_is_named() -> None:
         bits_per_dim(lambda x, t: torch.cat([x, x], 1), scheduler, images)
     with pytest.raises(ValueError, match=r"not finite at timestep 7 \(2 of"):
         bits_per_dim(lambda x, t: x / (t != 7).reshape(-1, 1, 1, 1), scheduler, images, clip_sample=False)
+    with pytest.raises(ValueError, match=r"must return a tensor or an object with \.sample, got tuple"):
+        bits_per_dim(lambda x, t: (x,), scheduler, images)
+    for model in (None, DDPMPipeline(tiny_unet(), DDPMScheduler(**SHORT))):
+        with pytest.raises(ValueError, match=rf"got {type(model).__name__}. Of a pipeline, pass its unet"):
+            bits_per_dim(model, scheduler, images)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("call", [bits_per_dim, rate_distortion])
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 8, 8, 1), (2, 1, 7, 7), (2, 1, 16, 16), (2, 1, 8, 4)])
+def test_images_that_are_not_the_networks_are_refused(call: Callable[..., Any], shape: tuple[int, ...]) -> None:
+    """A convolutional network takes another size without a word, and its bits/dim would be of nothing it has seen."""
+    with pytest.raises(ValueError, match=r"the network's 1 channels and size 8 x 8, got shape \(2, "):
+        call(tiny_unet(), DDPMExtScheduler(**SHORT), pictures(*shape))
+
+
+def test_a_network_that_names_no_size_takes_those_it_can_halve() -> None:
+    unet, scheduler = tiny_unet(), DDPMExtScheduler(**SHORT)
+    unet.register_to_config(sample_size=None)
+    wide = bits_per_dim(unet, scheduler, pictures(2, 1, 8, 4), num_inference_steps=3)
+    assert torch.isfinite(wide.total).all()
+    with pytest.raises(ValueError, match="must be multiples of 2"):
+        bits_per_dim(unet, scheduler, pictures(2, 1, 7, 7), num_inference_steps=3)
+
+
+@pytest.mark.parametrize("scheduler", [None, FlowMatchEulerDiscreteScheduler(), EDMEulerScheduler()])
+def test_a_scheduler_without_betas_is_refused(scheduler: Any) -> None:
+    with pytest.raises(ValueError, match=rf"with a beta schedule.*got {type(scheduler).__name__}"):
+        bits_per_dim(lambda x, t: x, scheduler, pictures(2, 1, 4, 4))
+
+
+def test_numpy_images_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"images must be a torch\.Tensor, got ndarray\. See torch\.from_numpy"):
+        bits_per_dim(lambda x, t: x, DDPMExtScheduler(**SHORT), pictures(2, 1, 4, 4).numpy())  # pyright: ignore
