@@ -259,6 +259,8 @@ class Bound:
         Returns:
             Two tensors (B, M).
         """
+        if t.numel() == 0:  # a chain of one step has no jump before the decoder
+            return x_0.new_zeros(t.shape), x_0.new_zeros(t.shape)
         shape, dtype = x_0.shape, torch.promote_types(self.dtype, torch.float32)
         found: list[tuple[Tensor, Tensor]] = []
         for some in t.T.split(max(1, self.batch_size // len(x_0))):
@@ -267,8 +269,6 @@ class Bound:
             pairs += [] if self.labels is None else [self.labels.repeat(len(some))]
             for pair in zip(*(part.split(self.batch_size) for part in pairs), strict=True):
                 found.append(self.terms(*pair, decoder=decoder))
-        if not found:
-            return x_0.new_zeros(t.shape), x_0.new_zeros(t.shape)
         nats, squared_error = (torch.cat(parts).reshape(t.T.shape).T for parts in zip(*found, strict=True))
         self._check_finite(nats, t)
         return nats, squared_error
@@ -420,6 +420,11 @@ def sampled_bound(bound: Bound, x_0: Tensor, num_timesteps_sampled: int, generat
         generator: Source of the noise and of u.
     """
     n, num_jumps = num_timesteps_sampled, len(bound.times) - 1
+    if num_jumps < 2:
+        raise ValueError(
+            f"A chain of {num_jumps + 1} steps has no two jumps before the decoder to draw from: leave out "
+            "num_timesteps_sampled."
+        )
     if isinstance(n, bool) or not isinstance(n, int) or not 2 <= n <= num_jumps:
         raise ValueError(
             f"num_timesteps_sampled must be an int from 2 to {num_jumps}, the jumps before the decoder, got {n!r}. "

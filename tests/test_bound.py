@@ -113,6 +113,28 @@ def test_the_record_equals_the_literal_formulas(
     assert ours.standard_error is None
 
 
+@pytest.mark.parametrize("options", [{"timesteps": [5]}, {"num_inference_steps": 1}])
+@pytest.mark.parametrize("decoder_variance", ["base", "respaced"])
+def test_one_step_pays_prior_and_decoder_alone(options: dict[str, Any], decoder_variance: Any) -> None:
+    """Without a second kept time both conventions of the decoder's variance take that of the full chain."""
+    scheduler = DDPMExtScheduler(timestep_spacing="trailing", **SHORT)
+    network, x_0 = wavy(scheduler, 1), float64_images(pictures(3, 1, 2, 2))
+    bits = bits_per_dim(network, scheduler, x_0, generator=seeded(), decoder_variance=decoder_variance, **options)
+    kept = options.get("timesteps", [19])
+    noise = [torch.randn(x_0.shape, generator=seeded(), dtype=torch.float64).numpy()]
+
+    def plain(x_t: np.ndarray, t: int) -> np.ndarray:
+        return network(torch.from_numpy(x_t), torch.full((len(x_t),), t)).numpy()
+
+    prior, _, decoder = oracles.bound_in_bits(plain, np.linspace(1e-3, 0.6, 20), x_0.numpy(), kept, noise)
+    assert bits.steps is not None and bits.steps.shape == (3, 0)
+    assert_close(bits.decoder, torch.from_numpy(decoder), rtol=1e-9, atol=1e-12)
+    assert_close(bits.total, torch.from_numpy(prior + decoder), rtol=1e-9, atol=1e-12)
+    rows = rate_distortion(network, scheduler, x_0, generator=seeded(), **options)
+    assert rows.timesteps == kept and rows.label == [20 - kept[0]]
+    assert rows.rate_bits_per_dim.item() == pytest.approx(prior.mean(), rel=1e-9)
+
+
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "analytic"])
 @pytest.mark.parametrize("kept", [None, [19, 11, 4, 0]])
 def test_zero_terminal_snr_pays_no_prior_and_equals_the_literal_formulas(variance: str, kept: list[int] | None) -> None:
@@ -575,6 +597,8 @@ def test_images_off_the_grid_are_refused(images: Tensor, message: str) -> None:
         ({"num_timesteps_sampled": 1}, "num_timesteps_sampled must be an int from 2 to 19"),
         ({"num_timesteps_sampled": 20}, "from 2 to 19"),
         ({"num_timesteps_sampled": 2.5}, "got 2.5"),
+        ({"num_timesteps_sampled": 2, "timesteps": [5]}, "A chain of 1 steps has no two jumps"),
+        ({"num_timesteps_sampled": 2, "num_inference_steps": 2}, "A chain of 2 steps has no two jumps"),
     ],
 )
 def test_bad_options_are_sentences(options: dict[str, Any], message: str) -> None:
