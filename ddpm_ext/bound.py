@@ -31,6 +31,7 @@ from .unet import check_resolution
 
 PAIR_ELEMENTS, MOST_PAIRS = 2**19, 1024  # numbers and pairs in one network call where batch_size is None
 PILOT_IMAGES = 8  # whose L_t shape the distribution of sampled t
+PILOT_SEED = 2_206_069_301  # one that nobody takes for the images: p_t must not know the noise that it weighs
 PILOT_FLOOR = (
     0.001  # share of that distribution that is uniform: no jump may be impossible because the pilot pays nothing
 )
@@ -93,8 +94,11 @@ def bits_per_dim(
         cdf: "tanh" as published, or "exact".
         clip_sample: Clip x̂_0 to the scheduler's range, as all published evaluations do. Dynamic thresholding, a trick
             of sampling, plays no part.
-        generator: Source of the noise; a list of one per image makes every image independent of its batch.
+        generator: Source of the noise; a list of one per image makes every image independent of its batch, but for
+            num_timesteps_sampled.
         num_timesteps_sampled: Jumps drawn per image instead of the whole sweep: an unbiased estimate (`sampled_bound`).
+            Which jumps are likely follows from pilot images of the batch, so that an image's estimate, though not what
+            it estimates, depends on the batch.
         batch_size: Pairs (image, t) in one network call. It changes nothing but the speed.
         class_labels: The class of each image, shape (B,), for a class-conditional network: the bound on
             -log₂ p(x_0 | class), from the network's `class_labels`.
@@ -404,20 +408,25 @@ def full_sweep(bound: Bound, x_0: Tensor, generator: Generators = None) -> Sweep
 
 
 @torch.no_grad()
-def sampled_bound(bound: Bound, x_0: Tensor, num_timesteps_sampled: int, generator: Generators = None) -> BitsPerDim:
+def sampled_bound(
+    bound: Bound, x_0: Tensor, num_timesteps_sampled: int, generator: Generators = None, p: Tensor | None = None
+) -> BitsPerDim:
     r"""An unbiased estimate of the bound from n of its K - 1 jumps per image, and its standard error.
 
         Σ L_{t-1} ≈ Σ_k L_{t_k - 1} / (n p_{t_k}),   t_k = F⁻¹((k + u) / n),  k = 0..n-1,  u ~ U(0, 1) for each image
 
-    F is the cumulative sum of p_t ∝ E L_{t-1}, measured on a few images (all jumps) and mixed with a uniform share, so
-    that no jump is impossible. L_t spans orders of magnitude: uniform strata would be useless. L_0, which every image
-    pays, is the mean of several draws. The variance comes from differences of neighbouring strata and of those draws.
+    F is the cumulative sum of p_t ∝ E L_{t-1} (`pilot_distribution`). L_t spans orders of magnitude: uniform strata
+    would be useless. L_0, which every image pays, is the mean of several draws. The variance comes from differences of
+    neighbouring strata and of those draws.
 
     Args:
         bound: A network and a chain.
         x_0: Clean images, float64, shape (B, C, H, W).
         num_timesteps_sampled: n, at least 2.
-        generator: Source of the noise and of u.
+        generator: Source of the noise and of u; with a list of one per image and with p given, every image is
+            independent of its batch.
+        p: p_t of the K - 1 jumps from the noisiest, shape (K - 1,), sum 1; None takes the batch's own
+            `pilot_distribution`.
     """
     n, num_jumps = num_timesteps_sampled, len(bound.times) - 1
     if num_jumps < 2:
@@ -433,8 +442,8 @@ def sampled_bound(bound: Bound, x_0: Tensor, num_timesteps_sampled: int, generat
     generator = check_generators(generator, len(x_0))
     x_0 = x_0.to(bound.tables.beta.device)
     times = torch.tensor(bound.times, device=x_0.device)
+    p = (pilot_distribution(bound, x_0) if p is None else p).to(x_0)
     with evaluating(bound.model):
-        p = _pilot(bound, x_0, generator)
         position = (torch.arange(n) + _uniform(len(x_0), generator)) / n
         index = torch.searchsorted(p.cumsum(0), position.to(p)).clamp(max=num_jumps - 1)
         steps = bound.columns(x_0, times[index], generator)[0] / (n * p[index])
@@ -448,13 +457,24 @@ def sampled_bound(bound: Bound, x_0: Tensor, num_timesteps_sampled: int, generat
     return BitsPerDim(prior, None, decoder, total, standard_error)
 
 
-def _pilot(bound: Bound, x_0: Tensor, generator: Generators) -> Tensor:
-    """p_t of the K - 1 jumps, shape (K - 1,), sum 1, from every jump of a few images spread over the batch."""
+@torch.no_grad()
+def pilot_distribution(bound: Bound, x_0: Tensor) -> Tensor:
+    """p_t ∝ E L_{t-1} of the K - 1 jumps, shape (K - 1,), sum 1, from every jump of a few images spread over the batch.
+
+    A share of it is uniform, so that no jump is impossible. Its noise has a seed of its own: it takes nothing from the
+    generators of the images, and equal images give an equal p_t.
+
+    Args:
+        bound: A network and a chain.
+        x_0: Clean images, float64, shape (B, C, H, W).
+    """
+    x_0 = x_0.to(bound.tables.beta.device)
     chosen = sorted({round(i) for i in torch.linspace(0, len(x_0) - 1, PILOT_IMAGES).tolist()})
-    some = [generator[i] for i in chosen] if isinstance(generator, Sequence) else generator
     times = torch.tensor(bound.times[:-1], device=x_0.device).expand(len(chosen), -1)
     few = bound if bound.labels is None else replace(bound, labels=bound.labels[chosen])
-    mean = few.columns(x_0[chosen], times, some)[0].mean(0).clamp(min=0)
+    with evaluating(bound.model):
+        found = few.columns(x_0[chosen], times, torch.Generator().manual_seed(PILOT_SEED))[0]
+    mean = found.mean(0).clamp(min=0)
     uniform = torch.full_like(mean, 1 / len(mean))
     return uniform if not bool(mean.sum() > 0) else (1 - PILOT_FLOOR) * mean / mean.sum() + PILOT_FLOOR * uniform
 
