@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, get_args
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -24,14 +25,16 @@ from .likelihood import BoundTerms, Cdf, decoder_nll, mean_over_dims, prior_kl, 
 from .process import jump, per_image, q_sample
 from .reverse import DecoderVariance
 from .scheduler import DDPMExtScheduler
-from .schedules import Tables, check_word
+from .schedules import Tables, check_word, is_whole
+from .step_input import Generators, check_generators
+from .unet import check_resolution
 
 PAIR_ELEMENTS, MOST_PAIRS = 2**19, 1024  # numbers and pairs in one network call where batch_size is None
 PILOT_IMAGES = 8  # whose L_t shape the distribution of sampled t
+PILOT_SEED = 2_206_069_301  # one that nobody takes for the images: p_t must not know the noise that it weighs
 PILOT_FLOOR = (
     0.001  # share of that distribution that is uniform: no jump may be impossible because the pilot pays nothing
 )
-Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class BitsPerDim(NamedTuple):
@@ -91,15 +94,19 @@ def bits_per_dim(
         cdf: "tanh" as published, or "exact".
         clip_sample: Clip x̂_0 to the scheduler's range, as all published evaluations do. Dynamic thresholding, a trick
             of sampling, plays no part.
-        generator: Source of the noise; a list of one per image makes every image independent of its batch.
+        generator: Source of the noise; a list of one per image makes every image independent of its batch, but for
+            num_timesteps_sampled.
         num_timesteps_sampled: Jumps drawn per image instead of the whole sweep: an unbiased estimate (`sampled_bound`).
+            Which jumps are likely follows from pilot images of the batch, so that an image's estimate, though not what
+            it estimates, depends on the batch.
         batch_size: Pairs (image, t) in one network call. It changes nothing but the speed.
         class_labels: The class of each image, shape (B,), for a class-conditional network: the bound on
             -log₂ p(x_0 | class), from the network's `class_labels`.
 
     Raises:
-        ValueError: images off the 8-bit grid, of wrong range or shape, or NaN; a network whose output is NaN or does
-            not fit; steps that the scheduler refuses.
+        ValueError: images off the 8-bit grid, of wrong range or shape, or NaN, or not of the network's channels and
+            size; a network whose output is NaN or does not fit; a scheduler without betas; steps that the scheduler
+            refuses; a list of generators that is not one per image.
     """
     x_0 = grid_images(images)
     bound = make_bound(
@@ -168,6 +175,8 @@ def rate_distortion_rows(sweep: Sweep, num_timesteps: int) -> RateDistortion:
 
 def grid_images(images: Tensor) -> Tensor:
     """Images as float64 exactly on the 8-bit grid 2k/255 - 1, or a ValueError that says why they are not."""
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images must be a torch.Tensor, got {type(images).__name__}. See torch.from_numpy.")
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"images must have shape (B, C, H, W) and not be empty, got {tuple(images.shape)}.")
     if images.dtype != torch.uint8 and not images.is_floating_point():
@@ -213,7 +222,10 @@ class Bound:
         condition = {} if labels is None else {"class_labels": labels.to(self.device)}
         x_t = q_sample(x_0, t, eps.to(x_0.dtype), self.tables).to(self.dtype)
         output = self.model(x_t.to(self.device), t.to(self.device), **condition)
-        return x_t.to(x_0.dtype), getattr(output, "sample", output).to(x_0)
+        output = getattr(output, "sample", output)
+        if not isinstance(output, Tensor):
+            raise ValueError(f"model must return a tensor or an object with .sample, got {type(output).__name__}.")
+        return x_t.to(x_0.dtype), output.to(x_0)
 
     def terms(
         self, x_0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None = None, *, decoder: bool
@@ -244,22 +256,23 @@ class Bound:
         Args:
             x_0: Clean images, float64, shape (B, C, H, W).
             t: int64, shape (B, M).
-            generator: Draws one noise of x_0's shape per column, so that the batch size does not enter.
+            generator: One, or a list of one per image. Draws one noise of x_0's shape per column, so that the batch
+                size does not enter.
             decoder: As in `terms`.
 
         Returns:
             Two tensors (B, M).
         """
+        if t.numel() == 0:  # a chain of one step has no jump before the decoder
+            return x_0.new_zeros(t.shape), x_0.new_zeros(t.shape)
         shape, dtype = x_0.shape, torch.promote_types(self.dtype, torch.float32)
         found: list[tuple[Tensor, Tensor]] = []
         for some in t.T.split(max(1, self.batch_size // len(x_0))):
-            eps = [randn_tensor(shape, generator=_as_list(generator), device=x_0.device, dtype=dtype) for _ in some]
+            eps = [randn_tensor(shape, generator=generator, device=x_0.device, dtype=dtype) for _ in some]
             pairs = [x_0.repeat(len(some), 1, 1, 1), some.reshape(-1), torch.cat(eps)]
             pairs += [] if self.labels is None else [self.labels.repeat(len(some))]
             for pair in zip(*(part.split(self.batch_size) for part in pairs), strict=True):
                 found.append(self.terms(*pair, decoder=decoder))
-        if not found:
-            return x_0.new_zeros(t.shape), x_0.new_zeros(t.shape)
         nats, squared_error = (torch.cat(parts).reshape(t.T.shape).T for parts in zip(*found, strict=True))
         self._check_finite(nats, t)
         return nats, squared_error
@@ -291,11 +304,10 @@ def make_bound(
     """
     check_word("decoder_variance", decoder_variance, get_args(DecoderVariance))
     check_word("cdf", cdf, get_args(Cdf))
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    if not isinstance(scheduler, DDPMExtScheduler):
-        scheduler = DDPMExtScheduler.from_config(scheduler.config)
-    chain = copy.copy(scheduler)
+    if batch_size is not None and (not is_whole(batch_size) or batch_size < 1):
+        raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}.")
+    check_network(model, images)
+    chain = copy.copy(as_ours(scheduler))
     chain.register_to_config(clip_sample=clip_sample, thresholding=False)
     if num_inference_steps is None and timesteps is None:
         timesteps = range(len(chain) - 1, -1, -1)
@@ -318,14 +330,51 @@ def make_bound(
     )
 
 
+def as_ours(scheduler: Any) -> DDPMExtScheduler:
+    """The scheduler itself, or ours with the noise schedule of a stock one."""
+    if isinstance(scheduler, DDPMExtScheduler):
+        return scheduler
+    config = getattr(scheduler, "config", None)
+    if not isinstance(config, Mapping) or not {"num_train_timesteps", "beta_schedule"} <= set(config):
+        raise ValueError(
+            "scheduler must be a DDPMExtScheduler or a stock one with a beta schedule, as DDPM's and DDIM's are, got "
+            f"{type(scheduler).__name__}: the bound is that of a chain of betas."
+        )
+    return DDPMExtScheduler.from_config(config)
+
+
+def network_config(model: Any) -> Mapping[str, Any]:
+    """A network's configuration, empty where it has none."""
+    config = getattr(model, "config", None)
+    return config if isinstance(config, Mapping) else {}
+
+
+def check_network(model: Any, images: Tensor) -> None:
+    """Raise a ValueError unless the network is one, and takes images of this shape by what its configuration says."""
+    if isinstance(model, DiffusionPipeline) or not callable(model):
+        raise ValueError(
+            f"model must be a network or a callable (x_t, t) -> tensor, got {type(model).__name__}. Of a pipeline, "
+            "pass its unet."
+        )
+    config, (channels, *size) = network_config(model), images.shape[1:]
+    in_channels, expected = config.get("in_channels") or channels, config.get("sample_size") or size
+    expected = [expected] * 2 if isinstance(expected, int) else list(expected)
+    if (channels, size) != (in_channels, expected):
+        raise ValueError(
+            f"images must have the network's {in_channels} channels and size {expected[0]} x {expected[1]}, got shape "
+            f"{tuple(images.shape)}. See channels and resolution of ddpm_ext.data.load_images."
+        )
+    if "block_out_channels" in config:
+        check_resolution(config, (size[0], size[1]))
+
+
 def checked_labels(model: Any, class_labels: Tensor | Sequence[int] | None, count: int) -> Tensor | None:
     """One class per image, int64, where the network asks for them.
 
     Raises:
         ValueError: they are missing or too many, or are none of the network's classes.
     """
-    config = getattr(model, "config", None) or {}
-    classes = config.get("num_class_embeds")
+    classes = network_config(model).get("num_class_embeds")
     if class_labels is None:
         if classes is not None:
             raise ValueError(f"The network is class-conditional: pass class_labels, one of 0..{classes - 1} per image.")
@@ -347,6 +396,7 @@ def full_sweep(bound: Bound, x_0: Tensor, generator: Generators = None) -> Sweep
         x_0: Clean images, float64, shape (B, C, H, W).
         generator: Source of the noise.
     """
+    generator = check_generators(generator, len(x_0))
     x_0 = x_0.to(bound.tables.beta.device)
     times = torch.tensor(bound.times, device=x_0.device).expand(len(x_0), -1)
     with evaluating(bound.model):
@@ -358,31 +408,42 @@ def full_sweep(bound: Bound, x_0: Tensor, generator: Generators = None) -> Sweep
 
 
 @torch.no_grad()
-def sampled_bound(bound: Bound, x_0: Tensor, num_timesteps_sampled: int, generator: Generators = None) -> BitsPerDim:
+def sampled_bound(
+    bound: Bound, x_0: Tensor, num_timesteps_sampled: int, generator: Generators = None, p: Tensor | None = None
+) -> BitsPerDim:
     r"""An unbiased estimate of the bound from n of its K - 1 jumps per image, and its standard error.
 
         Σ L_{t-1} ≈ Σ_k L_{t_k - 1} / (n p_{t_k}),   t_k = F⁻¹((k + u) / n),  k = 0..n-1,  u ~ U(0, 1) for each image
 
-    F is the cumulative sum of p_t ∝ E L_{t-1}, measured on a few images (all jumps) and mixed with a uniform share, so
-    that no jump is impossible. L_t spans orders of magnitude: uniform strata would be useless. L_0, which every image
-    pays, is the mean of several draws. The variance comes from differences of neighbouring strata and of those draws.
+    F is the cumulative sum of p_t ∝ E L_{t-1} (`pilot_distribution`). L_t spans orders of magnitude: uniform strata
+    would be useless. L_0, which every image pays, is the mean of several draws. The variance comes from differences of
+    neighbouring strata and of those draws.
 
     Args:
         bound: A network and a chain.
         x_0: Clean images, float64, shape (B, C, H, W).
         num_timesteps_sampled: n, at least 2.
-        generator: Source of the noise and of u.
+        generator: Source of the noise and of u; with a list of one per image and with p given, every image is
+            independent of its batch.
+        p: p_t of the K - 1 jumps from the noisiest, shape (K - 1,), sum 1; None takes the batch's own
+            `pilot_distribution`.
     """
     n, num_jumps = num_timesteps_sampled, len(bound.times) - 1
+    if num_jumps < 2:
+        raise ValueError(
+            f"A chain of {num_jumps + 1} steps has no two jumps before the decoder to draw from: leave out "
+            "num_timesteps_sampled."
+        )
     if isinstance(n, bool) or not isinstance(n, int) or not 2 <= n <= num_jumps:
         raise ValueError(
             f"num_timesteps_sampled must be an int from 2 to {num_jumps}, the jumps before the decoder, got {n!r}. "
             "Leave it out to take every step."
         )
+    generator = check_generators(generator, len(x_0))
     x_0 = x_0.to(bound.tables.beta.device)
     times = torch.tensor(bound.times, device=x_0.device)
+    p = (pilot_distribution(bound, x_0) if p is None else p).to(x_0)
     with evaluating(bound.model):
-        p = _pilot(bound, x_0, generator)
         position = (torch.arange(n) + _uniform(len(x_0), generator)) / n
         index = torch.searchsorted(p.cumsum(0), position.to(p)).clamp(max=num_jumps - 1)
         steps = bound.columns(x_0, times[index], generator)[0] / (n * p[index])
@@ -396,13 +457,24 @@ def sampled_bound(bound: Bound, x_0: Tensor, num_timesteps_sampled: int, generat
     return BitsPerDim(prior, None, decoder, total, standard_error)
 
 
-def _pilot(bound: Bound, x_0: Tensor, generator: Generators) -> Tensor:
-    """p_t of the K - 1 jumps, shape (K - 1,), sum 1, from every jump of a few images spread over the batch."""
+@torch.no_grad()
+def pilot_distribution(bound: Bound, x_0: Tensor) -> Tensor:
+    """p_t ∝ E L_{t-1} of the K - 1 jumps, shape (K - 1,), sum 1, from every jump of a few images spread over the batch.
+
+    A share of it is uniform, so that no jump is impossible. Its noise has a seed of its own: it takes nothing from the
+    generators of the images, and equal images give an equal p_t.
+
+    Args:
+        bound: A network and a chain.
+        x_0: Clean images, float64, shape (B, C, H, W).
+    """
+    x_0 = x_0.to(bound.tables.beta.device)
     chosen = sorted({round(i) for i in torch.linspace(0, len(x_0) - 1, PILOT_IMAGES).tolist()})
-    some = [generator[i] for i in chosen] if isinstance(generator, Sequence) else generator
     times = torch.tensor(bound.times[:-1], device=x_0.device).expand(len(chosen), -1)
     few = bound if bound.labels is None else replace(bound, labels=bound.labels[chosen])
-    mean = few.columns(x_0[chosen], times, some)[0].mean(0).clamp(min=0)
+    with evaluating(bound.model):
+        found = few.columns(x_0[chosen], times, torch.Generator().manual_seed(PILOT_SEED))[0]
+    mean = found.mean(0).clamp(min=0)
     uniform = torch.full_like(mean, 1 / len(mean))
     return uniform if not bool(mean.sum() > 0) else (1 - PILOT_FLOOR) * mean / mean.sum() + PILOT_FLOOR * uniform
 
@@ -413,10 +485,6 @@ def _uniform(size: int, generator: Generators) -> Tensor:
         return torch.cat([_uniform(1, one) for one in generator])
     device = "cpu" if generator is None else generator.device
     return torch.rand((size, 1), generator=generator, dtype=torch.float64, device=device).cpu()
-
-
-def _as_list(generator: Generators) -> torch.Generator | list[torch.Generator] | None:
-    return list(generator) if isinstance(generator, Sequence) else generator
 
 
 def sum_device(device: torch.device) -> torch.device:

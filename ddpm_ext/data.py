@@ -183,7 +183,8 @@ def load_images(
         dataset_name: "digits" (built in; also the default), a Hub name, or a local folder as below.
         dataset_config_name: Configuration of a Hub set.
         train_data_dir: Folder of pictures (class folders become labels), of parquet files, or of `save_to_disk`.
-        split: Which split.
+        split: Which split. A folder of pictures has those of its sub-folders "train", "test", …; without such
+            sub-folders all of it is "train" and nothing else.
         image_column: Column of the pictures; None takes the only one that holds pictures.
         label_column: Column of the labels; None takes the only one that holds labels, or none.
         resolution: H = W, or (H, W): larger and smaller pictures are scaled and cropped. None keeps the size, which

@@ -31,7 +31,8 @@ TrajectoryCost = Literal["analytic", "fixed_small", "fixed_large"]
 def covariance(tables: Tables, mse_eps: Tensor, t: Tensor) -> Tensor:
     r"""How far x̂_0 is from x_0 at step t, per dimension: Cov_t = min((1-ᾱ_t)/ᾱ_t · mse_eps[t], 1).
 
-    Data in [-1, 1] have at most variance 1, hence the bound (Theorem 2).
+    Data in [-1, 1] have at most variance 1, hence the bound (Theorem 2). It is the value where ᾱ_t = 0 (zero terminal
+    SNR): x_t holds nothing of x_0 there, and ε̂ = x_t errs by 0 whatever the network says.
 
     Args:
         tables: One schedule.
@@ -41,8 +42,20 @@ def covariance(tables: Tables, mse_eps: Tensor, t: Tensor) -> Tensor:
     Returns:
         float64 in the shape of t.
     """
+    return squared_error(tables, mse_eps)[t].clamp(max=1)
+
+
+def squared_error(tables: Tables, mse_eps: Tensor) -> Tensor:
+    r"""R_t = (1-ᾱ_t)/ᾱ_t · mse_eps[t], the mean squared error of x̂_0 at every step, float64, shape (T,).
+
+    Where ᾱ_t = 0 the quotient says nothing, and R_t = 1, the largest variance of data in [-1, 1], stands for it.
+
+    Args:
+        tables: One schedule.
+        mse_eps: float64, shape (T,).
+    """
     mse_eps = checked_errors("mse_eps", mse_eps, tables)
-    return (tables.one_minus_alpha_bar[t] / tables.alpha_bar[t] * mse_eps[t]).clamp(max=1)
+    return (tables.one_minus_alpha_bar / tables.alpha_bar * mse_eps).masked_fill(tables.alpha_bar == 0, 1.0)
 
 
 def optimal_variance(tables: Tables, mse_eps: Tensor, s: Tensor, t: Tensor, eta: float = 1.0) -> Tensor:
@@ -103,6 +116,10 @@ def sampling_cap(grey_levels: float) -> float:
 def analytic_edges(tables: Tables, mse_eps: Tensor) -> np.ndarray:
     r"""J(s, t) = log(1 - b · max(0, 1 - mse_eps[t]) / (1-ᾱ_t)): what a jump costs at its optimal variance.
 
+    It is written as log([a (1-ᾱ_s) + b · min(1, mse_eps[t])] / (1-ᾱ_t)), which keeps its digits where ᾱ_t is small.
+    The cost of a path is Σ J + log SNR(n_1) - log SNR(n_K). Where ᾱ_t = 0 both J and the last logarithm are infinite:
+    as ᾱ_t -> 0 with Cov_t = 1, J - log SNR(t) -> -log ᾱ_s, which is J there, the last logarithm being left out.
+
     Args:
         tables: One schedule.
         mse_eps: float64, shape (T,).
@@ -112,16 +129,17 @@ def analytic_edges(tables: Tables, mse_eps: Tensor) -> np.ndarray:
 
     Source: Bao et al. 2022, arXiv:2201.06503, §4, Eq. (13).
     """
-    explained = (1 - checked_errors("mse_eps", mse_eps, tables)).clamp(min=0)
+    error = checked_errors("mse_eps", mse_eps, tables).clamp(max=1)
     step, earlier = _all_jumps(tables)
-    cost = torch.log1p(-step.b * explained / step.one_minus_alpha_bar_t)
+    cost = ((step.a * step.one_minus_alpha_bar_s + step.b * error) / step.one_minus_alpha_bar_t).log()
+    cost = torch.where(step.alpha_bar_t == 0, -step.alpha_bar_s.log(), cost)
     return cost.masked_fill(~earlier, math.inf).cpu().numpy()
 
 
 def fixed_edges(tables: Tables, mse_eps: Tensor, variance: TrajectoryCost) -> np.ndarray:
     r"""F(s, t) = β̃/σ² - 1 - log(β̃/σ²) + c1² R_t/σ²: what a jump costs with σ² = β̃ or σ² = b.
 
-    R_t = (1-ᾱ_t)/ᾱ_t · mse_eps[t] is the squared error of x̂_0, here without a bound.
+    R_t is the `squared_error` of x̂_0, here without a bound.
 
     Args:
         tables: One schedule.
@@ -133,7 +151,7 @@ def fixed_edges(tables: Tables, mse_eps: Tensor, variance: TrajectoryCost) -> np
 
     Source: Ho et al. 2020, arXiv:2006.11239, Eqs. (8), (12); Watson et al. 2021, arXiv:2106.03802.
     """
-    error = tables.one_minus_alpha_bar / tables.alpha_bar * checked_errors("mse_eps", mse_eps, tables)
+    error = squared_error(tables, mse_eps)
     step, earlier = _all_jumps(tables)
     sigma2 = step.var if variance == "fixed_small" else step.b
     ratio = step.var / sigma2
@@ -162,7 +180,8 @@ def optimal_trajectory(tables: Tables, mse_eps: Tensor, K: int, cost: Trajectory
         K ascending code indices, from 0 to T - 1.
 
     Raises:
-        ValueError: K that is not an int in [2, T], an unknown cost, or mse_eps that does not fit.
+        ValueError: K that is not an int in [2, T], an unknown cost, mse_eps that does not fit, or one so large that
+            no path has a finite cost.
 
     Source: Bao et al. 2022, arXiv:2201.06503, §4, Algorithm 1; Watson et al. 2021, arXiv:2106.03802.
     """
@@ -190,19 +209,25 @@ def optimal_trajectories(
     from_s = trajectory_edges(tables, mse_eps, cost).T.copy()  # row t, column s: the minimum runs along memory
     best = np.full(T, math.inf)
     best[0] = 0.0
-    came_from = [np.zeros(T, dtype=np.int64)]
+    came_from, cheapest = [np.zeros(T, dtype=np.int64)], [0.0]
     for _ in range(1, max((K for K in steps if K < T), default=1)):
         total = from_s + best
         origin = total.argmin(axis=1)
         came_from.append(origin)
         best = total[np.arange(T), origin]
+        cheapest.append(best[-1])
+    for K in steps:
+        if K < T and not math.isfinite(cheapest[K - 1]):
+            raise ValueError(f"No trajectory of {K} steps has a finite cost: mse_eps is too large. Measure it again.")
     return {K: list(range(T)) if K == T else _walk_back(came_from[:K], T) for K in steps}
 
 
 def kl_bound(tables: Tables, mse_eps: Tensor, times: list[int], cost: TrajectoryCost = "analytic") -> float:
     r"""The bound's KL part Σ L_{t-1} of a chain, in nats per dimension.
 
-        analytic: ½ [Σ J(s, t) + log(SNR(n_1) / SNR(n_K))]        fixed: ½ Σ F(s, t)
+        analytic: ½ [Σ J(s, t) + log SNR(n_1) - log SNR(n_K)]        fixed: ½ Σ F(s, t)
+
+    The last logarithm is left out where ᾱ = 0 at n_K, as in `analytic_edges`.
 
     Args:
         tables: One schedule.
@@ -213,8 +238,8 @@ def kl_bound(tables: Tables, mse_eps: Tensor, times: list[int], cost: Trajectory
     edges = trajectory_edges(tables, mse_eps, cost)
     total = sum(edges[s, t] for s, t in pairwise(times))
     if cost == "analytic":
-        snr = tables.alpha_bar / tables.one_minus_alpha_bar
-        total += math.log(snr[times[0]] / snr[times[-1]])
+        log_snr = tables.log_alpha_bar - tables.one_minus_alpha_bar.log()
+        total += (log_snr[times[0]] - (log_snr[times[-1]] if tables.alpha_bar[times[-1]] > 0 else 0)).item()
     return 0.5 * float(total)
 
 

@@ -27,6 +27,8 @@ from .scheduler_options import (
     check_terminal_snr,
     extension,
     stock_words,
+    true_config,
+    without_false_defaults,
 )
 from .schedules import BetaSchedule, Tables, TimestepSpacing, make_tables
 from .step_input import (
@@ -123,20 +125,8 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """A scheduler from the config of this class or of any compatible stock scheduler.
-
-        The true words that a portable config keeps in `_ddpm_ext` go back to their places, except where the word on
-        disk has been changed since: what a user of the stock class chose there is meant.
-        """
-        if isinstance(config, dict) and isinstance(config.get(EXTENSION_KEY), dict):
-            extension = dict(config[EXTENSION_KEY])
-            words = extension.pop("words", {})
-            saved_as = stock_words({"variance_type": None, "prediction_type": None, **config, **words})
-            words = {key: word for key, word in words.items() if config.get(key) == saved_as.get(key)}
-            defaults = [key for key in config.get("_use_default_values", []) if key not in words]
-            config = {**config, **words, "_use_default_values": defaults, EXTENSION_KEY: extension}
-            if not extension:
-                del config[EXTENSION_KEY]
+        """A scheduler from the config of this class or of any compatible stock scheduler; see `true_config`."""
+        config = true_config(config) if isinstance(config, dict) else config
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -145,7 +135,7 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         Diffusers' `from_config` and pipelines register in this way. The schedule itself stays what it was built as.
         """
         before = self.__dict__.get("_internal_dict")
-        super().register_to_config(**kwargs)
+        super().register_to_config(**without_false_defaults(type(self), kwargs))
         if "_chain" in self.__dict__:
             try:
                 self._current_chain()  # here and not in the first step, which may be compiled

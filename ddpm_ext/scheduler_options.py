@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -76,6 +77,37 @@ def stock_words(config: dict[str, Any]) -> dict[str, str]:
         # Stock would take the root of the head, which is a logarithm, and paint the NaN black; this word it refuses.
         words["prediction_type"] = f"{config['prediction_type']} with learned log-variance"
     return words
+
+
+def true_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config read from disk or from a stock scheduler as it is meant.
+
+    The true words that a portable config keeps in `_ddpm_ext` go back to their places, except where the word on disk
+    has been changed since: what a user of the stock class chose there is meant. Every value that the config holds is
+    meant too, but for None in place of a default: Diffusers counts positional arguments among the defaults and would
+    drop them.
+    """
+    unset = [key for key in config.get("_use_default_values", []) if config.get(key) is None]
+    config = {**config, "_use_default_values": unset}
+    if not isinstance(config.get(EXTENSION_KEY), dict):
+        return config
+    extension = dict(config.pop(EXTENSION_KEY))
+    words = extension.pop("words", {})
+    saved_as = stock_words({"variance_type": None, "prediction_type": None, **config, **words})
+    words = {key: word for key, word in words.items() if config.get(key) == saved_as.get(key)}
+    return {**config, **words, **({EXTENSION_KEY: extension} if extension else {})}
+
+
+def without_false_defaults(cls: type, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Options to register, with only true defaults in `_use_default_values`, which other classes' `from_config` drop.
+
+    Diffusers lists there every option that came without a keyword, positional arguments too.
+    """
+    if "_use_default_values" not in kwargs:
+        return kwargs
+    defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+    true = [name for name in kwargs["_use_default_values"] if repr(kwargs.get(name)) == repr(defaults.get(name))]
+    return {**kwargs, "_use_default_values": true}
 
 
 def check_options(config: Mapping[str, Any]) -> None:

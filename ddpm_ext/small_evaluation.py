@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from .bound import bits_per_dim
+from .bound import PILOT_IMAGES, Bound, full_sweep, grid_images, make_bound, pilot_distribution, sampled_bound
 from .data import ImageSet
 from .features import Extractor, HandOff, extract
 from .measure import generate, images_and_labels
@@ -79,13 +79,24 @@ class SmallEvaluation:
         return found
 
     def bits(self, unet: Any, scheduler: Any, numbers: range) -> torch.Tensor:
-        """Bits/dim of this process's held-out images."""
+        """Bits/dim of this process's held-out images.
+
+        Where steps are sampled, the first images decide for all processes how likely each step is, so that the number
+        of processes changes nothing.
+        """
+        bound, x_0 = self.bound_of(unet, scheduler, numbers)
+        generators = [torch.Generator().manual_seed(self.seed + i) for i in numbers]
+        if self.num_timesteps_sampled is None:
+            return full_sweep(bound, x_0, generators).bits_per_dim.total.cpu()
+        pilots = range(min(PILOT_IMAGES, self.num_held_out))
+        p = pilot_distribution(*self.bound_of(unet, scheduler, pilots))
+        return sampled_bound(bound, x_0, self.num_timesteps_sampled, generators, p).total.cpu()
+
+    def bound_of(self, unet: Any, scheduler: Any, numbers: range) -> tuple[Bound, torch.Tensor]:
+        """The bound of some held-out images, and their x_0."""
         assert self.held_out is not None
         pixels, labels = images_and_labels(unet, self.held_out, numbers)
-        generators = [torch.Generator().manual_seed(self.seed + i) for i in numbers]
-        sampled = self.num_timesteps_sampled
-        options = {"generator": generators, "num_timesteps_sampled": sampled, "class_labels": labels}
-        return bits_per_dim(unet, scheduler, pixels, **options).total.cpu()
+        return make_bound(unet, scheduler, pixels, class_labels=labels), grid_images(pixels)
 
     def share(self, count: int) -> range:
         """This process's part of range(count); every process has at least one item, so that none has nothing to do."""

@@ -18,6 +18,12 @@ from datasets.table import InMemoryTable
 DIGITS = "digits"
 DIGITS_DIR = Path(__file__).parent / "digits"
 
+# Sub-folders of these names are splits and not classes (the words of `datasets`).
+SPLIT_FOLDERS = (
+    *("train", "training", "validation", "valid", "val", "dev"),
+    *("test", "testing", "eval", "evaluation"),
+)
+
 Cell = dict[str, Any] | None  # one cell of an image column as `datasets` gives it undecoded; None where it is empty
 
 
@@ -64,6 +70,8 @@ def _open_folder(folder: Path, config: str | None, split: str, cache_dir: str | 
             if split not in saved:
                 raise ValueError(f"it has the splits {list(saved)}.")
             saved = saved[split]
+        elif split not in (own := str(saved.split or "train"), own.split("[")[0]):
+            raise ValueError(f"the folder holds the split {own!r} alone.")
         return saved.to_iterable_dataset() if streaming else saved
     load: Callable[..., Any] = datasets.load_dataset  # its overloads know no variable `streaming`
     # In a cache beside the folder, `datasets` would write into the folder itself and read that as data the next time.
@@ -71,10 +79,21 @@ def _open_folder(folder: Path, config: str | None, split: str, cache_dir: str | 
     options = {"split": split, "cache_dir": cache, "streaming": streaming}
     if any(folder.rglob("*.parquet")) or any(folder.glob("*.md")):  # a card may say which files make which split
         return load(str(folder), config, **options)
-    if (folder / split).is_dir():
-        folder = folder / split
+    folder = _split_folder(folder, split)
     # Every picture belongs to the split asked for: a file called test_1.png is no test split.
     return load("imagefolder", data_files={split: [str(folder / "**")]}, **options)
+
+
+def _split_folder(folder: Path, split: str) -> Path:
+    """Where the pictures of a split lie: in the sub-folder of its name; without any, all of a folder is "train"."""
+    names = {path.name for path in folder.iterdir() if path.is_dir()}
+    if split in names:
+        return folder / split
+    found = [name for name in SPLIT_FOLDERS if name in names]
+    if found or split != "train":
+        has = f"the sub-folders {found}" if found else 'no sub-folder of a split\'s name, so that all of it is "train"'
+        raise ValueError(f"the folder has {has}. Ask for what is there, or make the sub-folder {split!r}.")
+    return folder
 
 
 # Columns --------------------------------------------------------------------------------------------------------------

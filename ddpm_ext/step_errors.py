@@ -22,6 +22,7 @@ from .measure import SWEEP_SHARD, images_and_labels
 from .process import eps_weights, per_image
 from .reverse import split_output
 from .shards import run_shards
+from .step_input import Generators, check_generators
 
 
 class StepErrors(NamedTuple):
@@ -53,7 +54,7 @@ class ErrorTerms(Bound):
 
 
 @torch.no_grad()
-def step_errors(bound: Bound, x_0: Tensor, generator: Any = None) -> StepErrors:
+def step_errors(bound: Bound, x_0: Tensor, generator: Generators = None) -> StepErrors:
     """The errors of every image at every step of a full chain.
 
     Args:
@@ -61,7 +62,7 @@ def step_errors(bound: Bound, x_0: Tensor, generator: Any = None) -> StepErrors:
         x_0: Clean images, float64, shape (B, C, H, W).
         generator: Source of the noise; a list of one per image makes every image independent of its batch.
     """
-    terms = ErrorTerms(**vars(bound))
+    terms, generator = ErrorTerms(**vars(bound)), check_generators(generator, len(x_0))
     x_0 = x_0.to(terms.tables.beta.device)
     times = torch.tensor(terms.times, device=x_0.device).expand(len(x_0), -1)
     with evaluating(terms.model):

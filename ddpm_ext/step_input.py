@@ -25,7 +25,11 @@ def check_generators(generator: Generators, num_images: int) -> torch.Generator 
     """The generator, or the list of one per image; a ValueError for anything else."""
     if generator is None or isinstance(generator, torch.Generator):
         return generator
-    if not isinstance(generator, list | tuple) or len(generator) != num_images:
+    if (
+        not isinstance(generator, list | tuple)
+        or len(generator) != num_images
+        or not all(isinstance(one, torch.Generator) for one in generator)
+    ):
         count = f"a list of {len(generator)}" if isinstance(generator, list | tuple) else repr(generator)
         raise ValueError(
             f"generator must be one torch.Generator or a list of one per image, {num_images} here, got {count}."

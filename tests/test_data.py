@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 import threading
@@ -272,13 +273,16 @@ def test_a_folder_of_pictures_with_class_folders(tmp_path: Path) -> None:
     assert sorted(image.permute(1, 2, 0).numpy().tobytes() for image in batch.pixels) == expected
 
 
-def test_a_flat_folder_belongs_to_the_split_asked_for_whatever_its_names(tmp_path: Path) -> None:
+def test_a_flat_folder_is_the_training_split_whatever_its_names(tmp_path: Path) -> None:
     folder = save_folder(tmp_path, {name: random_picture(4, 4) for name in ("test_1.png", "val.png", "a.png")})
     images = load_images(train_data_dir=folder)
     assert len(images) == 3
     assert images.num_classes is None
     assert images.batch([0]).labels is None
     assert len(load_images(folder)) == 3  # a local folder may be given as the name too
+    for split in ("test", "validation", "banana", ""):
+        with pytest.raises(ValueError, match=rf"Cannot open split '{split}' .* all of it is \"train\""):
+            load_images(train_data_dir=folder, split=split)
 
 
 def test_split_folders_are_splits(tmp_path: Path) -> None:
@@ -286,6 +290,29 @@ def test_split_folders_are_splits(tmp_path: Path) -> None:
     folder = save_folder(tmp_path, {name: random_picture(size, size) for name, size in names.items()})
     assert len(load_images(train_data_dir=folder)) == 2
     assert len(load_images(train_data_dir=folder, split="test")) == 1
+    for split in ("validation", "banana"):
+        with pytest.raises(ValueError, match=r"has the sub-folders \['train', 'test'\]"):
+            load_images(train_data_dir=folder, split=split)
+
+
+@pytest.mark.parametrize("there", ["train", "validation"])
+def test_one_split_folder_is_that_split_alone(tmp_path: Path, there: str) -> None:
+    """Training pictures must not be taken for test pictures, nor the other way round."""
+    folder = save_folder(tmp_path, {f"{there}/{kind}/a.png": random_picture(4, 4) for kind in ("cat", "dog")})
+    assert load_images(train_data_dir=folder, split=there).num_classes == 2
+    for split in {"train", "test", "banana"} - {there}:
+        with pytest.raises(ValueError, match=rf"Cannot open split '{split}' .* has the sub-folders \['{there}'\]"):
+            load_images(None, None, folder, split=split)
+
+
+@pytest.mark.parametrize("own", [None, "train", "test", "test[:2]"])
+def test_a_saved_set_is_its_own_split_alone(tmp_path: Path, own: str | None) -> None:
+    table = datasets.Dataset.from_dict({"image": [random_picture(4, 4)] * 2}, split=own)
+    table.cast_column("image", datasets.Image()).save_to_disk(tmp_path)
+    asked = "test" if own and own.startswith("test") else "train"
+    assert len(load_images(str(tmp_path), split=asked)) == 2
+    with pytest.raises(ValueError, match=rf"holds the split '{re.escape(own or 'train')}' alone"):
+        load_images(str(tmp_path), split="validation")
 
 
 def picture_table(pictures: list[Any], **columns: list[Any]) -> datasets.Dataset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from ddpm_ext import optimal
 from ddpm_ext.process import jump
 from ddpm_ext.schedules import kept_times, make_tables
+from tests import oracles
 
 TABLES = make_tables()
 T = 1000
@@ -133,6 +135,63 @@ def test_plus_minus_one_pixels_gain_from_the_analytic_variance_and_the_trajector
             assert optimal.kl_bound(TABLES, errors, best) < bound["analytic"]
         else:
             assert best == list(range(1000))
+
+
+# Zero terminal SNR ----------------------------------------------------------------------------------------------------
+
+NO_SIGNAL = make_tables("linear", 12, 1e-3, 0.5, zero_terminal_snr=True)
+
+
+def test_without_signal_the_covariance_is_its_bound_and_standard_normal_data_keep_the_large_variance():
+    """ε̂ = x_t has no error at ᾱ_T = 0. For N(0, I) mse_eps = ᾱ as everywhere, and Var(x_s | x_T) = Var(x_s) = 1 = b."""
+    assert NO_SIGNAL.alpha_bar[-1] == 0
+    for errors in (torch.zeros(12), NO_SIGNAL.alpha_bar):
+        assert optimal.covariance(NO_SIGNAL, errors, torch.tensor([11])).item() == 1
+    s, t = pairs(*range(12))
+    got = optimal.optimal_variance(NO_SIGNAL, NO_SIGNAL.alpha_bar, s, t)
+    torch.testing.assert_close(got, jump(NO_SIGNAL, t, s).b, rtol=1e-9, atol=0)
+    ddim = optimal.optimal_variance(NO_SIGNAL, NO_SIGNAL.alpha_bar, torch.tensor(5), torch.tensor(11), eta=0.0)
+    assert math.isclose(ddim.item(), NO_SIGNAL.alpha_bar[5].item(), rel_tol=1e-12)  # ε̂ is x_T, and x̂_0 has variance 1
+
+
+def literal_bound(alpha_bar: list[float], errors: list[float], times: list[int], cost: str) -> float:
+    """Σ ½[β̃/σ² - 1 - log(β̃/σ²) + c1² R/σ²] with R = 1 where nothing of x_0 is left."""
+    total = 0.0
+    for s, t in itertools.pairwise(times):
+        b, b_s, b_t = 1 - alpha_bar[t] / alpha_bar[s], 1 - alpha_bar[s], 1 - alpha_bar[t]
+        small, weight = b * b_s / b_t, alpha_bar[s] * (b / b_t) ** 2
+        error = b_t / alpha_bar[t] * errors[t] if alpha_bar[t] > 0 else 1.0
+        sigma2 = {"fixed_small": small, "fixed_large": b, "analytic": small + weight * error}[cost]
+        total += 0.5 * (small / sigma2 - 1 - math.log(small / sigma2) + weight * error / sigma2)
+    return total
+
+
+@pytest.mark.parametrize("cost", ["analytic", "fixed_small", "fixed_large"])
+@pytest.mark.parametrize("K", [2, 3, 5, 11, 12])
+def test_without_signal_the_bound_is_the_literal_one_and_the_trajectory_brute_force(cost: str, K: int):
+    errors = torch.rand(12, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    errors[-1] = 0  # exactly, of every network
+    alpha_bar = [float(a) for a in oracles.exact_zero_terminal_snr(np.linspace(1e-3, 0.5, 12).tolist())]
+    every = [[0, *middle, 11] for middle in itertools.combinations(range(1, 11), K - 2)]
+    bounds = [literal_bound(alpha_bar, errors.tolist(), times, cost) for times in every]
+    ours = [optimal.kl_bound(NO_SIGNAL, errors, times, cost) for times in every]
+    np.testing.assert_allclose(ours, bounds, rtol=1e-9)
+    assert optimal.optimal_trajectory(NO_SIGNAL, errors, K, cost) == every[int(np.argmin(bounds))]
+
+
+def test_a_chain_without_a_finite_cost_is_refused():
+    errors = torch.zeros(T, dtype=torch.float64)
+    errors[-1] = 1e308  # its R = mse_eps (1-ᾱ)/ᾱ is infinite
+    with pytest.raises(ValueError, match="No trajectory of 5 steps has a finite cost"):
+        optimal.optimal_trajectory(TABLES, errors, 5, "fixed_large")
+
+
+@pytest.mark.slow
+def test_four_trajectories_of_a_thousand_steps_take_less_than_five_seconds_of_one_core():
+    began = time.process_time()
+    found = optimal.optimal_trajectories(TABLES, isotropic_errors(0.3), [10, 25, 50, 100])
+    assert time.process_time() - began < 5
+    assert [len(found[K]) for K in (10, 25, 50, 100)] == [10, 25, 50, 100]
 
 
 @pytest.mark.parametrize("K", [1, 0, 1001, 2.0, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,38 @@ def test_isotropic_gaussian_keeps_its_variance_at_any_number_of_steps(K: int, tr
     first = int(chain.timesteps[-1])
     expected = TABLES.alpha_bar[first].item() * variance + TABLES.one_minus_alpha_bar[first].item()
     assert math.isclose(carried, expected, rel_tol=1e-9)
+
+
+def zero_terminal(extension: dict) -> DDPMExtScheduler:
+    """A schedule whose last step is noise alone, visited by every chain."""
+    options = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return scheduler(extension, variance_type="analytic", clip_sample=False, **options)
+
+
+@pytest.mark.parametrize("trajectory", [None, "even", "optimal"])
+def test_zero_terminal_snr_samples_standard_normal_data_exactly(trajectory: Any):
+    """v̂ = 0 is the perfect network of N(0, I), mse_eps its ᾱ: every x_s must have variance 1, beginning at x_T."""
+    errors = make_tables(zero_terminal_snr=True).alpha_bar.tolist()
+    assert errors[-1] == 0
+    chain = zero_terminal({"mse_eps": errors})
+    chain.set_timesteps(8, trajectory=trajectory)
+    assert chain.timesteps[0] == 999
+    one, carried = torch.ones(1, 1, 1, 1, dtype=torch.float64), 1.0
+    for i in chain.timesteps.tolist()[:-1]:
+        step = chain.p_mean_variance(0 * one, i, one)  # mean is linear in x_t: its slope
+        carried = step.mean.item() ** 2 * carried + step.var.item()
+        assert math.isclose(carried, 1, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.5, 0.0])
+def test_zero_terminal_snr_is_sampled_without_a_nan(eta: float):
+    chain = zero_terminal({"mse_eps": make_tables(zero_terminal_snr=True).alpha_bar.tolist(), "eta": eta})
+    chain.set_timesteps(20)
+    generator = GEN().manual_seed(0)
+    x = torch.randn(4, 1, 32, 32, generator=generator)
+    for i in chain.timesteps.tolist():
+        x = chain.step(torch.zeros_like(x), i, x, generator=generator).prev_sample
+        assert 0.8 < x.var() < 1.2  # 4096 numbers know a variance to 2%; the capped and the last step take a little
 
 
 def test_sampling_caps_only_the_jump_to_the_first_kept_time():

@@ -209,7 +209,20 @@ def test_from_other_schedulers_and_back():
     for other in (DDIMScheduler(beta_schedule="scaled_linear"), DPMSolverMultistepScheduler(beta_end=0.01)):
         ours = DDPMExtScheduler.from_config(other.config)
         again = type(other).from_config(ours.config)
-        assert {k: again.config[k] for k in other.config} == dict(other.config)
+        options = {k: v for k, v in other.config.items() if k != "_use_default_values"}  # they are given now
+        assert {k: again.config[k] for k in options} == options
+
+
+def test_positional_arguments_survive_every_road():
+    """Diffusers lists them in `_use_default_values`, as if not given, and its `from_config` drops them."""
+    stock = DDPMScheduler(20, 1e-3, 0.6)
+    made = DDPMExtScheduler(20, 1e-3, 0.6)
+    for ours in (DDPMExtScheduler.from_config(stock.config), made):
+        assert len(ours) == 20
+        assert_close(ours.betas, stock.betas, rtol=1e-6, atol=0)
+        for other in (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler):
+            assert_close(other.from_config(ours.config).betas, stock.betas, rtol=1e-6, atol=0)
+    assert DPMSolverMultistepScheduler.from_config(made.config).config.timestep_spacing == "linspace"  # its own default
 
 
 def on_disk(scheduler: DDPMExtScheduler, path: Path) -> dict:

@@ -69,6 +69,14 @@ def test_a_known_error_is_measured_as_that_of_eps_whatever_is_predicted(
     assert_close(found.ms_eps[:, -1], (drawn + shift[prediction_type]).square().mean((1, 2, 3)), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_generators_are_one_per_image(count: int) -> None:
+    images = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
+    bound = make_bound(lambda x, t: x, chain(num_train_timesteps=20, beta_schedule="squaredcos_cap_v2"), images)
+    with pytest.raises(ValueError, match=rf"one per image, 2 here, got a list of {count}"):
+        step_errors(bound, images, seeded(count))
+
+
 def test_standard_normal_data_give_alpha_bar() -> None:
     """ε̂ = √(1-ᾱ) x_t is perfect for N(0, I): mse_eps = ᾱ, ms_eps = 1 - ᾱ."""
     x_0 = torch.randn(40, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
