@@ -24,11 +24,11 @@ from accelerate import Accelerator
 
 from . import hub
 from .config import option
-from .evaluate import Session, bits_of, dict_of
+from .evaluate import Session, bits_of
 from .evaluate_options import EvalConfig, words_of
 from .features import HandOff, make_extractor
 from .launch import check_world
-from .measure import SetBound, make_scheduler, sample_features, set_bound, under_fixed_variance
+from .measure import SetBound, dict_of, make_scheduler, sample_features, set_bound, under_fixed_variance
 from .metrics import feature_statistics, frechet_distance
 from .optimal import optimal_trajectories
 from .plots import figure_class, plot_against_steps

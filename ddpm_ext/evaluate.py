@@ -28,6 +28,7 @@ from .launch import check_world
 from .measure import (
     Samples,
     SetBound,
+    dict_of,
     is_fixed,
     make_scheduler,
     sample_features,
@@ -365,8 +366,3 @@ def check_reference(reference: Reference, config: EvalConfig) -> None:
                 f"{metric} needs at least {needs.get(metric, 2)} reference images, the split "
                 f'"{config.reference_split}" gives {len(reference.features)}.'
             )
-
-
-def dict_of(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's options, in a form that JSON can hold."""
-    return {"class": type(scheduler).__name__, **{name: str(value) for name, value in scheduler.config.items()}}

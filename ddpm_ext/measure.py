@@ -6,8 +6,9 @@ change what it measures but for the last digits of the network's sums.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -26,7 +27,7 @@ from .process import jump
 from .reference import as_features, as_tensors
 from .reverse import DecoderVariance, reverse_log_var, variance_bounds
 from .scheduler import DDPMExtScheduler
-from .scheduler_options import extension
+from .scheduler_options import EXTENSION_KEY, extension
 from .schedules import check_word
 from .shards import run_shards
 
@@ -76,6 +77,26 @@ def make_scheduler(
         changes["algorithm_type"] = "dpmsolver++"
     kind: Any = DDIMScheduler if sampler == "ddim" else DPMSolverMultistepScheduler
     return kind.from_config(scheduler.config, **changes)
+
+
+def dict_of(scheduler: Any) -> dict[str, str]:
+    """A scheduler's class and options in words: the same in every process, however it was built."""
+    return {"class": type(scheduler).__name__, **words_of_options(scheduler.config)}
+
+
+def words_of_options(config: Mapping[str, Any]) -> dict[str, str]:
+    """The options of a Diffusers config in words, but for its notes on itself.
+
+    Which options were left at their defaults, for one, Diffusers lists in an order that changes with every process.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, set | frozenset):
+            return sorted(map(str, value))
+        return value.tolist() if hasattr(value, "tolist") else str(value)
+
+    kept = {name: value for name, value in config.items() if not name.startswith("_") or name == EXTENSION_KEY}
+    return {name: json.dumps(value, sort_keys=True, default=plain) for name, value in kept.items()}
 
 
 def generate(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -21,7 +23,7 @@ from ddpm_ext.data import load_images
 from ddpm_ext.evaluate import evaluate, merge
 from ddpm_ext.evaluate_options import EvalConfig
 from ddpm_ext.features import make_extractor, weights_hash
-from ddpm_ext.measure import make_scheduler, set_bound
+from ddpm_ext.measure import dict_of, make_scheduler, set_bound
 from ddpm_ext.pipeline import DDPMExtPipeline
 from ddpm_ext.reference import load_reference, make_reference
 from ddpm_ext.scheduler import DDPMExtScheduler
@@ -29,7 +31,7 @@ from ddpm_ext.shards import load_checked, run_shards, save_whole
 from ddpm_ext.small_evaluation import SmallEvaluation
 from ddpm_ext.step_errors import set_errors, step_errors
 from ddpm_ext.tables import markdown
-from tests.training import TORCHRUN, finish, start
+from tests.training import ROOT, TORCHRUN, finish, start
 
 
 def tiny_unet() -> UNet2DModel:
@@ -361,6 +363,43 @@ def test_a_piece_of_something_else_is_refused(tmp_path: Path) -> None:
     assert load_checked(tmp_path / "x.safetensors", {"weights": "ab", "seed": 0})["x"].tolist() == [0, 0]
     with pytest.raises(ValueError, match="made for something else: seed is 0, needed 1"):
         load_checked(tmp_path / "x.safetensors", {"seed": 1, "weights": "ab"})
+
+
+KEY_OF_A_SPARSE_CONFIG = """
+from diffusers import DDPMScheduler
+from ddpm_ext.measure import dict_of, make_scheduler
+from ddpm_ext.shards import key_hash
+
+sparse = DDPMScheduler.from_config({"num_train_timesteps": 50, "beta_end": 0.3, "clip_sample": False})
+for sampler in ("ddpm", "ddim", "dpm++"):
+    print(key_hash(dict_of(make_scheduler(sparse, sampler))))
+"""
+
+
+@pytest.mark.slow
+def test_every_process_finds_the_pieces_of_a_sparse_stock_config() -> None:
+    """Diffusers notes the defaults that a config leaves out as a list in the order of a set."""
+    said = []
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
+        words = [sys.executable, "-c", KEY_OF_A_SPARSE_CONFIG]
+        said.append(subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.split())
+    assert said[0] == said[1]
+    assert len(set(said[0])) == 3
+
+
+def test_a_key_holds_every_option_that_matters_and_no_note() -> None:
+    there = dict_of(tiny_scheduler())
+    loaded = DDPMExtScheduler.from_config({**tiny_scheduler().config, "_class_name": "DDPMScheduler"})
+    assert dict_of(loaded) == there
+    assert not any(name.startswith("_") for name in there)
+    for options in ({"clip_sample": False}, {"trained_betas": [0.3] * 20}, {"prediction_type": "sample"}):
+        assert dict_of(tiny_scheduler(**options)) != there
+    loaded.register_to_config(_ddpm_ext={"trajectory": "even", "eta": 0.5})
+    other = DDPMExtScheduler.from_config(loaded.config)
+    other.register_to_config(_ddpm_ext={"eta": 0.5, "trajectory": "even"})
+    assert there != dict_of(loaded) == dict_of(other)
+    json.dumps([dict_of(make_scheduler(loaded, sampler)) for sampler in ("ddim", "dpm++")], allow_nan=False)
 
 
 # References -----------------------------------------------------------------------------------------------------------
