@@ -59,24 +59,29 @@ def make_scheduler(
         scheduler: The pipeline's own.
         sampler: One of the words.
         variance_type: Reverse variance of "ddpm"; None for the scheduler's own.
-        timestep_spacing: None for the scheduler's own.
+        timestep_spacing: In place of the scheduler's own, and of a stored trajectory; None for those.
     """
     check_word("sampler", sampler, get_args(Sampler))
-    changes: dict[str, Any] = {} if timestep_spacing is None else {"timestep_spacing": timestep_spacing}
+    # Diffusers forgets values that were given by position: it notes them as defaults, and `from_config` drops those.
+    config: dict[str, Any] = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
+    if timestep_spacing is not None:
+        config["timestep_spacing"] = timestep_spacing
+        config[EXTENSION_KEY] = {k: v for k, v in (config.get(EXTENSION_KEY) or {}).items() if k != "trajectory"}
     if sampler == "ddpm":
-        if variance_type is not None:
-            changes["variance_type"] = variance_type
-        return DDPMExtScheduler.from_config(scheduler.config, **changes)
+        return DDPMExtScheduler.from_config(
+            config, **({} if variance_type is None else {"variance_type": variance_type})
+        )
     if variance_type is not None:
         raise ValueError(
             f'variance_type is an option of the sampler "ddpm"; "{sampler}" has none, got {variance_type!r}.'
         )
     if scheduler.config.prediction_type == "posterior_mean":
         raise ValueError(f'The sampler "{sampler}" knows no prediction_type "posterior_mean". Use "ddpm".')
-    if sampler == "dpm++":
-        changes["algorithm_type"] = "dpmsolver++"
-    kind: Any = DDIMScheduler if sampler == "ddim" else DPMSolverMultistepScheduler
-    return kind.from_config(scheduler.config, **changes)
+    for name in ("variance_type", EXTENSION_KEY):  # of the ancestral chain; without a variance the head is dropped
+        config.pop(name, None)
+    if sampler == "ddim":
+        return DDIMScheduler.from_config(config)
+    return DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
 
 
 def dict_of(scheduler: Any) -> dict[str, str]:

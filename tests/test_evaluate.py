@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 
 from ddpm_ext import metrics
 from ddpm_ext.arguments import parse_options
@@ -29,7 +29,7 @@ from ddpm_ext.reference import load_reference, make_reference
 from ddpm_ext.scheduler import DDPMExtScheduler
 from ddpm_ext.shards import load_checked, run_shards, save_whole
 from ddpm_ext.small_evaluation import SmallEvaluation
-from ddpm_ext.step_errors import set_errors, step_errors
+from ddpm_ext.step_errors import drop_variance_head, set_errors, step_errors
 from ddpm_ext.tables import markdown
 from tests.training import ROOT, TORCHRUN, finish, start
 
@@ -207,6 +207,49 @@ def test_samplers_keep_the_schedule_of_the_model() -> None:
         make_scheduler(scheduler, "ddim", "fixed_large")
     with pytest.raises(ValueError, match="posterior_mean"):
         make_scheduler(tiny_scheduler(prediction_type="posterior_mean"), "ddim")
+
+
+@pytest.mark.parametrize("own", [DDPMExtScheduler(20, 1e-3, 0.6), DDPMScheduler(20, 1e-3, 0.6)])
+def test_options_that_were_given_by_position_are_kept(own: Any) -> None:
+    for sampler in ("ddpm", "ddim", "dpm++"):
+        made = make_scheduler(own, sampler)
+        torch.testing.assert_close(made.alphas_cumprod, own.alphas_cumprod)
+        assert made.config.timestep_spacing == "leading"
+
+
+def test_a_spacing_asked_for_takes_the_place_of_a_stored_trajectory() -> None:
+    scheduler = tiny_scheduler()
+    scheduler.register_to_config(_ddpm_ext={"trajectory": "even", "eta": 0.0})
+    made = make_scheduler(scheduler, "ddpm", None, "trailing")
+    made.set_timesteps(4)
+    stock = DDPMScheduler(num_train_timesteps=20, timestep_spacing="trailing")
+    stock.set_timesteps(4)
+    assert made.timesteps.tolist() == stock.timesteps.tolist()
+    assert made.config["_ddpm_ext"] == {"eta": 0.0}
+    made = make_scheduler(scheduler)
+    made.set_timesteps(4)
+    assert made.timesteps.tolist() == [19, 13, 6, 0]
+    assert "_ddpm_ext" not in make_scheduler(scheduler, "ddim").config
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Diffusers' DPM-Solver++
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+def test_other_samplers_leave_a_learned_variance_out(sampler: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    unet = UNet2DModel.from_config(tiny_unet().config, out_channels=2)
+    DDPMExtPipeline(unet, tiny_scheduler(variance_type="learned_range")).save_pretrained(tmp_path / "pipeline")
+    found = evaluate(small(tmp_path / "pipeline", tmp_path, metrics="fid", sampler=sampler))[0]
+    kind = DDIMScheduler if sampler == "ddim" else DPMSolverMultistepScheduler
+    scheduler = kind(num_train_timesteps=20, beta_start=1e-3, beta_end=0.6, timestep_spacing="leading")
+    pipeline = DDPMExtPipeline(drop_variance_head(unet), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    seeds = [torch.Generator().manual_seed(i) for i in range(12)]
+    images: Any = pipeline(12, generator=seeds, num_inference_steps=5, output_type="np").images
+    fake = (images * 255).round().reshape(12, -1) / 255
+    real = load_images("digits", split="train").batch(range(40)).pixels.reshape(40, -1).double() / 255
+    expected = metrics.frechet_distance(*(metrics.feature_statistics(x) for x in (real, fake)))
+    assert found["value"] == pytest.approx(expected, rel=1e-4)  # float32 features
+    assert found["variance_type"] is None
 
 
 @pytest.mark.slow
