@@ -28,7 +28,7 @@ from .evaluate import Session, bits_of
 from .evaluate_options import EvalConfig, words_of
 from .features import HandOff, make_extractor
 from .launch import check_world
-from .measure import SetBound, dict_of, make_scheduler, sample_features, set_bound, under_fixed_variance
+from .measure import SetBound, make_scheduler, sample_features, set_bound, under_fixed_variance
 from .metrics import feature_statistics, frechet_distance
 from .optimal import optimal_trajectories
 from .plots import figure_class, plot_against_steps
@@ -214,7 +214,7 @@ class Work:
             seed=config.seed,
             batch_size=None,
             folder=self.pieces,
-            key=self.key(self.scheduler),
+            key=self.session.key(self.scheduler),
             accelerator=self.accelerator,
         )
         mse, ms = mean_error(errors.mse_eps), mean_error(errors.ms_eps)
@@ -286,7 +286,7 @@ class Work:
             batch_size=None,
             num_inference_steps=K,
             folder=self.pieces,
-            key=self.key(scheduler),
+            key=self.session.key(scheduler),
             accelerator=self.accelerator,
         )
 
@@ -329,7 +329,7 @@ class Work:
                     seed=config.seed + number * config.num_samples,
                     batch_size=config.batch_size,
                     folder=self.pieces,
-                    key=self.key(scheduler),
+                    key=self.session.key(scheduler),
                     accelerator=self.accelerator,
                 )
                 statistics = feature_statistics(samples.features.features)
@@ -349,9 +349,6 @@ class Work:
         return [*plan, (Way("fixed_small", "even"), len(self.scheduler))] if self.config.full_chain else plan
 
     # -- records ----------------------------------------------------------------------------------------------------
-
-    def key(self, scheduler: DDPMExtScheduler) -> dict[str, Any]:
-        return {"weights": self.session.weights, "scheduler": dict_of(scheduler)}
 
     def of_way(self, way: Way, K: int) -> dict[str, Any]:
         before = way.variance_type == self.own_variance and way.trajectory == "even" and way.eta == 1

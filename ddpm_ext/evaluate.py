@@ -31,6 +31,7 @@ from .measure import (
     dict_of,
     is_fixed,
     make_scheduler,
+    network_hash,
     sample_features,
     set_bound,
     standard_error_of_mean,
@@ -81,7 +82,10 @@ def evaluate(config: EvalConfig) -> list[dict[str, Any]]:
 
 
 def merge(path: Path, figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put figures into eval.json in the place of those measured under the same conditions; return all it holds."""
+    """Put figures into eval.json in the place of those measured under the same conditions; return all it holds.
+
+    A figure of an earlier version, which said less of its conditions, makes room when all that it says is the same.
+    """
 
     def identity(figure: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in figure.items() if name not in RESULTS}
@@ -89,9 +93,16 @@ def merge(path: Path, figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     there = read_json(path)["figures"] if path.exists() else []
     fresh = [identity(figure) for figure in figures]
-    merged = [figure for figure in there if identity(figure) not in fresh] + figures
+    merged = [figure for figure in there if not any(agrees(identity(figure), new) for new in fresh)] + figures
     write_json(path, {"format": 1, "figures": merged})
     return merged
+
+
+def agrees(former: Any, new: Any) -> bool:
+    """Whether all that a former figure says is said by a new one, too."""
+    if isinstance(former, dict) and isinstance(new, dict):
+        return all(name in new and agrees(value, new[name]) for name, value in former.items())
+    return former == new
 
 
 class Session:
@@ -104,7 +115,7 @@ class Session:
         self.pipeline.to(accelerator.device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.scheduler = self.pipeline.scheduler
-        self.weights = weights_hash(self.pipeline.unet)
+        self.weights, self.network = weights_hash(self.pipeline.unet), network_hash(self.pipeline.unet)
         if config.plots:
             figure_class()  # what cannot be had is said before anything is measured
         self.extractor: Extractor | None = None
@@ -167,7 +178,7 @@ class Session:
             decoder_variance=config.decoder_variance,
             cdf=config.cdf,
             folder=self.folder / "eval_pieces",
-            key={"weights": self.weights, "scheduler": dict_of(scheduler)},
+            key=self.key(scheduler),
             accelerator=self.accelerator,
         )
 
@@ -218,7 +229,7 @@ class Session:
             seed=config.seed,
             batch_size=config.batch_size,
             folder=self.folder / "eval_pieces",
-            key={"weights": self.weights, "scheduler": dict_of(scheduler)},
+            key=self.key(scheduler),
             accelerator=self.accelerator,
         )
         self.pipeline.register_modules(scheduler=self.scheduler)
@@ -262,6 +273,10 @@ class Session:
 
     # -- shared -------------------------------------------------------------------------------------------------------
 
+    def key(self, scheduler: Any) -> dict[str, Any]:
+        """What tells this network under a scheduler from others."""
+        return {"weights": self.weights, "network": self.network, "scheduler": dict_of(scheduler)}
+
     def images(self, split: str) -> ImageSet:
         """A split at the network's size."""
         config, unet = self.config, self.pipeline.unet.config
@@ -291,6 +306,7 @@ class Session:
             "metric": metric,
             "model": self.config.model,
             "weights": self.weights,
+            "network": self.network,
             "averaged": self.averaged(),
             **more,
         }

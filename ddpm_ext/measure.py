@@ -29,7 +29,7 @@ from .reverse import DecoderVariance, reverse_log_var, variance_bounds
 from .scheduler import DDPMExtScheduler
 from .scheduler_options import EXTENSION_KEY, extension
 from .schedules import check_word
-from .shards import run_shards
+from .shards import key_hash, run_shards
 
 Sampler = Literal["ddpm", "ddim", "dpm++"]
 KEPT_IMAGES = 64  # generated images that are kept for a grid
@@ -87,6 +87,11 @@ def make_scheduler(
 def dict_of(scheduler: Any) -> dict[str, str]:
     """A scheduler's class and options in words: the same in every process, however it was built."""
     return {"class": type(scheduler).__name__, **words_of_options(scheduler.config)}
+
+
+def network_hash(unet: UNet2DModel) -> str:
+    """16 hex digits that stand for a network's options: weights alone do not say what function they are of."""
+    return key_hash(words_of_options(unet.config))
 
 
 def words_of_options(config: Mapping[str, Any]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ from ddpm_ext.data import load_images
 from ddpm_ext.evaluate import evaluate, merge
 from ddpm_ext.evaluate_options import EvalConfig
 from ddpm_ext.features import make_extractor, weights_hash
-from ddpm_ext.measure import dict_of, make_scheduler, set_bound
+from ddpm_ext.measure import dict_of, make_scheduler, network_hash, set_bound
 from ddpm_ext.pipeline import DDPMExtPipeline
 from ddpm_ext.reference import load_reference, make_reference
 from ddpm_ext.scheduler import DDPMExtScheduler
@@ -180,6 +181,13 @@ def test_measuring_again_replaces_and_other_conditions_add(model: Path, tmp_path
     assert "| sampler | 5 steps | 3 steps |" in table
     assert f"| ddpm, fixed_small | {again[0]['value']:.4g} |  |" in table
     assert len(merge(path, [{**again[0], "value": 7.0}])) == 5
+    # A figure of an earlier version says less; one that contradicts stays.
+    reference = {name: value for name, value in again[0]["reference"].items() if name != "fingerprint"}
+    former = {name: value for name, value in again[0].items() if name != "network"} | {"reference": reference}
+    assert len(merge(path, [former])) == 6
+    assert len(merge(path, again)) == 5
+    assert len(merge(path, [{**former, "seed": 1}])) == 6
+    assert len(merge(path, again)) == 6
 
 
 def test_the_hand_off_and_the_spacing_are_conditions(model: Path, tmp_path: Path) -> None:
@@ -266,6 +274,23 @@ def test_two_processes_measure_what_one_measures(model: Path, tmp_path: Path) ->
     for one, two in zip(*found, strict=True):
         assert two["certificate"]["num_processes"] == 2
         assert one["value"] == pytest.approx(two["value"], rel=1e-6)
+
+
+def test_another_config_of_the_network_is_another_network(model: Path, tmp_path: Path) -> None:
+    """The weights are the same, and the function is not: freq_shift moves the embedding of t."""
+    other = tmp_path / "pipeline"
+    shutil.copytree(model, other)
+    path = other / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "freq_shift": 1}))
+    first = evaluate(small(model, tmp_path, metrics="bpd,fid"))
+    second = evaluate(small(other, tmp_path, metrics="bpd,fid"))
+    alone = evaluate(small(other, tmp_path, metrics="bpd,fid", output_dir=str(tmp_path / "alone")))
+    for one, two, expected in zip(first, second, alone, strict=True):
+        assert two["value"] == pytest.approx(expected["value"], rel=1e-6)
+        assert two["value"] != pytest.approx(one["value"], rel=1e-5)
+        assert one["weights"] == two["weights"] and one["network"] != two["network"] == expected["network"]
+    noted = UNet2DModel.from_config({**tiny_unet().config, "_name_or_path": "elsewhere", "_diffusers_version": "0"})
+    assert network_hash(noted) == network_hash(tiny_unet()) == first[0]["network"]
 
 
 # Options --------------------------------------------------------------------------------------------------------------
