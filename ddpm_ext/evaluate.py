@@ -28,6 +28,7 @@ from .launch import check_world
 from .measure import (
     Samples,
     SetBound,
+    chain_of,
     dict_of,
     is_fixed,
     make_scheduler,
@@ -49,17 +50,7 @@ from .pipeline import DDPMExtPipeline
 from .plots import figure_class
 from .reference import Reference, make_reference
 from .run_dir import environment, read_json, write_atomically, write_json
-from .tables import markdown
-
-RESULTS = (
-    "value",
-    "std",
-    "standard_error",
-    "parts",
-    "rows",
-    "note",
-    "certificate",
-)  # the rest of a figure identifies it
+from .tables import RESULTS, markdown
 
 
 def evaluate(config: EvalConfig) -> list[dict[str, Any]]:
@@ -140,7 +131,8 @@ class Session:
         count = min(config.max_bpd_images or len(images), len(images))
         figures: list[dict[str, Any]] = []
         for variance in config.variances:
-            scheduler = make_scheduler(self.scheduler, "ddpm", variance)
+            spacing = config.timestep_spacing if config.bpd_num_inference_steps else None
+            scheduler = make_scheduler(self.scheduler, "ddpm", variance, spacing)
             self.started = time.perf_counter()
             found = self.bound(scheduler, images, count)
             self.bounds[scheduler.config.variance_type] = found
@@ -148,6 +140,7 @@ class Session:
                 "dataset": self.dataset(images, config.bpd_split, count),
                 "variance_type": scheduler.config.variance_type,
                 "num_inference_steps": config.bpd_num_inference_steps or len(scheduler),
+                **(chain_of(scheduler) if config.bpd_num_inference_steps else {}),
                 "num_timesteps_sampled": config.num_timesteps_sampled,
                 "decoder_variance": config.decoder_variance,
                 "cdf": config.cdf,
@@ -237,7 +230,7 @@ class Session:
             "sampler": sampler,
             "variance_type": scheduler.config.variance_type if sampler == "ddpm" else None,
             "num_inference_steps": steps,
-            "timestep_spacing": scheduler.config.timestep_spacing,
+            **chain_of(scheduler),
             "num_samples": config.num_samples,
             "seed": config.seed,
             "extractor": extractor.description,
@@ -298,7 +291,8 @@ class Session:
     def dataset(self, images: ImageSet, split: str, count: int) -> dict[str, Any]:
         """What a figure says of the images it rests on."""
         name = self.config.dataset_name or self.config.data_dir or "digits"
-        return {"name": name, "split": split, "num_images": count, "fingerprint": images.fingerprint}
+        found = {"name": name, "split": split, "num_images": count, "fingerprint": images.fingerprint}
+        return {**found, "resolution": list(images.shape)}  # the network's: pictures of other sizes were brought to it
 
     def figure(self, metric: str, **more: Any) -> dict[str, Any]:
         """One entry of eval.json."""
@@ -318,7 +312,9 @@ class Session:
             "wall_time_s": round(time.perf_counter() - self.started, 1),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        return {name: value for name, value in found.items() if value is not None or name not in RESULTS}
+        if not math.isfinite(found["value"]):
+            raise ValueError(f"{metric} came out as {found['value']}: look at the weights and at the extractor.")
+        return finite({name: value for name, value in found.items() if value is not None or name not in RESULTS})
 
     def averaged(self) -> bool | None:
         """Whether the weights are averages, as the option or the run's record says; None where nothing does."""
@@ -339,6 +335,12 @@ class Session:
         draw_paper(self.pipeline, to_x_0(training.batch([0, 1]).pixels), folder, self.config.seed)
         if self.samples is not None and self.reference is not None:
             draw_nearest(self.samples, self.reference, training, self.config.extractor, folder / "nearest.png")
+
+
+def finite(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without the numbers that JSON does not know, such as the error of a mean of one image."""
+    kept = {name: value for name, value in record.items() if not isinstance(value, float) or math.isfinite(value)}
+    return {name: finite(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def bits_of(found: SetBound) -> dict[str, Any]:

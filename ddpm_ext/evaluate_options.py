@@ -42,7 +42,9 @@ class EvalConfig:
     sampler: str = option("ddpm", "Of ddpm, ddim, dpm++.")
     variance_type: str | None = option(None, "Reverse variances of ddpm and of bits/dim; none: the scheduler's own.")
     num_inference_steps: str = option("1000", "Denoising steps; several give a table of quality against steps.")
-    timestep_spacing: str | None = option(None, "leading, trailing or linspace; none: the scheduler's own.")
+    timestep_spacing: str | None = option(
+        None, "leading, trailing or linspace; none: the scheduler's own, or its trajectory."
+    )
     num_samples: int = option(50_000, "Generated images of each score.")
     batch_size: int = option(250, "Images of one process at a time.")
     seed: int = option(0, "Image i is drawn from seed + i.")

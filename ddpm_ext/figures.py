@@ -17,7 +17,7 @@ from .metrics import nearest
 from .pipeline import DDPMExtPipeline
 from .plots import plot_against_steps, plot_bits_per_step, plot_images, plot_rate_distortion
 from .reference import Reference
-from .tables import sampler_words
+from .tables import groups_of_scores, of_newest_weights, row_words
 
 
 def spread(num_timesteps: int, count: int) -> list[int]:
@@ -96,16 +96,20 @@ def draw_bound(sweep: Sweep, num_timesteps: int, folder: Path, name: str | None)
 
 
 def draw_quality(figures: list[dict[str, Any]], folder: Path) -> None:
-    """Every score of generated images against denoising steps, where it was measured at several."""
-    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for figure in figures:
-        if "num_samples" in figure and figure["metric"] != "prdc":
-            name = f"{figure['metric']}_{figure['num_samples']}_{Path(figure['extractor']['name']).name}"
-            curve = curves.setdefault(name, {}).setdefault(sampler_words(figure), [])
-            curve.append((figure["num_inference_steps"], figure["value"]))
-    for name, of_samplers in curves.items():
-        if len({steps for points in of_samplers.values() for steps, _ in points}) > 1:
-            plot_against_steps(of_samplers, name, folder / f"{name}_against_steps.png")
+    """Every score of the newest weights against denoising steps, a plot per table; those of before are deleted."""
+    for path in folder.glob("*_against_steps.png"):
+        path.unlink()
+    groups = [group for group in groups_of_scores(of_newest_weights(figures)) if group.metric != "prdc"]
+    stems = [f"{group.metric}_{group.num_samples}_{Path(group.extractor).name}" for group in groups]
+    for i, (group, stem) in enumerate(zip(groups, stems, strict=True)):
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for name, figure in zip(row_words(group.figures), group.figures, strict=True):
+            curves.setdefault(name, []).append((figure["num_inference_steps"], figure["value"]))
+        if len({steps for points in curves.values() for steps, _ in points}) > 1:
+            # Where groups differ in hand-off or reference alone, the later ones get a number.
+            name = stem if stem not in stems[:i] else f"{stem}_{stems[:i].count(stem) + 1}"
+            how = "" if stems.count(stem) == 1 else f", {group.hand_off}, to {group.reference}"
+            plot_against_steps(curves, f"{stem}{how}", folder / f"{name}_against_steps.png")
 
 
 def draw_nearest(

@@ -84,6 +84,16 @@ def make_scheduler(
     return DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
 
 
+def chain_of(scheduler: Any) -> dict[str, Any]:
+    """How a scheduler chooses its steps, by its spacing or by a trajectory in place of it, and its η; DDPM's is 1."""
+    spacing = {"timestep_spacing": scheduler.config.timestep_spacing, "trajectory": None, "eta": None}
+    if not isinstance(scheduler, DDPMExtScheduler):
+        return spacing
+    extra = extension(scheduler.config)
+    chosen = {} if extra.trajectory is None else {"timestep_spacing": None, "trajectory": extra.trajectory}
+    return {**spacing, **chosen, "eta": extra.eta}
+
+
 def dict_of(scheduler: Any) -> dict[str, str]:
     """A scheduler's class and options in words: the same in every process, however it was built."""
     return {"class": type(scheduler).__name__, **words_of_options(scheduler.config)}

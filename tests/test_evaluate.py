@@ -293,6 +293,46 @@ def test_another_config_of_the_network_is_another_network(model: Path, tmp_path:
     assert network_hash(noted) == network_hash(tiny_unet()) == first[0]["network"]
 
 
+def test_one_image_has_no_error_and_no_nan_is_written(model: Path, tmp_path: Path) -> None:
+    (figure,) = evaluate(small(model, tmp_path, metrics="bpd", max_bpd_images=1))
+    assert figure["parts"].keys() == {"prior", "rate", "decoder"}
+    json.dumps(json.loads((tmp_path / "out" / "eval.json").read_text()), allow_nan=False)
+    two = evaluate(small(model, tmp_path, metrics="bpd", max_bpd_images=2))[0]
+    assert two["parts"]["standard_error_over_images"] > 0
+
+
+def test_the_steps_of_a_calibrated_pipeline_are_conditions(tmp_path: Path) -> None:
+    scheduler = tiny_scheduler()
+    scheduler.register_to_config(_ddpm_ext={"trajectory": "even", "eta": 0.5})
+    model = tmp_path / "pipeline"
+    DDPMExtPipeline(tiny_unet(), scheduler).save_pretrained(model)
+    stored = evaluate(small(model, tmp_path, metrics="fid", sampler="ddpm,ddim"))
+    asked = evaluate(small(model, tmp_path, metrics="fid", timestep_spacing="trailing"))
+    names = ("sampler", "timestep_spacing", "trajectory", "eta")
+    assert [tuple(figure[name] for name in names) for figure in (*stored, *asked)] == [
+        ("ddpm", None, "even", 0.5),
+        ("ddim", "leading", None, None),
+        ("ddpm", "trailing", None, 0.5),
+    ]
+    assert asked[0]["value"] != stored[0]["value"]
+    table = (tmp_path / "out" / "eval.md").read_text()
+    for words, figure in zip(("even trajectory", "trailing spacing"), (stored[0], asked[0]), strict=True):
+        assert f"| ddpm, fixed_small, {words} | {figure['value']:.4g} |" in table
+    scheduler.register_to_config(_ddpm_ext={"trajectory": "even"})
+    DDPMExtPipeline(tiny_unet(), scheduler).save_pretrained(model)
+    respaced = {"metrics": "bpd", "bpd_num_inference_steps": 5}
+    bits = [evaluate(small(model, tmp_path, **respaced, **more))[0] for more in ({}, {"timestep_spacing": "leading"})]
+    assert [(figure["timestep_spacing"], figure["trajectory"]) for figure in bits] == [
+        (None, "even"),
+        ("leading", None),
+    ]
+    pixels = load_images("digits", split="test").batch(range(6)).pixels
+    for figure, times in zip(bits, ([19, 14, 10, 5, 0], [16, 12, 8, 4, 0]), strict=True):
+        seeds = [torch.Generator().manual_seed(i) for i in range(6)]
+        expected = bits_per_dim(tiny_unet(), tiny_scheduler(), pixels, timesteps=times, generator=seeds)
+        assert figure["value"] == pytest.approx(expected.total.mean().item(), rel=1e-5)
+
+
 # Options --------------------------------------------------------------------------------------------------------------
 
 
@@ -542,3 +582,65 @@ def test_tables_hold_every_kind_of_figure() -> None:
     text = markdown([bits, {**bits, "metric": "rate_distortion", "rows": rows}])
     assert "| 297 images of digits test | fixed_small | 1000 | 0.0000 | 1.5000 | 1.2500 | 2.7500 ± 0.0120 |" in text
     assert text.index("| 1000 | 10.00000 | 0.00100 |") < text.index("| 500 | 5.00000 | 0.00200 |")
+
+
+def score(value: float, **more: Any) -> dict[str, Any]:
+    usual = {"metric": "fid", "weights": "new", "network": "n", "sampler": "ddpm", "variance_type": "fixed_small"}
+    reference = {"name": "digits", "split": "train", "num_images": 1500, "fingerprint": "f"}
+    usual |= {"num_inference_steps": 10, "timestep_spacing": "leading", "trajectory": None, "eta": 1.0, "seed": 0}
+    usual |= {"num_samples": 50, "hand_off": "uint8", "extractor": {"name": "pixels"}, "reference": reference}
+    return {**usual, **more, "value": value}
+
+
+def test_every_condition_that_differs_names_its_row() -> None:
+    other = {"name": "digits", "split": "train", "num_images": 1500, "fingerprint": "g"}
+    figures = [
+        score(1.0),
+        score(2.0, seed=1),
+        score(3.0, timestep_spacing="trailing"),
+        score(4.0, timestep_spacing=None, trajectory="optimal"),
+        score(5.0, eta=0.0),
+        score(6.0, reference=other),
+        score(7.0, sampler="ddim", variance_type=None, eta=None),
+    ]
+    lines = markdown(figures).splitlines()
+    assert len(lines) == 2 + 2 + 7
+    assert "| ddpm, fixed_small, leading spacing, η = 1, seed 1, reference fingerprint f | 2 |" in lines
+    assert "| ddpm, fixed_small, trailing spacing, η = 1, seed 0, reference fingerprint f | 3 |" in lines
+    assert "| ddpm, fixed_small, optimal trajectory, η = 1, seed 0, reference fingerprint f | 4 |" in lines
+    assert "| ddim, leading spacing, seed 0, reference fingerprint f | 7 |" in lines
+    # What none of them differs in goes unsaid, and η, which DDIM has not, makes no difference.
+    assert "| ddim | 7 |" in markdown([figures[0], figures[-1]])
+    assert "| ddpm, fixed_small | 1 |" in markdown([figures[0], figures[-1]])
+    assert "| ddpm, fixed_small, η = 0 | 5 |" in markdown([figures[0], figures[4], figures[-1]])
+
+
+def test_tables_are_of_the_weights_measured_last() -> None:
+    text = markdown(
+        [score(1.0, weights="old"), score(2.0), score(3.0, network="other"), score(4.0, seed=1), score(5.0)]
+    )
+    assert text.startswith("Left out: 2 figures of other weights; they are in eval.json.")
+    assert "| 1 |" not in text and "| 3 |" not in text and "| 4 |" in text and "| 5 |" in text
+    assert "Left out" not in markdown([score(2.0), score(4.0, seed=1)])
+    assert markdown([]) == "\n"
+
+
+def test_an_inception_score_is_of_no_reference() -> None:
+    figures = [score(2.0, metric="is", std=0.5), score(3.0)]
+    text = markdown(figures)
+    assert "Inception score (pixels, 50 samples, hand-off uint8):" in text
+    assert "Fréchet distance to 1,500 images of digits train (pixels, 50 samples, hand-off uint8):" in text
+
+
+def test_bits_under_other_conditions_are_told_apart() -> None:
+    data = {"name": "digits", "split": "test", "num_images": 297}
+    parts = {"prior": 0.0, "rate": 1.5, "decoder": 1.25}
+    bits = {"metric": "bpd", "value": 2.75, "parts": parts, "dataset": data, "seed": 0, "cdf": "tanh"}
+    bits |= {"variance_type": "fixed_small", "num_inference_steps": 1000, "num_timesteps_sampled": None}
+    text = markdown([bits, {**bits, "seed": 1}, {**bits, "num_timesteps_sampled": 50, "cdf": "exact"}])
+    assert "| fixed_small, seed 0, cdf tanh | 1000 |" in text
+    assert "| fixed_small, seed 1, cdf tanh | 1000 |" in text
+    assert "| fixed_small, seed 0, cdf exact, num timesteps sampled 50 | 1000 |" in text
+    row = {"label": 1000, "rate_bits_per_dim": 1.0, "distortion_rmse": 2.0}
+    rates = [{**bits, "metric": "rate_distortion", "rows": [row], "seed": seed} for seed in (0, 1)]
+    assert "test, fixed_small, 1000 steps, seed 1:" in markdown(rates)

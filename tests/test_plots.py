@@ -17,7 +17,7 @@ from ddpm_ext import figures, plots
 from ddpm_ext.data import load_images
 from ddpm_ext.images import to_x_0
 from ddpm_ext.pipeline import DDPMExtPipeline
-from tests.test_evaluate import small, tiny_scheduler, tiny_unet
+from tests.test_evaluate import score, small, tiny_scheduler, tiny_unet
 
 
 @pytest.fixture
@@ -137,6 +137,26 @@ def test_interpolation_goes_from_one_image_to_the_other(
     brightness = grid["rows"][0].float().mean((1, 2, 3))
     assert brightness[0] < 20 and brightness[-1] > 235
     assert bool((brightness.diff() > 0).all())
+
+
+def test_each_curve_is_of_one_condition_and_of_the_newest_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(figures, "plot_against_steps", lambda curves, title, path: found.update({path.name: curves}))
+    (tmp_path / "kid_7_pixels_against_steps.png").touch()  # of former weights
+    old = [score(K, weights="old", num_inference_steps=K) for K in (5, 10)]
+    new = [score(K + seed, num_inference_steps=K, seed=seed) for seed in (0, 1) for K in (5, 10)]
+    rounded = [score(K / 2, num_inference_steps=K, hand_off="float") for K in (5, 10)]
+    figures.draw_quality([*old, *new, *rounded], tmp_path)
+    assert found == {
+        "fid_50_pixels_against_steps.png": {
+            "ddpm, fixed_small, seed 0": [(5, 5), (10, 10)],
+            "ddpm, fixed_small, seed 1": [(5, 6), (10, 11)],
+        },
+        "fid_50_pixels_2_against_steps.png": {"ddpm, fixed_small": [(5, 2.5), (10, 5)]},
+    }
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_copies_would_show_beside_their_originals(rows_of_grids: list[dict[str, Any]], tmp_path: Path) -> None:
