@@ -18,24 +18,25 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from .bound import rate_distortion_rows
 from .data import ImageSet, load_images
 from .evaluate_options import EvalConfig, recorded, words_of
 from .features import Extractor, make_extractor, weights_hash
 from .figures import draw_bound, draw_nearest, draw_paper, draw_quality
-from .images import to_x_0
 from .launch import check_world
 from .measure import (
     Samples,
     SetBound,
+    bits_of,
     chain_of,
     dict_of,
+    images_and_labels,
     is_fixed,
+    load_pipeline,
     make_scheduler,
     network_hash,
+    rows_of,
     sample_features,
     set_bound,
-    standard_error_of_mean,
     under_fixed_variance,
 )
 from .metrics import (
@@ -46,7 +47,6 @@ from .metrics import (
     precision_recall,
     rbf_mmd,
 )
-from .pipeline import DDPMExtPipeline
 from .plots import figure_class
 from .reference import Reference, make_reference
 from .run_dir import environment, read_json, write_atomically, write_json
@@ -102,13 +102,11 @@ class Session:
     def __init__(self, config: EvalConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         self.folder = config.folder
-        self.pipeline: DDPMExtPipeline = DDPMExtPipeline.from_pretrained(config.model)  # pyright: ignore
+        self.pipeline = load_pipeline(config.model)
         self.pipeline.to(accelerator.device)
-        self.pipeline.set_progress_bar_config(disable=True)
         self.scheduler = self.pipeline.scheduler
         self.weights, self.network = weights_hash(self.pipeline.unet), network_hash(self.pipeline.unet)
-        if config.plots:
-            figure_class()  # what cannot be had is said before anything is measured
+        self.training: ImageSet | None = self.images_of_plots() if config.plots else None
         self.extractor: Extractor | None = None
         if config.of_samples:
             self.extractor = make_extractor(
@@ -183,6 +181,7 @@ class Session:
         images = self.images(config.reference_split)
         extractor = self.extractor
         assert extractor is not None
+        check_reference(min(config.max_reference_images or len(images), len(images)), config)
         self.reference = make_reference(
             images,
             extractor,
@@ -191,7 +190,8 @@ class Session:
             cache_dir=config.reference_cache,
             num_images=config.max_reference_images,
         )
-        check_reference(self.reference, config)
+        if "is" in config.of_samples and self.reference.logits is None:
+            raise ValueError(f'is needs a classifier as extractor, and "{config.extractor}" gives no logits.')
         figures: list[dict[str, Any]] = []
         for sampler, variance, steps in self.plan():
             figures += self.scores(images, sampler, variance, steps)
@@ -331,10 +331,22 @@ class Session:
                 draw_bound(bound.sweep, len(make_scheduler(self.scheduler)), folder, variance)
         draw_quality(figures, folder)
         self.pipeline.register_modules(scheduler=make_scheduler(self.scheduler))
-        training = self.images(self.config.reference_split)
-        draw_paper(self.pipeline, to_x_0(training.batch([0, 1]).pixels), folder, self.config.seed)
+        assert self.training is not None
+        draw_paper(self.pipeline, self.training, folder, self.config.seed)
         if self.samples is not None and self.reference is not None:
-            draw_nearest(self.samples, self.reference, training, self.config.extractor, folder / "nearest.png")
+            draw_nearest(self.samples, self.reference, self.training, self.config.extractor, folder / "nearest.png")
+
+    def images_of_plots(self) -> ImageSet:
+        """The training images that plots show; what cannot be drawn is said before anything is measured."""
+        figure_class()
+        images = self.images(self.config.reference_split)
+        if len(images) < 2:
+            raise ValueError(
+                f'--plots interpolates between two images of the split "{self.config.reference_split}", got '
+                f"{len(images)}. Leave --plots out."
+            )
+        images_and_labels(self.pipeline.unet, images, range(1))
+        return images
 
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:
@@ -343,44 +355,12 @@ def finite(record: dict[str, Any]) -> dict[str, Any]:
     return {name: finite(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
-def bits_of(found: SetBound) -> dict[str, Any]:
-    """Mean bits/dim and its three parts. The error is of sampled steps; that of other images stands beside it."""
-    bits = found.bits_per_dim
-    total, prior, decoder = (part.mean().item() for part in (bits.total, bits.prior, bits.decoder))
-    return {
-        "value": total,
-        "standard_error": None if bits.standard_error is None else bits.standard_error.item(),
-        "parts": {
-            "prior": prior,
-            "rate": total - prior - decoder,
-            "decoder": decoder,
-            "standard_error_over_images": standard_error_of_mean(bits.total),
-        },
-    }
-
-
-def rows_of(found: SetBound, num_timesteps: int) -> dict[str, Any]:
-    """About ten rows of DDPM Table 4; value is the distortion of the last."""
-    assert found.sweep is not None
-    rows = rate_distortion_rows(found.sweep, num_timesteps)
-    count = len(rows.label)
-    chosen = sorted({math.ceil(count * k / 10) - 1 for k in range(1, 11)})
-    names = ("label", "timesteps", "rate_bits_per_dim", "distortion_rmse")
-    columns = (rows.label, rows.timesteps, rows.rate_bits_per_dim.tolist(), rows.distortion_rmse.tolist())
-    return {
-        "value": columns[-1][-1],
-        "rows": [{name: column[i] for name, column in zip(names, columns, strict=True)} for i in chosen],
-    }
-
-
-def check_reference(reference: Reference, config: EvalConfig) -> None:
-    """Raise a ValueError when the reference cannot serve the metrics asked for, before images are generated."""
-    if "is" in config.of_samples and reference.logits is None:
-        raise ValueError(f'is needs a classifier as extractor, and "{config.extractor}" gives no logits.')
+def check_reference(count: int, config: EvalConfig) -> None:
+    """Raise a ValueError when a reference of so many images cannot serve the metrics asked for."""
     needs = {"kid": config.kid_subset_size, "prdc": 6}
     for metric in config.of_samples:
-        if len(reference.features) < needs.get(metric, 2):
+        if count < needs.get(metric, 2):
             raise ValueError(
                 f"{metric} needs at least {needs.get(metric, 2)} reference images, the split "
-                f'"{config.reference_split}" gives {len(reference.features)}.'
+                f'"{config.reference_split}" gives {count}: see max_reference_images.'
             )

@@ -17,11 +17,12 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from torch import Tensor
 
-from .bound import BitsPerDim, Bound, Sweep, full_sweep, grid_images, make_bound, sampled_bound
+from .bound import BitsPerDim, Bound, Sweep, full_sweep, grid_images, make_bound, rate_distortion_rows, sampled_bound
 from .data import ImageSet
 from .features import Extractor, Features, HandOff, extract, hand_off
 from .likelihood import Cdf, gaussian_kl
 from .optimal import optimal_variance
+from .patience import HubError
 from .pipeline import DDPMExtPipeline
 from .process import jump
 from .reference import as_features, as_tensors
@@ -48,6 +49,28 @@ class SetBound(NamedTuple):
 
     bits_per_dim: BitsPerDim  # per image; standard_error that of the mean over the set
     sweep: Sweep | None  # None where the steps were sampled
+
+
+def load_pipeline(model: str) -> DDPMExtPipeline:
+    """A pipeline from a folder or the Hub, its bars off.
+
+    Raises:
+        ValueError: what lies there is no pipeline of a UNet2DModel and a scheduler.
+        HubError: it cannot be had.
+    """
+    try:
+        pipeline: Any = DDPMExtPipeline.from_pretrained(model)
+    except HubError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"model must be a folder or Hub name of a DDPM pipeline, got {model!r}: {reason}") from error
+    if not isinstance(pipeline.unet, UNet2DModel):
+        raise ValueError(
+            f"model must be a pipeline of a UNet2DModel, got a {type(pipeline.unet).__name__} in {model!r}."
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def make_scheduler(
@@ -197,7 +220,7 @@ def images_and_labels(unet: UNet2DModel, images: ImageSet, numbers: range) -> tu
     if unet.config.get("num_class_embeds") is None:
         return pixels, None
     if labels is None:
-        raise ValueError("The network is class-conditional, and these images have no classes: bits/dim need them.")
+        raise ValueError("The network is class-conditional, and these images have no classes: name their label_column.")
     return pixels, labels
 
 
@@ -295,6 +318,36 @@ def under_fixed_variance(found: SetBound, scheduler: DDPMExtScheduler, times: li
     steps = gaussian_kl(step.c1 * rmse, small, torch.zeros_like(rmse), log_var) / math.log(2)
     bits = bits._replace(steps=steps, total=bits.prior + steps.sum(1) + bits.decoder)
     return SetBound(bits, Sweep(times, bits, squared_error))
+
+
+def bits_of(found: SetBound) -> dict[str, Any]:
+    """Mean bits/dim and its three parts. The error is of sampled steps; that of other images stands beside it."""
+    bits = found.bits_per_dim
+    total, prior, decoder = (part.mean().item() for part in (bits.total, bits.prior, bits.decoder))
+    return {
+        "value": total,
+        "standard_error": None if bits.standard_error is None else bits.standard_error.item(),
+        "parts": {
+            "prior": prior,
+            "rate": total - prior - decoder,
+            "decoder": decoder,
+            "standard_error_over_images": standard_error_of_mean(bits.total),
+        },
+    }
+
+
+def rows_of(found: SetBound, num_timesteps: int) -> dict[str, Any]:
+    """About ten rows of DDPM Table 4; value is the distortion of the last."""
+    assert found.sweep is not None
+    rows = rate_distortion_rows(found.sweep, num_timesteps)
+    count = len(rows.label)
+    chosen = sorted({math.ceil(count * k / 10) - 1 for k in range(1, 11)})
+    names = ("label", "timesteps", "rate_bits_per_dim", "distortion_rmse")
+    columns = (rows.label, rows.timesteps, rows.rate_bits_per_dim.tolist(), rows.distortion_rmse.tolist())
+    return {
+        "value": columns[-1][-1],
+        "rows": [{name: column[i] for name, column in zip(names, columns, strict=True)} for i in chosen],
+    }
 
 
 def standard_error_of_mean(x: Tensor) -> float:

@@ -12,17 +12,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from PIL import Image
 
 from ddpm_ext import metrics
 from ddpm_ext.arguments import parse_options
 from ddpm_ext.bound import bits_per_dim, grid_images, make_bound, rate_distortion
+from ddpm_ext.calibrate import calibrate
 from ddpm_ext.data import load_images
 from ddpm_ext.evaluate import evaluate, merge
-from ddpm_ext.evaluate_options import EvalConfig
+from ddpm_ext.evaluate_options import CalibrateConfig, EvalConfig
 from ddpm_ext.features import make_extractor, weights_hash
 from ddpm_ext.measure import dict_of, make_scheduler, network_hash, set_bound
 from ddpm_ext.pipeline import DDPMExtPipeline
@@ -162,6 +165,7 @@ def test_a_figure_says_what_made_it(model: Path, tmp_path: Path) -> None:
     fid = found["fid"]
     assert (fid["sampler"], fid["variance_type"], fid["num_inference_steps"]) == ("ddpm", "fixed_small", 5)
     assert (fid["num_samples"], fid["hand_off"], fid["extractor"]["name"]) == (12, "uint8", "pixels")
+    assert fid["reference"]["resolution"] == found["bpd"]["dataset"]["resolution"] == [1, 8, 8]
     assert fid["reference"]["fingerprint"] == load_images("digits", split="train", channels=1, resolution=8).fingerprint
     assert "biased upwards" in fid["note"]  # 12 images, 64 features
     assert json.loads((config.folder / "eval.json").read_text())["figures"] == list(found.values())
@@ -353,6 +357,7 @@ def test_the_steps_of_a_calibrated_pipeline_are_conditions(tmp_path: Path) -> No
         ({"metrics": "cmmd", "extractor": "pixels"}, 'cmmd is defined on the embeddings of the extractor "clip"'),
         ({"metrics": "is", "extractor": "pixels"}, "is needs a classifier"),
         ({"metrics": "rate_distortion", "num_timesteps_sampled": 5}, "rate_distortion needs every step"),
+        ({"metrics": "fid", "sampler": "ddim,dpm++", "variance_type": "fixed_large"}, "neither is asked for"),
     ],
 )
 def test_wrong_options_are_sentences_before_anything_is_computed(options: dict[str, Any], message: str) -> None:
@@ -371,9 +376,56 @@ def test_the_command_line() -> None:
         parse_options(EvalConfig, "", ["--num_samples", "many"])
 
 
+def test_a_number_asked_for_twice_is_measured_once(model: Path, tmp_path: Path) -> None:
+    config = small(model, tmp_path, metrics="fid,fid", num_inference_steps="3, 5,03,5")
+    assert config.steps == [3, 5]
+    assert [figure["num_inference_steps"] for figure in evaluate(config)] == [3, 5]
+    bits = small(model, tmp_path, metrics="bpd,fid", sampler="ddim", variance_type="fixed_large")
+    assert bits.variances == ["fixed_large"]  # of bits/dim
+
+
+def test_a_folder_that_is_no_pipeline_is_a_sentence(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(model, tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken" / "unet")
+    for folder in ("empty", "broken"):
+        with pytest.raises(ValueError, match=f"model must be a folder or Hub name of a DDPM pipeline.*{folder}"):
+            evaluate(small(tmp_path / folder, tmp_path))
+    config = CalibrateConfig(model=str(tmp_path / "empty"), extractor="pixels", cpu=True)
+    with pytest.raises(ValueError, match="model must be a folder or Hub name of a DDPM pipeline"):
+        calibrate(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["evaluate", "calibrate"])
+def test_the_command_says_so_and_ends_with_code_1(command: str, tmp_path: Path) -> None:
+    words = [f"scripts/{command}.py", "--cpu", f"--model={tmp_path}", "--extractor=pixels"]
+    code, said = finish(start([*words, f"--output_dir={tmp_path / 'out'}"]))
+    assert code == 1
+    assert "error: model must be a folder or Hub name of a DDPM pipeline" in said and "Traceback" not in said
+
+
+def test_plots_that_cannot_be_drawn_are_refused_before_anything_is_measured(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(UNet2DModel, "forward", None)
+    (tmp_path / "train").mkdir()
+    Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "train" / "0.png")
+    alone = {"metrics": "bpd", "bpd_split": "train", "data_dir": str(tmp_path), "plots": True}
+    with pytest.raises(ValueError, match=r'between two images of the split "train", got 1\. Leave --plots out'):
+        evaluate(small(model, tmp_path, **alone))
+    with pytest.raises(ValueError, match="validation"):
+        evaluate(small(model, tmp_path, metrics="bpd", plots=True, reference_split="validation"))
+
+
 def test_too_small_a_reference_and_a_reference_without_logits_are_sentences(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='kid needs at least 6 reference images, the split "train" gives 5'):
         evaluate(small(model, tmp_path, metrics="kid", max_reference_images=5))
+    with pytest.raises(ValueError, match='fid needs at least 2 reference images, the split "train" gives 1: see max_'):
+        evaluate(small(model, tmp_path, metrics="fid", max_reference_images=1))
+    test, pixels = load_images("digits", split="test"), make_extractor("pixels")
+    with pytest.raises(ValueError, match="A reference needs at least 2 images for its covariance, got 1"):
+        make_reference(test, pixels, "uint8", Accelerator(cpu=True), cache_dir=tmp_path, num_images=1)
 
 
 def test_bits_and_errors_of_a_class_conditional_network_are_those_of_each_images_class(tmp_path: Path) -> None:
