@@ -9,26 +9,23 @@ One sweep of all steps over training images gives the errors, one over test imag
 trajectory and number of steps. Long work is done in pieces (`shards`): the same command goes on after a kill.
 """
 
-# ruff: noqa: RUF009
-
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from accelerate import Accelerator
 
 from . import hub
-from .config import option
-from .evaluate import Session, bits_of, dict_of
-from .evaluate_options import EvalConfig, words_of
-from .features import HandOff, make_extractor
+from .evaluate import Session
+from .evaluate_options import CalibrateConfig
+from .features import make_extractor
 from .launch import check_world
-from .measure import SetBound, make_scheduler, sample_features, set_bound, under_fixed_variance
+from .measure import SetBound, bits_of, make_scheduler, sample_features, set_bound, under_fixed_variance
 from .metrics import feature_statistics, frechet_distance
 from .optimal import optimal_trajectories
 from .plots import figure_class, plot_against_steps
@@ -37,93 +34,11 @@ from .reverse import LEARNED_VARIANCES
 from .run_dir import write_atomically, write_json
 from .scheduler import DDPMExtScheduler
 from .scheduler_options import EXTENSION_KEY, Trajectory
-from .schedules import check_word
 from .step_errors import drop_variance_head, mean_error, set_errors
 from .tables import data_words, table
 
 DIGITS = 8  # significant digits of the stored errors: far below their standard errors
-Score = Literal["bpd", "fid"]
 TITLES = {"bpd": "bits/dim", "fid": "Fréchet distance"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrateConfig:
-    """Options of scripts/calibrate.py. Lists are written with commas: --num_inference_steps 10,50."""
-
-    model: str = option("runs/digits/pipeline", "Folder or Hub name of a pipeline.")
-    output_dir: str | None = option(None, "Folder of the result; none: calibrated/ in the run folder.")
-    dataset_name: str | None = option(None, "digits (built in), a Hub name, or a local folder.")
-    dataset_config_name: str | None = option(None, "Configuration of a Hub set.")
-    data_dir: str | None = option(None, "Folder of images, in place of dataset_name.")
-    image_column: str | None = option(None, "Column of the images; none: the only one.")
-    label_column: str | None = option(None, "Column of the classes, for a class-conditional model; none: the only one.")
-    split: str = option("train", "Split on which errors are measured and with which samples are compared.")
-    test_split: str = option("test", "Split whose bits/dim are reported.")
-    num_images: int = option(1024, "Images of the errors, every step of each.")
-    num_inference_steps: str = option("10,25,50,100", "Numbers of steps whose trajectories are stored and judged.")
-    trajectory: Trajectory = option("optimal", "Trajectory that the calibrated scheduler takes by default.")
-    seed: int = option(0, "Image i draws from seed + i.")
-
-    metrics: str = option("bpd,fid", "Scores before and after, of bpd (bits/dim) and fid (Frechet); none: no scores.")
-    max_bpd_images: int | None = option(None, "Only the first so many test images; none: all.")
-    fid_num_inference_steps: str | None = option(None, "Steps of the Frechet distances; none: num_inference_steps.")
-    num_samples: int = option(10_000, "Generated images of each Frechet distance.")
-    num_seeds: int = option(1, "Sets of samples of each Frechet distance; several give its spread.")
-    full_chain: bool = option(False, "Also the Frechet distance of fixed_small with all T steps.")
-    batch_size: int = option(250, "Generated images of one process at a time.")
-    extractor: str = option("inception", "inception, dinov2, clip, pixels, or a transformers vision model.")
-    extractor_size: int | None = option(None, "Input side of a transformers model; none: what it says itself.")
-    inception_weights: str | None = option(None, "File of Inception's weights; none: downloaded.")
-    hand_off: HandOff = option("uint8", "How generated pixels reach the extractor: rounded to 8 bits, or as floats.")
-    max_reference_images: int | None = option(None, "Only the first so many of the reference; none: all.")
-    reference_cache: str | None = option(None, "Folder of reference features; none: beside the cache of datasets.")
-    plots: bool = option(True, "Draw quality against steps; needs matplotlib.")
-
-    hub_model_id: str | None = option(None, "Also push the calibrated pipeline to this repository.")
-    hub_private_repo: bool | None = option(None, "Make a new repository private.")
-    hub_token: str | None = option(None, "Token for the Hub; none: the stored one. Never written to a file.")
-    cpu: bool = option(False, "Use the CPU even where there is an accelerator.")
-
-    def __post_init__(self) -> None:
-        check_word("trajectory", self.trajectory, get_args(Trajectory))
-        for word in self.scores:
-            check_word("metrics", word, get_args(Score))
-        if self.num_images < 2 or self.num_seeds < 1:
-            raise ValueError(
-                f"Standard errors need num_images of at least 2 and scores num_seeds of at least 1, got "
-                f"{self.num_images} and {self.num_seeds}."
-            )
-        self.of_evaluation()  # checks what the two have in common
-
-    @property
-    def scores(self) -> list[str]:
-        """The scores asked for."""
-        return [] if self.metrics == "none" else words_of(self.metrics)
-
-    @property
-    def steps(self) -> list[int]:
-        """Numbers of steps, as asked for."""
-        return [int(word) for word in words_of(self.num_inference_steps)]
-
-    @property
-    def fid_steps(self) -> list[int]:
-        """Numbers of steps of the Fréchet distances."""
-        words = self.fid_num_inference_steps
-        return self.steps if words is None else [int(word) for word in words_of(words)]
-
-    def of_evaluation(self) -> EvalConfig:
-        """The part that is an evaluation."""
-        names = EvalConfig.__dataclass_fields__.keys() & self.__dataclass_fields__.keys() - {"metrics"}
-        shared: dict[str, Any] = {name: getattr(self, name) for name in names}
-        splits: dict[str, Any] = {"reference_split": self.split, "bpd_split": self.test_split}
-        if self.fid_num_inference_steps is not None:
-            EvalConfig(**{**shared, "num_inference_steps": self.fid_num_inference_steps})
-        return EvalConfig(**shared, **splits, metrics=",".join(self.scores) or "bpd")
-
-    @property
-    def folder(self) -> Path:
-        """Where everything goes."""
-        return Path(self.output_dir) if self.output_dir is not None else self.of_evaluation().folder / "calibrated"
 
 
 class Way(NamedTuple):
@@ -214,7 +129,7 @@ class Work:
             seed=config.seed,
             batch_size=None,
             folder=self.pieces,
-            key=self.key(self.scheduler),
+            key=self.session.key(self.scheduler),
             accelerator=self.accelerator,
         )
         mse, ms = mean_error(errors.mse_eps), mean_error(errors.ms_eps)
@@ -286,7 +201,7 @@ class Work:
             batch_size=None,
             num_inference_steps=K,
             folder=self.pieces,
-            key=self.key(scheduler),
+            key=self.session.key(scheduler),
             accelerator=self.accelerator,
         )
 
@@ -329,7 +244,7 @@ class Work:
                     seed=config.seed + number * config.num_samples,
                     batch_size=config.batch_size,
                     folder=self.pieces,
-                    key=self.key(scheduler),
+                    key=self.session.key(scheduler),
                     accelerator=self.accelerator,
                 )
                 statistics = feature_statistics(samples.features.features)
@@ -349,9 +264,6 @@ class Work:
         return [*plan, (Way("fixed_small", "even"), len(self.scheduler))] if self.config.full_chain else plan
 
     # -- records ----------------------------------------------------------------------------------------------------
-
-    def key(self, scheduler: DDPMExtScheduler) -> dict[str, Any]:
-        return {"weights": self.session.weights, "scheduler": dict_of(scheduler)}
 
     def of_way(self, way: Way, K: int) -> dict[str, Any]:
         before = way.variance_type == self.own_variance and way.trajectory == "even" and way.eta == 1

@@ -18,21 +18,25 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from .bound import rate_distortion_rows
 from .data import ImageSet, load_images
 from .evaluate_options import EvalConfig, recorded, words_of
 from .features import Extractor, make_extractor, weights_hash
 from .figures import draw_bound, draw_nearest, draw_paper, draw_quality
-from .images import to_x_0
 from .launch import check_world
 from .measure import (
     Samples,
     SetBound,
+    bits_of,
+    chain_of,
+    dict_of,
+    images_and_labels,
     is_fixed,
+    load_pipeline,
     make_scheduler,
+    network_hash,
+    rows_of,
     sample_features,
     set_bound,
-    standard_error_of_mean,
     under_fixed_variance,
 )
 from .metrics import (
@@ -43,21 +47,10 @@ from .metrics import (
     precision_recall,
     rbf_mmd,
 )
-from .pipeline import DDPMExtPipeline
 from .plots import figure_class
 from .reference import Reference, make_reference
 from .run_dir import environment, read_json, write_atomically, write_json
-from .tables import markdown
-
-RESULTS = (
-    "value",
-    "std",
-    "standard_error",
-    "parts",
-    "rows",
-    "note",
-    "certificate",
-)  # the rest of a figure identifies it
+from .tables import RESULTS, markdown
 
 
 def evaluate(config: EvalConfig) -> list[dict[str, Any]]:
@@ -80,7 +73,10 @@ def evaluate(config: EvalConfig) -> list[dict[str, Any]]:
 
 
 def merge(path: Path, figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put figures into eval.json in the place of those measured under the same conditions; return all it holds."""
+    """Put figures into eval.json in the place of those measured under the same conditions; return all it holds.
+
+    A figure of an earlier version, which said less of its conditions, makes room when all that it says is the same.
+    """
 
     def identity(figure: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in figure.items() if name not in RESULTS}
@@ -88,9 +84,16 @@ def merge(path: Path, figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     there = read_json(path)["figures"] if path.exists() else []
     fresh = [identity(figure) for figure in figures]
-    merged = [figure for figure in there if identity(figure) not in fresh] + figures
+    merged = [figure for figure in there if not any(agrees(identity(figure), new) for new in fresh)] + figures
     write_json(path, {"format": 1, "figures": merged})
     return merged
+
+
+def agrees(former: Any, new: Any) -> bool:
+    """Whether all that a former figure says is said by a new one, too."""
+    if isinstance(former, dict) and isinstance(new, dict):
+        return all(name in new and agrees(value, new[name]) for name, value in former.items())
+    return former == new
 
 
 class Session:
@@ -99,13 +102,11 @@ class Session:
     def __init__(self, config: EvalConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         self.folder = config.folder
-        self.pipeline: DDPMExtPipeline = DDPMExtPipeline.from_pretrained(config.model)  # pyright: ignore
+        self.pipeline = load_pipeline(config.model)
         self.pipeline.to(accelerator.device)
-        self.pipeline.set_progress_bar_config(disable=True)
         self.scheduler = self.pipeline.scheduler
-        self.weights = weights_hash(self.pipeline.unet)
-        if config.plots:
-            figure_class()  # what cannot be had is said before anything is measured
+        self.weights, self.network = weights_hash(self.pipeline.unet), network_hash(self.pipeline.unet)
+        self.training: ImageSet | None = self.images_of_plots() if config.plots else None
         self.extractor: Extractor | None = None
         if config.of_samples:
             self.extractor = make_extractor(
@@ -128,7 +129,8 @@ class Session:
         count = min(config.max_bpd_images or len(images), len(images))
         figures: list[dict[str, Any]] = []
         for variance in config.variances:
-            scheduler = make_scheduler(self.scheduler, "ddpm", variance)
+            spacing = config.timestep_spacing if config.bpd_num_inference_steps else None
+            scheduler = make_scheduler(self.scheduler, "ddpm", variance, spacing)
             self.started = time.perf_counter()
             found = self.bound(scheduler, images, count)
             self.bounds[scheduler.config.variance_type] = found
@@ -136,6 +138,7 @@ class Session:
                 "dataset": self.dataset(images, config.bpd_split, count),
                 "variance_type": scheduler.config.variance_type,
                 "num_inference_steps": config.bpd_num_inference_steps or len(scheduler),
+                **(chain_of(scheduler) if config.bpd_num_inference_steps else {}),
                 "num_timesteps_sampled": config.num_timesteps_sampled,
                 "decoder_variance": config.decoder_variance,
                 "cdf": config.cdf,
@@ -166,7 +169,7 @@ class Session:
             decoder_variance=config.decoder_variance,
             cdf=config.cdf,
             folder=self.folder / "eval_pieces",
-            key={"weights": self.weights, "scheduler": dict_of(scheduler)},
+            key=self.key(scheduler),
             accelerator=self.accelerator,
         )
 
@@ -178,6 +181,7 @@ class Session:
         images = self.images(config.reference_split)
         extractor = self.extractor
         assert extractor is not None
+        check_reference(min(config.max_reference_images or len(images), len(images)), config)
         self.reference = make_reference(
             images,
             extractor,
@@ -186,7 +190,8 @@ class Session:
             cache_dir=config.reference_cache,
             num_images=config.max_reference_images,
         )
-        check_reference(self.reference, config)
+        if "is" in config.of_samples and self.reference.logits is None:
+            raise ValueError(f'is needs a classifier as extractor, and "{config.extractor}" gives no logits.')
         figures: list[dict[str, Any]] = []
         for sampler, variance, steps in self.plan():
             figures += self.scores(images, sampler, variance, steps)
@@ -217,7 +222,7 @@ class Session:
             seed=config.seed,
             batch_size=config.batch_size,
             folder=self.folder / "eval_pieces",
-            key={"weights": self.weights, "scheduler": dict_of(scheduler)},
+            key=self.key(scheduler),
             accelerator=self.accelerator,
         )
         self.pipeline.register_modules(scheduler=self.scheduler)
@@ -225,7 +230,7 @@ class Session:
             "sampler": sampler,
             "variance_type": scheduler.config.variance_type if sampler == "ddpm" else None,
             "num_inference_steps": steps,
-            "timestep_spacing": scheduler.config.timestep_spacing,
+            **chain_of(scheduler),
             "num_samples": config.num_samples,
             "seed": config.seed,
             "extractor": extractor.description,
@@ -261,6 +266,10 @@ class Session:
 
     # -- shared -------------------------------------------------------------------------------------------------------
 
+    def key(self, scheduler: Any) -> dict[str, Any]:
+        """What tells this network under a scheduler from others."""
+        return {"weights": self.weights, "network": self.network, "scheduler": dict_of(scheduler)}
+
     def images(self, split: str) -> ImageSet:
         """A split at the network's size."""
         config, unet = self.config, self.pipeline.unet.config
@@ -282,7 +291,8 @@ class Session:
     def dataset(self, images: ImageSet, split: str, count: int) -> dict[str, Any]:
         """What a figure says of the images it rests on."""
         name = self.config.dataset_name or self.config.data_dir or "digits"
-        return {"name": name, "split": split, "num_images": count, "fingerprint": images.fingerprint}
+        found = {"name": name, "split": split, "num_images": count, "fingerprint": images.fingerprint}
+        return {**found, "resolution": list(images.shape)}  # the network's: pictures of other sizes were brought to it
 
     def figure(self, metric: str, **more: Any) -> dict[str, Any]:
         """One entry of eval.json."""
@@ -290,6 +300,7 @@ class Session:
             "metric": metric,
             "model": self.config.model,
             "weights": self.weights,
+            "network": self.network,
             "averaged": self.averaged(),
             **more,
         }
@@ -301,7 +312,9 @@ class Session:
             "wall_time_s": round(time.perf_counter() - self.started, 1),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        return {name: value for name, value in found.items() if value is not None or name not in RESULTS}
+        if not math.isfinite(found["value"]):
+            raise ValueError(f"{metric} came out as {found['value']}: look at the weights and at the extractor.")
+        return finite({name: value for name, value in found.items() if value is not None or name not in RESULTS})
 
     def averaged(self) -> bool | None:
         """Whether the weights are averages, as the option or the run's record says; None where nothing does."""
@@ -318,55 +331,36 @@ class Session:
                 draw_bound(bound.sweep, len(make_scheduler(self.scheduler)), folder, variance)
         draw_quality(figures, folder)
         self.pipeline.register_modules(scheduler=make_scheduler(self.scheduler))
-        training = self.images(self.config.reference_split)
-        draw_paper(self.pipeline, to_x_0(training.batch([0, 1]).pixels), folder, self.config.seed)
+        assert self.training is not None
+        draw_paper(self.pipeline, self.training, folder, self.config.seed)
         if self.samples is not None and self.reference is not None:
-            draw_nearest(self.samples, self.reference, training, self.config.extractor, folder / "nearest.png")
+            draw_nearest(self.samples, self.reference, self.training, self.config.extractor, folder / "nearest.png")
+
+    def images_of_plots(self) -> ImageSet:
+        """The training images that plots show; what cannot be drawn is said before anything is measured."""
+        figure_class()
+        images = self.images(self.config.reference_split)
+        if len(images) < 2:
+            raise ValueError(
+                f'--plots interpolates between two images of the split "{self.config.reference_split}", got '
+                f"{len(images)}. Leave --plots out."
+            )
+        images_and_labels(self.pipeline.unet, images, range(1))
+        return images
 
 
-def bits_of(found: SetBound) -> dict[str, Any]:
-    """Mean bits/dim and its three parts. The error is of sampled steps; that of other images stands beside it."""
-    bits = found.bits_per_dim
-    total, prior, decoder = (part.mean().item() for part in (bits.total, bits.prior, bits.decoder))
-    return {
-        "value": total,
-        "standard_error": None if bits.standard_error is None else bits.standard_error.item(),
-        "parts": {
-            "prior": prior,
-            "rate": total - prior - decoder,
-            "decoder": decoder,
-            "standard_error_over_images": standard_error_of_mean(bits.total),
-        },
-    }
+def finite(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without the numbers that JSON does not know, such as the error of a mean of one image."""
+    kept = {name: value for name, value in record.items() if not isinstance(value, float) or math.isfinite(value)}
+    return {name: finite(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
-def rows_of(found: SetBound, num_timesteps: int) -> dict[str, Any]:
-    """About ten rows of DDPM Table 4; value is the distortion of the last."""
-    assert found.sweep is not None
-    rows = rate_distortion_rows(found.sweep, num_timesteps)
-    count = len(rows.label)
-    chosen = sorted({math.ceil(count * k / 10) - 1 for k in range(1, 11)})
-    names = ("label", "timesteps", "rate_bits_per_dim", "distortion_rmse")
-    columns = (rows.label, rows.timesteps, rows.rate_bits_per_dim.tolist(), rows.distortion_rmse.tolist())
-    return {
-        "value": columns[-1][-1],
-        "rows": [{name: column[i] for name, column in zip(names, columns, strict=True)} for i in chosen],
-    }
-
-
-def check_reference(reference: Reference, config: EvalConfig) -> None:
-    """Raise a ValueError when the reference cannot serve the metrics asked for, before images are generated."""
-    if "is" in config.of_samples and reference.logits is None:
-        raise ValueError(f'is needs a classifier as extractor, and "{config.extractor}" gives no logits.')
+def check_reference(count: int, config: EvalConfig) -> None:
+    """Raise a ValueError when a reference of so many images cannot serve the metrics asked for."""
     needs = {"kid": config.kid_subset_size, "prdc": 6}
     for metric in config.of_samples:
-        if len(reference.features) < needs.get(metric, 2):
+        if count < needs.get(metric, 2):
             raise ValueError(
                 f"{metric} needs at least {needs.get(metric, 2)} reference images, the split "
-                f'"{config.reference_split}" gives {len(reference.features)}.'
+                f'"{config.reference_split}" gives {count}: see max_reference_images.'
             )
-
-
-def dict_of(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's options, in a form that JSON can hold."""
-    return {"class": type(scheduler).__name__, **{name: str(value) for name, value in scheduler.config.items()}}

@@ -1,4 +1,4 @@
-"""Options of an evaluation: command line -> EvalConfig, every word checked before anything is computed."""
+"""Options of an evaluation and of a calibration, every word checked before anything is computed."""
 
 # ruff: noqa: RUF009
 
@@ -13,10 +13,11 @@ from .features import HandOff
 from .likelihood import Cdf
 from .measure import Sampler
 from .reverse import DecoderVariance, VarianceType
-from .scheduler_options import SPACINGS
+from .scheduler_options import SPACINGS, Trajectory
 from .schedules import check_word
 
 Metric = Literal["bpd", "rate_distortion", "fid", "kid", "cmmd", "is", "prdc"]
+Score = Literal["bpd", "fid"]
 OF_BOUND = ("bpd", "rate_distortion")
 
 
@@ -42,7 +43,9 @@ class EvalConfig:
     sampler: str = option("ddpm", "Of ddpm, ddim, dpm++.")
     variance_type: str | None = option(None, "Reverse variances of ddpm and of bits/dim; none: the scheduler's own.")
     num_inference_steps: str = option("1000", "Denoising steps; several give a table of quality against steps.")
-    timestep_spacing: str | None = option(None, "leading, trailing or linspace; none: the scheduler's own.")
+    timestep_spacing: str | None = option(
+        None, "leading, trailing or linspace; none: the scheduler's own, or its trajectory."
+    )
     num_samples: int = option(50_000, "Generated images of each score.")
     batch_size: int = option(250, "Images of one process at a time.")
     seed: int = option(0, "Image i is drawn from seed + i.")
@@ -103,7 +106,7 @@ class EvalConfig:
     @property
     def steps(self) -> list[int]:
         """Numbers of denoising steps, as asked for."""
-        return [int(word) for word in words_of(self.num_inference_steps)]
+        return numbers_of(self.num_inference_steps)
 
     @property
     def variances(self) -> list[str | None]:
@@ -121,9 +124,93 @@ class EvalConfig:
         return Path("evals") / path.name
 
 
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig:
+    """Options of scripts/calibrate.py. Lists are written with commas: --num_inference_steps 10,50."""
+
+    model: str = option("runs/digits/pipeline", "Folder or Hub name of a pipeline.")
+    output_dir: str | None = option(None, "Folder of the result; none: calibrated/ in the run folder.")
+    dataset_name: str | None = option(None, "digits (built in), a Hub name, or a local folder.")
+    dataset_config_name: str | None = option(None, "Configuration of a Hub set.")
+    data_dir: str | None = option(None, "Folder of images, in place of dataset_name.")
+    image_column: str | None = option(None, "Column of the images; none: the only one.")
+    label_column: str | None = option(None, "Column of the classes, for a class-conditional model; none: the only one.")
+    split: str = option("train", "Split on which errors are measured and with which samples are compared.")
+    test_split: str = option("test", "Split whose bits/dim are reported.")
+    num_images: int = option(1024, "Images of the errors, every step of each.")
+    num_inference_steps: str = option("10,25,50,100", "Numbers of steps whose trajectories are stored and judged.")
+    trajectory: Trajectory = option("optimal", "Trajectory that the calibrated scheduler takes by default.")
+    seed: int = option(0, "Image i draws from seed + i.")
+
+    metrics: str = option("bpd,fid", "Scores before and after, of bpd (bits/dim) and fid (Frechet); none: no scores.")
+    max_bpd_images: int | None = option(None, "Only the first so many test images; none: all.")
+    fid_num_inference_steps: str | None = option(None, "Steps of the Frechet distances; none: num_inference_steps.")
+    num_samples: int = option(10_000, "Generated images of each Frechet distance.")
+    num_seeds: int = option(1, "Sets of samples of each Frechet distance; several give its spread.")
+    full_chain: bool = option(False, "Also the Frechet distance of fixed_small with all T steps.")
+    batch_size: int = option(250, "Generated images of one process at a time.")
+    extractor: str = option("inception", "inception, dinov2, clip, pixels, or a transformers vision model.")
+    extractor_size: int | None = option(None, "Input side of a transformers model; none: what it says itself.")
+    inception_weights: str | None = option(None, "File of Inception's weights; none: downloaded.")
+    hand_off: HandOff = option("uint8", "How generated pixels reach the extractor: rounded to 8 bits, or as floats.")
+    max_reference_images: int | None = option(None, "Only the first so many of the reference; none: all.")
+    reference_cache: str | None = option(None, "Folder of reference features; none: beside the cache of datasets.")
+    plots: bool = option(True, "Draw quality against steps; needs matplotlib.")
+
+    hub_model_id: str | None = option(None, "Also push the calibrated pipeline to this repository.")
+    hub_private_repo: bool | None = option(None, "Make a new repository private.")
+    hub_token: str | None = option(None, "Token for the Hub; none: the stored one. Never written to a file.")
+    cpu: bool = option(False, "Use the CPU even where there is an accelerator.")
+
+    def __post_init__(self) -> None:
+        check_word("trajectory", self.trajectory, get_args(Trajectory))
+        for word in self.scores:
+            check_word("metrics", word, get_args(Score))
+        if self.num_images < 2 or self.num_seeds < 1:
+            raise ValueError(
+                f"Standard errors need num_images of at least 2 and scores num_seeds of at least 1, got "
+                f"{self.num_images} and {self.num_seeds}."
+            )
+        self.of_evaluation()  # checks what the two have in common
+
+    @property
+    def scores(self) -> list[str]:
+        """The scores asked for."""
+        return [] if self.metrics == "none" else words_of(self.metrics)
+
+    @property
+    def steps(self) -> list[int]:
+        """Numbers of steps, as asked for."""
+        return numbers_of(self.num_inference_steps)
+
+    @property
+    def fid_steps(self) -> list[int]:
+        """Numbers of steps of the Fréchet distances."""
+        return numbers_of(self.fid_num_inference_steps) if self.fid_num_inference_steps is not None else self.steps
+
+    def of_evaluation(self) -> EvalConfig:
+        """The part that is an evaluation."""
+        names = EvalConfig.__dataclass_fields__.keys() & self.__dataclass_fields__.keys() - {"metrics"}
+        shared: dict[str, Any] = {name: getattr(self, name) for name in names}
+        splits: dict[str, Any] = {"reference_split": self.split, "bpd_split": self.test_split}
+        if self.fid_num_inference_steps is not None:
+            EvalConfig(**{**shared, "num_inference_steps": self.fid_num_inference_steps})
+        return EvalConfig(**shared, **splits, metrics=",".join(self.scores) or "bpd")
+
+    @property
+    def folder(self) -> Path:
+        """Where everything goes."""
+        return Path(self.output_dir) if self.output_dir is not None else self.of_evaluation().folder / "calibrated"
+
+
 def words_of(text: str | None) -> list[str]:
-    """The words between commas."""
-    return [word.strip() for word in (text or "").split(",") if word.strip()]
+    """The words between commas, each once."""
+    return list(dict.fromkeys(word.strip() for word in (text or "").split(",") if word.strip()))
+
+
+def numbers_of(text: str | None) -> list[int]:
+    """The whole numbers between commas, each once."""
+    return list(dict.fromkeys(map(int, words_of(text))))
 
 
 def check_numbers(config: EvalConfig) -> None:
@@ -132,6 +219,11 @@ def check_numbers(config: EvalConfig) -> None:
     if wrong or not words_of(config.num_inference_steps):
         raise ValueError(
             f"num_inference_steps must be whole numbers like 10,50,1000, got {config.num_inference_steps!r}."
+        )
+    if config.variance_type is not None and not config.of_bound and "ddpm" not in words_of(config.sampler):
+        raise ValueError(
+            f'variance_type is an option of the sampler "ddpm" and of bits/dim, and neither is asked for: leave '
+            f"{config.variance_type!r} out, or add the sampler ddpm."
         )
     if "rate_distortion" in config.of_bound and config.num_timesteps_sampled is not None:
         raise ValueError("rate_distortion needs every step: leave num_timesteps_sampled out.")

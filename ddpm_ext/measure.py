@@ -6,8 +6,9 @@ change what it measures but for the last digits of the network's sums.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -16,19 +17,20 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from torch import Tensor
 
-from .bound import BitsPerDim, Bound, Sweep, full_sweep, grid_images, make_bound, sampled_bound
+from .bound import BitsPerDim, Bound, Sweep, full_sweep, grid_images, make_bound, rate_distortion_rows, sampled_bound
 from .data import ImageSet
 from .features import Extractor, Features, HandOff, extract, hand_off
 from .likelihood import Cdf, gaussian_kl
 from .optimal import optimal_variance
+from .patience import HubError
 from .pipeline import DDPMExtPipeline
 from .process import jump
 from .reference import as_features, as_tensors
 from .reverse import DecoderVariance, reverse_log_var, variance_bounds
 from .scheduler import DDPMExtScheduler
-from .scheduler_options import extension
+from .scheduler_options import EXTENSION_KEY, extension
 from .schedules import check_word
-from .shards import run_shards
+from .shards import key_hash, run_shards
 
 Sampler = Literal["ddpm", "ddim", "dpm++"]
 KEPT_IMAGES = 64  # generated images that are kept for a grid
@@ -49,6 +51,28 @@ class SetBound(NamedTuple):
     sweep: Sweep | None  # None where the steps were sampled
 
 
+def load_pipeline(model: str) -> DDPMExtPipeline:
+    """A pipeline from a folder or the Hub, its bars off.
+
+    Raises:
+        ValueError: what lies there is no pipeline of a UNet2DModel and a scheduler.
+        HubError: it cannot be had.
+    """
+    try:
+        pipeline: Any = DDPMExtPipeline.from_pretrained(model)
+    except HubError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"model must be a folder or Hub name of a DDPM pipeline, got {model!r}: {reason}") from error
+    if not isinstance(pipeline.unet, UNet2DModel):
+        raise ValueError(
+            f"model must be a pipeline of a UNet2DModel, got a {type(pipeline.unet).__name__} in {model!r}."
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def make_scheduler(
     scheduler: Any, sampler: Sampler = "ddpm", variance_type: str | None = None, timestep_spacing: str | None = None
 ) -> Any:
@@ -58,24 +82,64 @@ def make_scheduler(
         scheduler: The pipeline's own.
         sampler: One of the words.
         variance_type: Reverse variance of "ddpm"; None for the scheduler's own.
-        timestep_spacing: None for the scheduler's own.
+        timestep_spacing: In place of the scheduler's own, and of a stored trajectory; None for those.
     """
     check_word("sampler", sampler, get_args(Sampler))
-    changes: dict[str, Any] = {} if timestep_spacing is None else {"timestep_spacing": timestep_spacing}
+    # Diffusers forgets values that were given by position: it notes them as defaults, and `from_config` drops those.
+    config: dict[str, Any] = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
+    if timestep_spacing is not None:
+        config["timestep_spacing"] = timestep_spacing
+        config[EXTENSION_KEY] = {k: v for k, v in (config.get(EXTENSION_KEY) or {}).items() if k != "trajectory"}
     if sampler == "ddpm":
-        if variance_type is not None:
-            changes["variance_type"] = variance_type
-        return DDPMExtScheduler.from_config(scheduler.config, **changes)
+        return DDPMExtScheduler.from_config(
+            config, **({} if variance_type is None else {"variance_type": variance_type})
+        )
     if variance_type is not None:
         raise ValueError(
             f'variance_type is an option of the sampler "ddpm"; "{sampler}" has none, got {variance_type!r}.'
         )
     if scheduler.config.prediction_type == "posterior_mean":
         raise ValueError(f'The sampler "{sampler}" knows no prediction_type "posterior_mean". Use "ddpm".')
-    if sampler == "dpm++":
-        changes["algorithm_type"] = "dpmsolver++"
-    kind: Any = DDIMScheduler if sampler == "ddim" else DPMSolverMultistepScheduler
-    return kind.from_config(scheduler.config, **changes)
+    for name in ("variance_type", EXTENSION_KEY):  # of the ancestral chain; without a variance the head is dropped
+        config.pop(name, None)
+    if sampler == "ddim":
+        return DDIMScheduler.from_config(config)
+    return DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
+
+
+def chain_of(scheduler: Any) -> dict[str, Any]:
+    """How a scheduler chooses its steps, by its spacing or by a trajectory in place of it, and its η; DDPM's is 1."""
+    spacing = {"timestep_spacing": scheduler.config.timestep_spacing, "trajectory": None, "eta": None}
+    if not isinstance(scheduler, DDPMExtScheduler):
+        return spacing
+    extra = extension(scheduler.config)
+    chosen = {} if extra.trajectory is None else {"timestep_spacing": None, "trajectory": extra.trajectory}
+    return {**spacing, **chosen, "eta": extra.eta}
+
+
+def dict_of(scheduler: Any) -> dict[str, str]:
+    """A scheduler's class and options in words: the same in every process, however it was built."""
+    return {"class": type(scheduler).__name__, **words_of_options(scheduler.config)}
+
+
+def network_hash(unet: UNet2DModel) -> str:
+    """16 hex digits that stand for a network's options: weights alone do not say what function they are of."""
+    return key_hash(words_of_options(unet.config))
+
+
+def words_of_options(config: Mapping[str, Any]) -> dict[str, str]:
+    """The options of a Diffusers config in words, but for its notes on itself.
+
+    Which options were left at their defaults, for one, Diffusers lists in an order that changes with every process.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, set | frozenset):
+            return sorted(map(str, value))
+        return value.tolist() if hasattr(value, "tolist") else str(value)
+
+    kept = {name: value for name, value in config.items() if not name.startswith("_") or name == EXTENSION_KEY}
+    return {name: json.dumps(value, sort_keys=True, default=plain) for name, value in kept.items()}
 
 
 def generate(
@@ -156,7 +220,7 @@ def images_and_labels(unet: UNet2DModel, images: ImageSet, numbers: range) -> tu
     if unet.config.get("num_class_embeds") is None:
         return pixels, None
     if labels is None:
-        raise ValueError("The network is class-conditional, and these images have no classes: bits/dim need them.")
+        raise ValueError("The network is class-conditional, and these images have no classes: name their label_column.")
     return pixels, labels
 
 
@@ -254,6 +318,36 @@ def under_fixed_variance(found: SetBound, scheduler: DDPMExtScheduler, times: li
     steps = gaussian_kl(step.c1 * rmse, small, torch.zeros_like(rmse), log_var) / math.log(2)
     bits = bits._replace(steps=steps, total=bits.prior + steps.sum(1) + bits.decoder)
     return SetBound(bits, Sweep(times, bits, squared_error))
+
+
+def bits_of(found: SetBound) -> dict[str, Any]:
+    """Mean bits/dim and its three parts. The error is of sampled steps; that of other images stands beside it."""
+    bits = found.bits_per_dim
+    total, prior, decoder = (part.mean().item() for part in (bits.total, bits.prior, bits.decoder))
+    return {
+        "value": total,
+        "standard_error": None if bits.standard_error is None else bits.standard_error.item(),
+        "parts": {
+            "prior": prior,
+            "rate": total - prior - decoder,
+            "decoder": decoder,
+            "standard_error_over_images": standard_error_of_mean(bits.total),
+        },
+    }
+
+
+def rows_of(found: SetBound, num_timesteps: int) -> dict[str, Any]:
+    """About ten rows of DDPM Table 4; value is the distortion of the last."""
+    assert found.sweep is not None
+    rows = rate_distortion_rows(found.sweep, num_timesteps)
+    count = len(rows.label)
+    chosen = sorted({math.ceil(count * k / 10) - 1 for k in range(1, 11)})
+    names = ("label", "timesteps", "rate_bits_per_dim", "distortion_rmse")
+    columns = (rows.label, rows.timesteps, rows.rate_bits_per_dim.tolist(), rows.distortion_rmse.tolist())
+    return {
+        "value": columns[-1][-1],
+        "rows": [{name: column[i] for name, column in zip(names, columns, strict=True)} for i in chosen],
+    }
 
 
 def standard_error_of_mean(x: Tensor) -> float:

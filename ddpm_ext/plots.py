@@ -68,7 +68,7 @@ def plot_bits_per_step(timesteps: Sequence[int], bits: Tensor, path: Path | str)
 
 
 def plot_against_steps(curves: dict[str, list[tuple[int, float]]], metric: str, path: Path | str) -> Path:
-    """A score against the number of denoising steps, one curve per sampler.
+    """A score against the number of denoising steps, one curve per sampler; logarithmic where no score forbids it.
 
     Args:
         curves: Name of the sampler -> (steps, score) pairs.
@@ -78,7 +78,9 @@ def plot_against_steps(curves: dict[str, list[tuple[int, float]]], metric: str, 
     figure = figure_class()(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     for name, points in curves.items():
-        axes.loglog(*zip(*sorted(points), strict=True), "o-", label=name)
+        axes.semilogx(*zip(*sorted(points), strict=True), "o-", label=name)
+    if all(score > 0 for points in curves.values() for _, score in points):  # KID may be negative
+        axes.set_yscale("log")
     axes.set_xlabel("denoising steps")
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3, which="both")

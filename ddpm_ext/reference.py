@@ -71,6 +71,10 @@ def make_reference(
         batch_size: Pictures at a time.
     """
     count = min(num_images or len(images), len(images))
+    if count < 2:
+        raise ValueError(
+            f"A reference needs at least 2 images for its covariance, got {count}: see max_reference_images."
+        )
     key = reference_key(images, extractor, kind, count)
     folder = Path(cache_dir or default_cache())
     path = folder / f"reference-{key_hash(key)}.safetensors"

@@ -31,7 +31,7 @@ def key_hash(key: dict[str, Any]) -> str:
 
 
 def key_text(key: dict[str, Any]) -> str:
-    return json.dumps(key, sort_keys=True)
+    return json.dumps(key, sort_keys=True, allow_nan=False)
 
 
 def run_shards(

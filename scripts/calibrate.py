@@ -13,7 +13,8 @@ import os
 import sys
 
 from ddpm_ext.arguments import parse_options
-from ddpm_ext.calibrate import CalibrateConfig, calibrate
+from ddpm_ext.calibrate import calibrate
+from ddpm_ext.evaluate_options import CalibrateConfig
 from ddpm_ext.patience import HubError
 from ddpm_ext.run_dir import RunError
 from ddpm_ext.signals import explained, leave

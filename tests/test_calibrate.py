@@ -15,8 +15,9 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from ddpm_ext import calibrate as module
 from ddpm_ext import metrics
 from ddpm_ext.bound import bits_per_dim, grid_images, make_bound
-from ddpm_ext.calibrate import CalibrateConfig, calibrate, markdown
+from ddpm_ext.calibrate import calibrate, markdown
 from ddpm_ext.data import load_images
+from ddpm_ext.evaluate_options import CalibrateConfig
 from ddpm_ext.optimal import optimal_trajectory
 from ddpm_ext.pipeline import DDPMExtPipeline
 from ddpm_ext.scheduler import DDPMExtScheduler

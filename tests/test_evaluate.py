@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from PIL import Image
 
 from ddpm_ext import metrics
 from ddpm_ext.arguments import parse_options
 from ddpm_ext.bound import bits_per_dim, grid_images, make_bound, rate_distortion
+from ddpm_ext.calibrate import calibrate
 from ddpm_ext.data import load_images
 from ddpm_ext.evaluate import evaluate, merge
-from ddpm_ext.evaluate_options import EvalConfig
+from ddpm_ext.evaluate_options import CalibrateConfig, EvalConfig
 from ddpm_ext.features import make_extractor, weights_hash
-from ddpm_ext.measure import make_scheduler, set_bound
+from ddpm_ext.measure import dict_of, make_scheduler, network_hash, set_bound
 from ddpm_ext.pipeline import DDPMExtPipeline
 from ddpm_ext.reference import load_reference, make_reference
 from ddpm_ext.scheduler import DDPMExtScheduler
 from ddpm_ext.shards import load_checked, run_shards, save_whole
 from ddpm_ext.small_evaluation import SmallEvaluation
-from ddpm_ext.step_errors import set_errors, step_errors
+from ddpm_ext.step_errors import drop_variance_head, set_errors, step_errors
 from ddpm_ext.tables import markdown
-from tests.training import TORCHRUN, finish, start
+from tests.training import ROOT, TORCHRUN, finish, start
 
 
 def tiny_unet() -> UNet2DModel:
@@ -159,6 +165,7 @@ def test_a_figure_says_what_made_it(model: Path, tmp_path: Path) -> None:
     fid = found["fid"]
     assert (fid["sampler"], fid["variance_type"], fid["num_inference_steps"]) == ("ddpm", "fixed_small", 5)
     assert (fid["num_samples"], fid["hand_off"], fid["extractor"]["name"]) == (12, "uint8", "pixels")
+    assert fid["reference"]["resolution"] == found["bpd"]["dataset"]["resolution"] == [1, 8, 8]
     assert fid["reference"]["fingerprint"] == load_images("digits", split="train", channels=1, resolution=8).fingerprint
     assert "biased upwards" in fid["note"]  # 12 images, 64 features
     assert json.loads((config.folder / "eval.json").read_text())["figures"] == list(found.values())
@@ -178,6 +185,13 @@ def test_measuring_again_replaces_and_other_conditions_add(model: Path, tmp_path
     assert "| sampler | 5 steps | 3 steps |" in table
     assert f"| ddpm, fixed_small | {again[0]['value']:.4g} |  |" in table
     assert len(merge(path, [{**again[0], "value": 7.0}])) == 5
+    # A figure of an earlier version says less; one that contradicts stays.
+    reference = {name: value for name, value in again[0]["reference"].items() if name != "fingerprint"}
+    former = {name: value for name, value in again[0].items() if name != "network"} | {"reference": reference}
+    assert len(merge(path, [former])) == 6
+    assert len(merge(path, again)) == 5
+    assert len(merge(path, [{**former, "seed": 1}])) == 6
+    assert len(merge(path, again)) == 6
 
 
 def test_the_hand_off_and_the_spacing_are_conditions(model: Path, tmp_path: Path) -> None:
@@ -207,6 +221,49 @@ def test_samplers_keep_the_schedule_of_the_model() -> None:
         make_scheduler(tiny_scheduler(prediction_type="posterior_mean"), "ddim")
 
 
+@pytest.mark.parametrize("own", [DDPMExtScheduler(20, 1e-3, 0.6), DDPMScheduler(20, 1e-3, 0.6)])
+def test_options_that_were_given_by_position_are_kept(own: Any) -> None:
+    for sampler in ("ddpm", "ddim", "dpm++"):
+        made = make_scheduler(own, sampler)
+        torch.testing.assert_close(made.alphas_cumprod, own.alphas_cumprod)
+        assert made.config.timestep_spacing == "leading"
+
+
+def test_a_spacing_asked_for_takes_the_place_of_a_stored_trajectory() -> None:
+    scheduler = tiny_scheduler()
+    scheduler.register_to_config(_ddpm_ext={"trajectory": "even", "eta": 0.0})
+    made = make_scheduler(scheduler, "ddpm", None, "trailing")
+    made.set_timesteps(4)
+    stock = DDPMScheduler(num_train_timesteps=20, timestep_spacing="trailing")
+    stock.set_timesteps(4)
+    assert made.timesteps.tolist() == stock.timesteps.tolist()
+    assert made.config["_ddpm_ext"] == {"eta": 0.0}
+    made = make_scheduler(scheduler)
+    made.set_timesteps(4)
+    assert made.timesteps.tolist() == [19, 13, 6, 0]
+    assert "_ddpm_ext" not in make_scheduler(scheduler, "ddim").config
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Diffusers' DPM-Solver++
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+def test_other_samplers_leave_a_learned_variance_out(sampler: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    unet = UNet2DModel.from_config(tiny_unet().config, out_channels=2)
+    DDPMExtPipeline(unet, tiny_scheduler(variance_type="learned_range")).save_pretrained(tmp_path / "pipeline")
+    found = evaluate(small(tmp_path / "pipeline", tmp_path, metrics="fid", sampler=sampler))[0]
+    kind = DDIMScheduler if sampler == "ddim" else DPMSolverMultistepScheduler
+    scheduler = kind(num_train_timesteps=20, beta_start=1e-3, beta_end=0.6, timestep_spacing="leading")
+    pipeline = DDPMExtPipeline(drop_variance_head(unet), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    seeds = [torch.Generator().manual_seed(i) for i in range(12)]
+    images: Any = pipeline(12, generator=seeds, num_inference_steps=5, output_type="np").images
+    fake = (images * 255).round().reshape(12, -1) / 255
+    real = load_images("digits", split="train").batch(range(40)).pixels.reshape(40, -1).double() / 255
+    expected = metrics.frechet_distance(*(metrics.feature_statistics(x) for x in (real, fake)))
+    assert found["value"] == pytest.approx(expected, rel=1e-4)  # float32 features
+    assert found["variance_type"] is None
+
+
 @pytest.mark.slow
 def test_two_processes_measure_what_one_measures(model: Path, tmp_path: Path) -> None:
     words = ["scripts/evaluate.py", "--cpu", f"--model={model}", "--metrics=bpd,fid", "--extractor=pixels"]
@@ -221,6 +278,63 @@ def test_two_processes_measure_what_one_measures(model: Path, tmp_path: Path) ->
     for one, two in zip(*found, strict=True):
         assert two["certificate"]["num_processes"] == 2
         assert one["value"] == pytest.approx(two["value"], rel=1e-6)
+
+
+def test_another_config_of_the_network_is_another_network(model: Path, tmp_path: Path) -> None:
+    """The weights are the same, and the function is not: freq_shift moves the embedding of t."""
+    other = tmp_path / "pipeline"
+    shutil.copytree(model, other)
+    path = other / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "freq_shift": 1}))
+    first = evaluate(small(model, tmp_path, metrics="bpd,fid"))
+    second = evaluate(small(other, tmp_path, metrics="bpd,fid"))
+    alone = evaluate(small(other, tmp_path, metrics="bpd,fid", output_dir=str(tmp_path / "alone")))
+    for one, two, expected in zip(first, second, alone, strict=True):
+        assert two["value"] == pytest.approx(expected["value"], rel=1e-6)
+        assert two["value"] != pytest.approx(one["value"], rel=1e-5)
+        assert one["weights"] == two["weights"] and one["network"] != two["network"] == expected["network"]
+    noted = UNet2DModel.from_config({**tiny_unet().config, "_name_or_path": "elsewhere", "_diffusers_version": "0"})
+    assert network_hash(noted) == network_hash(tiny_unet()) == first[0]["network"]
+
+
+def test_one_image_has_no_error_and_no_nan_is_written(model: Path, tmp_path: Path) -> None:
+    (figure,) = evaluate(small(model, tmp_path, metrics="bpd", max_bpd_images=1))
+    assert figure["parts"].keys() == {"prior", "rate", "decoder"}
+    json.dumps(json.loads((tmp_path / "out" / "eval.json").read_text()), allow_nan=False)
+    two = evaluate(small(model, tmp_path, metrics="bpd", max_bpd_images=2))[0]
+    assert two["parts"]["standard_error_over_images"] > 0
+
+
+def test_the_steps_of_a_calibrated_pipeline_are_conditions(tmp_path: Path) -> None:
+    scheduler = tiny_scheduler()
+    scheduler.register_to_config(_ddpm_ext={"trajectory": "even", "eta": 0.5})
+    model = tmp_path / "pipeline"
+    DDPMExtPipeline(tiny_unet(), scheduler).save_pretrained(model)
+    stored = evaluate(small(model, tmp_path, metrics="fid", sampler="ddpm,ddim"))
+    asked = evaluate(small(model, tmp_path, metrics="fid", timestep_spacing="trailing"))
+    names = ("sampler", "timestep_spacing", "trajectory", "eta")
+    assert [tuple(figure[name] for name in names) for figure in (*stored, *asked)] == [
+        ("ddpm", None, "even", 0.5),
+        ("ddim", "leading", None, None),
+        ("ddpm", "trailing", None, 0.5),
+    ]
+    assert asked[0]["value"] != stored[0]["value"]
+    table = (tmp_path / "out" / "eval.md").read_text()
+    for words, figure in zip(("even trajectory", "trailing spacing"), (stored[0], asked[0]), strict=True):
+        assert f"| ddpm, fixed_small, {words} | {figure['value']:.4g} |" in table
+    scheduler.register_to_config(_ddpm_ext={"trajectory": "even"})
+    DDPMExtPipeline(tiny_unet(), scheduler).save_pretrained(model)
+    respaced = {"metrics": "bpd", "bpd_num_inference_steps": 5}
+    bits = [evaluate(small(model, tmp_path, **respaced, **more))[0] for more in ({}, {"timestep_spacing": "leading"})]
+    assert [(figure["timestep_spacing"], figure["trajectory"]) for figure in bits] == [
+        (None, "even"),
+        ("leading", None),
+    ]
+    pixels = load_images("digits", split="test").batch(range(6)).pixels
+    for figure, times in zip(bits, ([19, 14, 10, 5, 0], [16, 12, 8, 4, 0]), strict=True):
+        seeds = [torch.Generator().manual_seed(i) for i in range(6)]
+        expected = bits_per_dim(tiny_unet(), tiny_scheduler(), pixels, timesteps=times, generator=seeds)
+        assert figure["value"] == pytest.approx(expected.total.mean().item(), rel=1e-5)
 
 
 # Options --------------------------------------------------------------------------------------------------------------
@@ -243,6 +357,7 @@ def test_two_processes_measure_what_one_measures(model: Path, tmp_path: Path) ->
         ({"metrics": "cmmd", "extractor": "pixels"}, 'cmmd is defined on the embeddings of the extractor "clip"'),
         ({"metrics": "is", "extractor": "pixels"}, "is needs a classifier"),
         ({"metrics": "rate_distortion", "num_timesteps_sampled": 5}, "rate_distortion needs every step"),
+        ({"metrics": "fid", "sampler": "ddim,dpm++", "variance_type": "fixed_large"}, "neither is asked for"),
     ],
 )
 def test_wrong_options_are_sentences_before_anything_is_computed(options: dict[str, Any], message: str) -> None:
@@ -261,9 +376,56 @@ def test_the_command_line() -> None:
         parse_options(EvalConfig, "", ["--num_samples", "many"])
 
 
+def test_a_number_asked_for_twice_is_measured_once(model: Path, tmp_path: Path) -> None:
+    config = small(model, tmp_path, metrics="fid,fid", num_inference_steps="3, 5,03,5")
+    assert config.steps == [3, 5]
+    assert [figure["num_inference_steps"] for figure in evaluate(config)] == [3, 5]
+    bits = small(model, tmp_path, metrics="bpd,fid", sampler="ddim", variance_type="fixed_large")
+    assert bits.variances == ["fixed_large"]  # of bits/dim
+
+
+def test_a_folder_that_is_no_pipeline_is_a_sentence(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(model, tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken" / "unet")
+    for folder in ("empty", "broken"):
+        with pytest.raises(ValueError, match=f"model must be a folder or Hub name of a DDPM pipeline.*{folder}"):
+            evaluate(small(tmp_path / folder, tmp_path))
+    config = CalibrateConfig(model=str(tmp_path / "empty"), extractor="pixels", cpu=True)
+    with pytest.raises(ValueError, match="model must be a folder or Hub name of a DDPM pipeline"):
+        calibrate(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["evaluate", "calibrate"])
+def test_the_command_says_so_and_ends_with_code_1(command: str, tmp_path: Path) -> None:
+    words = [f"scripts/{command}.py", "--cpu", f"--model={tmp_path}", "--extractor=pixels"]
+    code, said = finish(start([*words, f"--output_dir={tmp_path / 'out'}"]))
+    assert code == 1
+    assert "error: model must be a folder or Hub name of a DDPM pipeline" in said and "Traceback" not in said
+
+
+def test_plots_that_cannot_be_drawn_are_refused_before_anything_is_measured(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(UNet2DModel, "forward", None)
+    (tmp_path / "train").mkdir()
+    Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "train" / "0.png")
+    alone = {"metrics": "bpd", "bpd_split": "train", "data_dir": str(tmp_path), "plots": True}
+    with pytest.raises(ValueError, match=r'between two images of the split "train", got 1\. Leave --plots out'):
+        evaluate(small(model, tmp_path, **alone))
+    with pytest.raises(ValueError, match="validation"):
+        evaluate(small(model, tmp_path, metrics="bpd", plots=True, reference_split="validation"))
+
+
 def test_too_small_a_reference_and_a_reference_without_logits_are_sentences(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='kid needs at least 6 reference images, the split "train" gives 5'):
         evaluate(small(model, tmp_path, metrics="kid", max_reference_images=5))
+    with pytest.raises(ValueError, match='fid needs at least 2 reference images, the split "train" gives 1: see max_'):
+        evaluate(small(model, tmp_path, metrics="fid", max_reference_images=1))
+    test, pixels = load_images("digits", split="test"), make_extractor("pixels")
+    with pytest.raises(ValueError, match="A reference needs at least 2 images for its covariance, got 1"):
+        make_reference(test, pixels, "uint8", Accelerator(cpu=True), cache_dir=tmp_path, num_images=1)
 
 
 def test_bits_and_errors_of_a_class_conditional_network_are_those_of_each_images_class(tmp_path: Path) -> None:
@@ -363,6 +525,43 @@ def test_a_piece_of_something_else_is_refused(tmp_path: Path) -> None:
         load_checked(tmp_path / "x.safetensors", {"seed": 1, "weights": "ab"})
 
 
+KEY_OF_A_SPARSE_CONFIG = """
+from diffusers import DDPMScheduler
+from ddpm_ext.measure import dict_of, make_scheduler
+from ddpm_ext.shards import key_hash
+
+sparse = DDPMScheduler.from_config({"num_train_timesteps": 50, "beta_end": 0.3, "clip_sample": False})
+for sampler in ("ddpm", "ddim", "dpm++"):
+    print(key_hash(dict_of(make_scheduler(sparse, sampler))))
+"""
+
+
+@pytest.mark.slow
+def test_every_process_finds_the_pieces_of_a_sparse_stock_config() -> None:
+    """Diffusers notes the defaults that a config leaves out as a list in the order of a set."""
+    said = []
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
+        words = [sys.executable, "-c", KEY_OF_A_SPARSE_CONFIG]
+        said.append(subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.split())
+    assert said[0] == said[1]
+    assert len(set(said[0])) == 3
+
+
+def test_a_key_holds_every_option_that_matters_and_no_note() -> None:
+    there = dict_of(tiny_scheduler())
+    loaded = DDPMExtScheduler.from_config({**tiny_scheduler().config, "_class_name": "DDPMScheduler"})
+    assert dict_of(loaded) == there
+    assert not any(name.startswith("_") for name in there)
+    for options in ({"clip_sample": False}, {"trained_betas": [0.3] * 20}, {"prediction_type": "sample"}):
+        assert dict_of(tiny_scheduler(**options)) != there
+    loaded.register_to_config(_ddpm_ext={"trajectory": "even", "eta": 0.5})
+    other = DDPMExtScheduler.from_config(loaded.config)
+    other.register_to_config(_ddpm_ext={"eta": 0.5, "trajectory": "even"})
+    assert there != dict_of(loaded) == dict_of(other)
+    json.dumps([dict_of(make_scheduler(loaded, sampler)) for sampler in ("ddim", "dpm++")], allow_nan=False)
+
+
 # References -----------------------------------------------------------------------------------------------------------
 
 
@@ -435,3 +634,65 @@ def test_tables_hold_every_kind_of_figure() -> None:
     text = markdown([bits, {**bits, "metric": "rate_distortion", "rows": rows}])
     assert "| 297 images of digits test | fixed_small | 1000 | 0.0000 | 1.5000 | 1.2500 | 2.7500 ± 0.0120 |" in text
     assert text.index("| 1000 | 10.00000 | 0.00100 |") < text.index("| 500 | 5.00000 | 0.00200 |")
+
+
+def score(value: float, **more: Any) -> dict[str, Any]:
+    usual = {"metric": "fid", "weights": "new", "network": "n", "sampler": "ddpm", "variance_type": "fixed_small"}
+    reference = {"name": "digits", "split": "train", "num_images": 1500, "fingerprint": "f"}
+    usual |= {"num_inference_steps": 10, "timestep_spacing": "leading", "trajectory": None, "eta": 1.0, "seed": 0}
+    usual |= {"num_samples": 50, "hand_off": "uint8", "extractor": {"name": "pixels"}, "reference": reference}
+    return {**usual, **more, "value": value}
+
+
+def test_every_condition_that_differs_names_its_row() -> None:
+    other = {"name": "digits", "split": "train", "num_images": 1500, "fingerprint": "g"}
+    figures = [
+        score(1.0),
+        score(2.0, seed=1),
+        score(3.0, timestep_spacing="trailing"),
+        score(4.0, timestep_spacing=None, trajectory="optimal"),
+        score(5.0, eta=0.0),
+        score(6.0, reference=other),
+        score(7.0, sampler="ddim", variance_type=None, eta=None),
+    ]
+    lines = markdown(figures).splitlines()
+    assert len(lines) == 2 + 2 + 7
+    assert "| ddpm, fixed_small, leading spacing, η = 1, seed 1, reference fingerprint f | 2 |" in lines
+    assert "| ddpm, fixed_small, trailing spacing, η = 1, seed 0, reference fingerprint f | 3 |" in lines
+    assert "| ddpm, fixed_small, optimal trajectory, η = 1, seed 0, reference fingerprint f | 4 |" in lines
+    assert "| ddim, leading spacing, seed 0, reference fingerprint f | 7 |" in lines
+    # What none of them differs in goes unsaid, and η, which DDIM has not, makes no difference.
+    assert "| ddim | 7 |" in markdown([figures[0], figures[-1]])
+    assert "| ddpm, fixed_small | 1 |" in markdown([figures[0], figures[-1]])
+    assert "| ddpm, fixed_small, η = 0 | 5 |" in markdown([figures[0], figures[4], figures[-1]])
+
+
+def test_tables_are_of_the_weights_measured_last() -> None:
+    text = markdown(
+        [score(1.0, weights="old"), score(2.0), score(3.0, network="other"), score(4.0, seed=1), score(5.0)]
+    )
+    assert text.startswith("Left out: 2 figures of other weights; they are in eval.json.")
+    assert "| 1 |" not in text and "| 3 |" not in text and "| 4 |" in text and "| 5 |" in text
+    assert "Left out" not in markdown([score(2.0), score(4.0, seed=1)])
+    assert markdown([]) == "\n"
+
+
+def test_an_inception_score_is_of_no_reference() -> None:
+    figures = [score(2.0, metric="is", std=0.5), score(3.0)]
+    text = markdown(figures)
+    assert "Inception score (pixels, 50 samples, hand-off uint8):" in text
+    assert "Fréchet distance to 1,500 images of digits train (pixels, 50 samples, hand-off uint8):" in text
+
+
+def test_bits_under_other_conditions_are_told_apart() -> None:
+    data = {"name": "digits", "split": "test", "num_images": 297}
+    parts = {"prior": 0.0, "rate": 1.5, "decoder": 1.25}
+    bits = {"metric": "bpd", "value": 2.75, "parts": parts, "dataset": data, "seed": 0, "cdf": "tanh"}
+    bits |= {"variance_type": "fixed_small", "num_inference_steps": 1000, "num_timesteps_sampled": None}
+    text = markdown([bits, {**bits, "seed": 1}, {**bits, "num_timesteps_sampled": 50, "cdf": "exact"}])
+    assert "| fixed_small, seed 0, cdf tanh | 1000 |" in text
+    assert "| fixed_small, seed 1, cdf tanh | 1000 |" in text
+    assert "| fixed_small, seed 0, cdf exact, num timesteps sampled 50 | 1000 |" in text
+    row = {"label": 1000, "rate_bits_per_dim": 1.0, "distortion_rmse": 2.0}
+    rates = [{**bits, "metric": "rate_distortion", "rows": [row], "seed": seed} for seed in (0, 1)]
+    assert "test, fixed_small, 1000 steps, seed 1:" in markdown(rates)

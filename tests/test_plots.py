@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 from PIL import Image
 
 pytest.importorskip("matplotlib", reason="matplotlib (extra plots) is not installed")
@@ -17,7 +18,7 @@ from ddpm_ext import figures, plots
 from ddpm_ext.data import load_images
 from ddpm_ext.images import to_x_0
 from ddpm_ext.pipeline import DDPMExtPipeline
-from tests.test_evaluate import small, tiny_scheduler, tiny_unet
+from tests.test_evaluate import score, small, tiny_scheduler, tiny_unet
 
 
 @pytest.fixture
@@ -55,6 +56,14 @@ def test_bits_per_step_and_scores_against_steps(drawn: list[Any], tmp_path: Path
     curves = {"ddpm": [(1000, 3.0), (10, 40.0)], "ddim": [(10, 13.0)]}
     assert is_picture(plots.plot_against_steps(curves, "fid", tmp_path / "y.png"))
     assert drawn[1].axes[0].lines[0].get_xydata().tolist() == [[10, 40], [1000, 3]]
+    assert (drawn[1].axes[0].get_xscale(), drawn[1].axes[0].get_yscale()) == ("log", "log")
+
+
+def test_scores_below_zero_are_on_the_plot(drawn: list[Any], tmp_path: Path) -> None:
+    plots.plot_against_steps({"ddpm": [(10, 0.01), (50, -0.002), (100, 0.0)]}, "kid", tmp_path / "x.png")
+    axes = drawn[0].axes[0]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "linear")
+    assert axes.get_ylim()[0] < -0.002
 
 
 def test_a_grid_shows_each_image_in_its_place(drawn: list[Any], tmp_path: Path) -> None:
@@ -137,6 +146,64 @@ def test_interpolation_goes_from_one_image_to_the_other(
     brightness = grid["rows"][0].float().mean((1, 2, 3))
     assert brightness[0] < 20 and brightness[-1] > 235
     assert bool((brightness.diff() > 0).all())
+
+
+def test_interpolation_takes_the_training_images_farthest_apart() -> None:
+    levels = torch.tensor([50, 60, 250, 55, 10, 250], dtype=torch.uint8)
+    images = levels[:, None, None, None].expand(-1, 1, 8, 8)
+    assert figures.farthest_pair(images) == [2, 4]  # and not [4, 5], which is as far
+    digits = load_images("digits", split="train").batch(range(32)).pixels.flatten(1).double().numpy()
+    distances = np.linalg.norm(digits[:, None] - digits[None], axis=2)
+    assert figures.farthest_pair(load_images("digits", split="train").batch(range(32)).pixels) == list(
+        np.unravel_index(distances.argmax(), distances.shape)
+    )
+    assert distances.max() > 2 * distances[0, 1]
+
+
+def test_a_class_conditional_model_is_drawn_in_its_classes(
+    rows_of_grids: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    unet = UNet2DModel.from_config(tiny_unet().config, num_class_embeds=10)
+    pipeline = DDPMExtPipeline(unet, tiny_scheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    asked: list[list[int]] = []
+    plain = UNet2DModel.forward
+
+    def forward(self: Any, *args: Any, class_labels: torch.Tensor, **more: Any) -> Any:
+        asked.append(class_labels.tolist())
+        return plain(self, *args, class_labels=class_labels, **more)
+
+    monkeypatch.setattr(UNet2DModel, "forward", forward)
+    training = load_images("digits", split="train")
+    figures.draw_paper(pipeline, training, tmp_path)
+    assert len(rows_of_grids) == 3
+    assert asked[0] == [0, 1, 2, 3, 4, 5]  # Figure 6
+    assert asked[20] == [0] and asked[40] == [0] * 8  # Figure 7
+    batch = training.batch(range(32))
+    assert batch.labels is not None
+    a, b = batch.labels[figures.farthest_pair(batch.pixels)].tolist()
+    assert asked[-1] == [a] * 5 + [b] * 4  # Figure 8, λ up to 1/2 and beyond
+
+
+def test_each_curve_is_of_one_condition_and_of_the_newest_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(figures, "plot_against_steps", lambda curves, title, path: found.update({path.name: curves}))
+    (tmp_path / "kid_7_pixels_against_steps.png").touch()  # of former weights
+    old = [score(K, weights="old", num_inference_steps=K) for K in (5, 10)]
+    new = [score(K + seed, num_inference_steps=K, seed=seed) for seed in (0, 1) for K in (5, 10)]
+    rounded = [score(K / 2, num_inference_steps=K, hand_off="float") for K in (5, 10)]
+    figures.draw_quality([*old, *new, *rounded], tmp_path)
+    assert found == {
+        "fid_50_pixels_against_steps.png": {
+            "ddpm, fixed_small, seed 0": [(5, 5), (10, 10)],
+            "ddpm, fixed_small, seed 1": [(5, 6), (10, 11)],
+        },
+        "fid_50_pixels_2_against_steps.png": {"ddpm, fixed_small": [(5, 2.5), (10, 5)]},
+    }
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_copies_would_show_beside_their_originals(rows_of_grids: list[dict[str, Any]], tmp_path: Path) -> None:
