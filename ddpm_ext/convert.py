@@ -20,7 +20,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from .other_codes import CODES, Code, ConvertError, Place, Shape, all_places, measure
+from .other_codes import CODES, Code, ConvertError, Place, Shape, all_places, find, measure
 from .pipeline import DDPMExtPipeline
 from .scheduler import DDPMExtScheduler
 
@@ -70,11 +70,16 @@ def convert_weights(weights: Mapping[str, Tensor], options: ConvertOptions) -> D
         options: `source` and what the weights do not tell.
     """
     code = CODES[options.source]
-    shape = measure(weights, code)
-    T = weights[f"{code.time}.0.weight"].shape[0] if code.has_table else options.num_timesteps
+    shape, table = measure(weights, code), f"{code.time}.0.weight"
+    T = find(weights, table, ("T", "width"), code).shape[0] if code.has_table else options.num_timesteps
     unet = UNet2DModel(**unet_arguments(shape, code, options, T))
     places = {place.target: place for place in all_places(shape, code, options.num_heads)}
     fill(unet, weights, places, code)
+    if code.has_table and weights[table].shape[1] != shape.widths[0]:
+        raise ConvertError(
+            f"{table!r} of the checkpoint has the shape {tuple(weights[table].shape)}, which does not fit the "
+            f"network's time embedding {(T, shape.widths[0])}."
+        )
     return DDPMExtPipeline(unet.eval(), make_scheduler(shape, code, options, T))
 
 
@@ -183,9 +188,9 @@ def fill(unet: UNet2DModel, weights: Mapping[str, Tensor], places: Mapping[str, 
         theirs = weights[place.source]
         try:
             taken = place.change(theirs)
-        except RuntimeError:
-            taken = theirs
-        if taken.shape != own.shape:
+        except (IndexError, RuntimeError):  # of too few dimensions or numbers to be rearranged
+            taken = None
+        if taken is None or taken.shape != own.shape:
             raise ConvertError(
                 f"{place.source!r} of the checkpoint has the shape {tuple(theirs.shape)}, which does not fit the "
                 f"network's {target} {tuple(own.shape)}."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -301,24 +302,78 @@ def test_sinusoids_by_hand() -> None:
     torch.testing.assert_close(table[8], torch.tensor([math.cos(2), math.cos(0.02), math.sin(2), math.sin(0.02)]))
 
 
+def changed(weights: dict[str, Tensor], name: str, change: Any) -> dict[str, Tensor]:
+    """Weights without a tensor (None), or with another shape of it."""
+    rest = {known: weight for known, weight in weights.items() if known != name}
+    return rest if change is None else {**rest, name: torch.zeros(change)}
+
+
 @pytest.mark.parametrize(
     ("name", "change", "sentence"),
     [
-        ("head.weight", None, "no tensor 'head.weight'"),
+        ("head.weight", None, r"no tensor 'head.weight', .* as \(out, in, 3, 3\)"),
+        ("head.weight", (), r"'head.weight' of the checkpoint has the shape \(\), where .* has \(out, in, 3, 3\)"),
+        ("head.weight", (64, 64, 1, 1), r"'head.weight' .* \(64, 64, 1, 1\), where .* has \(out, in, 3, 3\)"),
+        ("tail.2.weight", (), r"'tail.2.weight' of the checkpoint has the shape \(\)"),
+        ("tail.2.weight", (6, 32, 3, 3), r"'tail.2.weight' .* \(6, 32, 3, 3\), where .* has 3 channels first"),
+        ("downblocks.0.temb_proj.1.weight", (), "'downblocks.0.temb_proj.1.weight'.*has the shape"),
+        ("downblocks.0.block1.2.weight", (7, 32, 3, 3), "'downblocks.0.block1.2.weight'.* a multiple of 32 channels"),
+        ("downblocks.1.block1.2.weight", (64, 32, 3, 3), r"'downblocks.1.block1.2.weight'.*does not fit.*\(32, 32,"),
+        ("downblocks.2.main.weight", None, r"would come from 'downblocks.2.main.weight'"),
         ("downblocks.3.block2.3.weight", None, r"would come from 'downblocks.3.block2.3.weight'"),
+        ("downblocks.3.attn.group_norm.weight", None, "would come from 'downblocks.3.attn.group_norm.weight'"),
         ("downblocks.1.block1.2.bias", (7,), r"'downblocks.1.block1.2.bias' of the checkpoint has the shape \(7,\)"),
         ("middleblocks.0.attn.proj_k.weight", (64, 32, 1, 1), "'middleblocks.0.attn.proj_k.weight'.*does not fit"),
+        ("middleblocks.0.attn.proj_k.weight", (), r"'middleblocks.0.attn.proj_k.weight'.*does not fit.*\(64, 64\)"),
         ("middleblocks.1.attn.proj_q.weight", (64, 64, 1, 1), "'middleblocks.1.attn.proj_q.weight'.*no place"),
+        ("time_embedding.timembedding.0.weight", None, r"no tensor '.*timembedding.0.weight', .* as \(T, width\)"),
+        ("time_embedding.timembedding.0.weight", (), r"'.*timembedding.0.weight' of the checkpoint has the shape \(\)"),
+        ("time_embedding.timembedding.0.weight", (9, 7), r"'.*timembedding.0.weight'.*\(9, 7\).*not fit.*\(9, 32\)"),
+        ("time_embedding.timembedding.1.weight", (128,), r"'.*timembedding.1.weight'.*\(128,\).*fit.*\(128, 32\)"),
     ],
 )
 def test_the_first_tensor_that_does_not_fit_is_named(name: str, change: Any, sentence: str) -> None:
-    weights = PyTorchDDPM().state_dict()
-    if change is None:
-        del weights[name]
-    else:
-        weights[name] = torch.zeros(change)
+    weights = changed(PyTorchDDPM().state_dict(), name, change)
     with pytest.raises(ConvertError, match=sentence):
         convert_weights(weights, options("pytorch-ddpm"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("input_blocks.0.0.weight", None, r"no tensor 'input_blocks.0.0.weight', .* as \(out, in, 3, 3\)"),
+        ("input_blocks.0.0.weight", (), r"'input_blocks.0.0.weight' of the checkpoint has the shape \(\)"),
+        ("out.2.weight", (), r"'out.2.weight' of the checkpoint has the shape \(\)"),
+        ("out.2.weight", (7, 32, 3, 3), r"'out.2.weight'.* has 3 or 6 channels first"),
+        ("input_blocks.1.0.emb_layers.1.weight", (), r"'input_blocks.1.0.emb_layers.1.weight'.*the shape \(\)"),
+        ("time_embed.0.weight", (128,), r"'time_embed.0.weight'.*\(128,\), which does not fit .* \(128, 32\)"),
+        ("time_embed.0.weight", None, "would come from 'time_embed.0.weight'"),
+        ("input_blocks.4.0.op.weight", None, "would come from 'input_blocks.4.0.op.weight'"),
+        ("input_blocks.5.1.norm.weight", None, "would come from 'input_blocks.5.1.norm.weight'"),
+        ("label_emb.weight", (), r"'label_emb.weight'.*the shape \(\), where .* has \(classes, width\)"),
+        ("label_emb.weight", (10, 7), r"'label_emb.weight'.*\(10, 7\), which does not fit .* \(10, 128\)"),
+        ("middle_block.1.qkv.weight", (), r"'middle_block.1.qkv.weight'.*the shape \(\), which does not fit"),
+        # Of the very shape of one of q, k and v, but no three of them: it is not taken for each.
+        ("middle_block.1.qkv.bias", (64,), r"'middle_block.1.qkv.bias'.*the shape \(64,\), which does not fit"),
+    ],
+)
+def test_the_first_tensor_of_improved_diffusion_that_does_not_fit_is_named(
+    name: str, change: Any, sentence: str
+) -> None:
+    weights = changed(ImprovedDiffusion(classes=10).state_dict(), name, change)
+    with pytest.raises(ConvertError, match=sentence):
+        convert_weights(weights, options("improved-diffusion", num_timesteps=1000))
+
+
+@pytest.mark.slow  # some hundred networks
+@pytest.mark.parametrize("source", ["pytorch-ddpm", "improved-diffusion"])
+def test_no_tensor_may_be_missing_or_a_number(source: Any) -> None:
+    original: Any = PyTorchDDPM if source == "pytorch-ddpm" else ImprovedDiffusion
+    weights = original(mults=(1,), attend=(0,), n=1).state_dict()
+    for name in weights:
+        for change in (None, ()):
+            with pytest.raises(ConvertError, match=re.escape(repr(name))):
+                convert_weights(changed(weights, name, change), options(source))
 
 
 def test_architectures_that_cannot_be_expressed_are_refused() -> None:
