@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -389,6 +390,33 @@ def test_architectures_that_cannot_be_expressed_are_refused() -> None:
         options("guided-diffusion")
 
 
+@pytest.mark.parametrize(
+    ("source", "more", "sentence"),
+    [
+        ("improved-diffusion", {"num_heads": 0}, "num_heads must be at least 1, got 0"),
+        ("improved-diffusion", {"num_timesteps": 0}, "num_timesteps must be at least 1, got 0"),
+        ("pytorch-ddpm", {"resolution": -3}, "resolution must be at least 1, got -3"),
+        ("pytorch-ddpm", {"num_heads": 2}, "--num_heads has an effect only with --source improved-diffusion"),
+        ("pytorch-ddpm", {"noise_schedule": "linear"}, "--noise_schedule has an effect only with"),
+        ("pytorch-ddpm", {"num_timesteps": 500}, "--num_timesteps has an effect only with"),
+        ("pytorch-ddpm", {"rescale_timesteps": False}, "--rescale_timesteps has an effect only with"),
+        ("pytorch-ddpm", {"token": "t"}, "--token has an effect only with --source diffusers"),
+        ("improved-diffusion", {"weights": "net_model"}, "--weights has an effect only with --source pytorch-ddpm"),
+        ("improved-diffusion", {"token": "t"}, "--token has an effect only with --source diffusers"),
+        (
+            "diffusers",
+            {"resolution": 64},
+            "--resolution has .* pytorch-ddpm and improved-diffusion, and source is 'diff",
+        ),
+        ("diffusers", {"weights": "net_model"}, "--weights has an effect only with"),
+        ("diffusers", {"num_heads": 1}, "--num_heads has an effect only with"),
+    ],
+)
+def test_options_without_sense_or_effect_are_refused(source: Any, more: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConvertError, match=sentence):
+        ConvertOptions(source, "checkpoint", "folder", **more)
+
+
 class Payload:
     def __init__(self, path: str) -> None:
         self.path = path
@@ -414,6 +442,9 @@ def test_the_average_is_taken_from_a_training_checkpoint(tmp_path: Path) -> None
     assert read_weights(tmp_path / "ckpt.pt", "net_model")["head.weight"] == 0
     with pytest.raises(ConvertError, match="it has net_model, ema_model"):
         read_weights(tmp_path / "ckpt.pt", "model")
+    torch.save(one, tmp_path / "bare.pt")
+    with pytest.raises(ConvertError, match="one set of weights under no name, got --weights net_model"):
+        read_weights(tmp_path / "bare.pt", "net_model")
 
 
 def test_the_folder_loads_with_stock_diffusers(tmp_path: Path) -> None:
@@ -430,6 +461,55 @@ def test_the_folder_loads_with_stock_diffusers(tmp_path: Path) -> None:
         upgraded = convert(ConvertOptions("diffusers", str(tmp_path / name), str(tmp_path / f"{name}-new")))
         assert not list(upgraded.rglob("*.bin"))
         assert_same_outputs(original, DDPMExtPipeline.from_pretrained(upgraded).unet, T_SEEN, T_SEEN)
+
+
+def test_a_folder_is_not_converted_in_place(tmp_path: Path, tiny_unet: Any) -> None:
+    folder = tmp_path / "old"
+    DDPMPipeline(tiny_unet, DDPMScheduler()).save_pretrained(folder, safe_serialization=False)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (tmp_path / "link").symlink_to(folder)
+    for name in (folder, tmp_path / "link", folder / ".." / "old"):
+        with pytest.raises(ConvertError, match="another folder than the checkpoint"):
+            convert(ConvertOptions("diffusers", str(folder), str(name)))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """scripts/convert.py in this process: its exit code."""
+    monkeypatch.setattr(sys, "argv", ["scripts/convert.py", *words])
+    return runpy.run_path(str(ROOT / "scripts" / "convert.py"))["main"]()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--source pytorch-ddpm --checkpoint {tmp} --output_dir {tmp}/out", "there is a folder at {tmp}"),
+        ("--source pytorch-ddpm --checkpoint {tmp}/no.pt --output_dir {tmp}/out", "there is nothing at {tmp}/no.pt"),
+        ("--source pytorch-ddpm --checkpoint {tmp}/file --output_dir {tmp}/file", "{tmp}/file is a file"),
+        ("--source diffusers --checkpoint a/b --output_dir {tmp}/file/out", "{tmp}/file is a file"),
+        ("--source diffusers --checkpoint {tmp} --output_dir {tmp}/out", "model_index.json, and {tmp} holds none"),
+        ("--source diffusers --checkpoint {tmp}/run --output_dir {tmp}/out", "Give {tmp}/run/pipeline."),
+        ("--source diffusers --checkpoint {tmp}/file --output_dir {tmp}/out", "and {tmp}/file holds none"),
+        ("--source diffusers --checkpoint no/such/dir --output_dir {tmp}/out", "There is no folder no/such/dir"),
+        ("--source diffusers --checkpoint {tmp}/no --output_dir {tmp}/out", "There is no folder {tmp}/no"),
+        ("--source diffusers --checkpoint no/such --output_dir {tmp}/out", "no/such is not in the cache"),
+        ("--source diffusers --checkpoint {tmp}/run/pipeline --output_dir {tmp}/out", "error: "),
+        ("--source diffusers --checkpoint a/b --output_folder {tmp}/out --nun_heads 3", "Did you mean --num_heads?"),
+        ("--source other --checkpoint a/b --output_dir {tmp}/out", "invalid choice: 'other'"),
+        ("--source diffusers", "required: --checkpoint, --output_dir"),
+        ("--source improved-diffusion --num_heads 0 --checkpoint a --output_dir b", "num_heads must be at least 1"),
+    ],
+)
+def test_the_script_says_what_is_wrong(
+    words: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no checkpoint")
+    (tmp_path / "run" / "pipeline").mkdir(parents=True)
+    (tmp_path / "run" / "pipeline" / "model_index.json").write_text("{}")  # an index that names nothing
+    assert run_script(monkeypatch, *words.format(tmp=tmp_path).split()) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and sentence.format(tmp=tmp_path) in said
+    assert not (tmp_path / "out").exists() and (tmp_path / "file").read_text() == "no checkpoint"
 
 
 @pytest.mark.slow  # a process of its own: importing takes seconds
