@@ -12,7 +12,7 @@ import os
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,11 +20,19 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from .other_codes import CODES, Code, ConvertError, Place, Shape, all_places, measure
+from .other_codes import CODES, Code, ConvertError, Place, Shape, all_places, find, measure
 from .pipeline import DDPMExtPipeline
 from .scheduler import DDPMExtScheduler
 
 Source = Literal["pytorch-ddpm", "improved-diffusion", "diffusers"]
+AVERAGE = "ema_model"
+INDEX = "model_index.json"
+# What a checkpoint of each source leaves open; the other options would have no effect.
+OPEN: dict[str, tuple[str, ...]] = {
+    "pytorch-ddpm": ("resolution", "weights"),
+    "improved-diffusion": ("resolution", "num_heads", "noise_schedule", "num_timesteps", "rescale_timesteps"),
+    "diffusers": ("token",),
+}
 
 
 @dataclass(frozen=True)
@@ -33,9 +41,9 @@ class ConvertOptions:
 
     source: Source = field(metadata={"help": "The code that wrote the checkpoint."})
     checkpoint: str = field(metadata={"help": "Its file; for diffusers a pipeline's folder or Hub name."})
-    output_dir: str = field(metadata={"help": "Folder of the new pipeline."})
+    output_dir: str = field(metadata={"help": "Folder of the new pipeline, not the checkpoint's own."})
     resolution: int = field(default=32, metadata={"help": "Height and width of the pictures."})
-    weights: str = field(default="ema_model", metadata={"help": "pytorch-ddpm: ema_model, the average, or net_model."})
+    weights: str = field(default=AVERAGE, metadata={"help": "pytorch-ddpm: ema_model, the average, or net_model."})
     num_heads: int = field(default=4, metadata={"help": "improved-diffusion: attention heads."})
     noise_schedule: Literal["cosine", "linear"] = field(default="cosine", metadata={"help": "improved-diffusion."})
     num_timesteps: int = field(default=4000, metadata={"help": "improved-diffusion: T, its diffusion_steps."})
@@ -46,20 +54,49 @@ class ConvertOptions:
         for name, words in (("source", get_args(Source)), ("noise_schedule", ("cosine", "linear"))):
             if getattr(self, name) not in words:
                 raise ConvertError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}.")
+        for name in ("resolution", "num_heads", "num_timesteps"):
+            if getattr(self, name) < 1:
+                raise ConvertError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for option in fields(self)[3:]:  # behind the three that every source needs
+            if option.name not in OPEN[self.source] and getattr(self, option.name) != option.default:
+                users = " and ".join(source for source, names in OPEN.items() if option.name in names)
+                raise ConvertError(
+                    f"--{option.name} has an effect only with --source {users}, and source is {self.source!r}: leave "
+                    "it out."
+                )
 
 
 def convert(options: ConvertOptions) -> Path:
     """Write the pipeline; its folder.
 
+    A folder is not converted in place: the former files would stay beside the new ones, a pickle of the weights beside
+    the safetensors, and a failure half-way would leave neither pipeline.
+
     Raises:
-        ConvertError: the file is no such checkpoint; names the first tensor that does not fit.
+        ConvertError: the file is no such checkpoint; names the first tensor that does not fit. Or the output folder
+            cannot be one.
+        HubError: the pull of a pipeline failed.
     """
+    target = Path(options.output_dir)
+    check_target(target, options.checkpoint)
     if options.source == "diffusers":
-        pipeline = DDPMExtPipeline.from_pretrained(options.checkpoint, token=options.token)
+        pipeline = open_pipeline(options.checkpoint, options.token)
     else:
         pipeline = convert_weights(read_weights(options.checkpoint, options.weights), options)
-    pipeline.save_pretrained(options.output_dir)
-    return Path(options.output_dir)
+    pipeline.save_pretrained(target)
+    return target
+
+
+def check_target(target: Path, checkpoint: str) -> None:
+    """Raise ConvertError where no folder can be made, or where it is the checkpoint's own."""
+    there = next(path for path in (target, *target.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConvertError(f"output_dir must be a folder, got {target}, and {there} is a file. Give another name.")
+    if there == target and os.path.exists(checkpoint) and target.samefile(checkpoint):
+        raise ConvertError(
+            f"output_dir must be another folder than the checkpoint, got {target} for both: the former weights would "
+            "stay beside the new ones. Convert into a new folder, then remove the former one."
+        )
 
 
 def convert_weights(weights: Mapping[str, Tensor], options: ConvertOptions) -> DDPMExtPipeline:
@@ -70,24 +107,63 @@ def convert_weights(weights: Mapping[str, Tensor], options: ConvertOptions) -> D
         options: `source` and what the weights do not tell.
     """
     code = CODES[options.source]
-    shape = measure(weights, code)
-    T = weights[f"{code.time}.0.weight"].shape[0] if code.has_table else options.num_timesteps
+    shape, table = measure(weights, code), f"{code.time}.0.weight"
+    T = find(weights, table, ("T", "width"), code).shape[0] if code.has_table else options.num_timesteps
     unet = UNet2DModel(**unet_arguments(shape, code, options, T))
     places = {place.target: place for place in all_places(shape, code, options.num_heads)}
     fill(unet, weights, places, code)
+    if code.has_table and weights[table].shape[1] != shape.widths[0]:
+        raise ConvertError(
+            f"{table!r} of the checkpoint has the shape {tuple(weights[table].shape)}, which does not fit the "
+            f"network's time embedding {(T, shape.widths[0])}."
+        )
     return DDPMExtPipeline(unet.eval(), make_scheduler(shape, code, options, T))
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def read_weights(path: str | os.PathLike[str], which: str = "ema_model") -> dict[str, Tensor]:
+def open_pipeline(name: str, token: str | None = None) -> DDPMExtPipeline:
+    """A pipeline by its folder or its Hub name.
+
+    Raises:
+        ConvertError: it is neither.
+        HubError: the Hub does not give it.
+    """
+    folder = Path(name)
+    if folder.exists() and not (folder / INDEX).is_file():
+        inner = folder / "pipeline"
+        better = inner if (inner / INDEX).is_file() else "the folder that holds it, or a Hub name such as user/model"
+        raise ConvertError(f"A pipeline is a folder with {INDEX}, and {folder} holds none. Give {better}.")
+    if not folder.exists() and not is_hub_name(name):
+        raise ConvertError(f"There is no folder {name}, and a model of the Hub is named user/model. Look at the path.")
+    try:
+        return DDPMExtPipeline.from_pretrained(name, token=token)
+    except (AttributeError, LookupError, TypeError) as error:  # Diffusers, of an index that it does not understand
+        raise ConvertError(
+            f"{name} has a {INDEX} that is none of a DDPM, which names a unet and a scheduler: "
+            f"{type(error).__name__} {error}. Give another, or save the pipeline anew."
+        ) from error
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model of the Hub may be called so: one slash between two names, neither of them "." or ".."."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
+def read_weights(path: str | os.PathLike[str], which: str = AVERAGE) -> dict[str, Tensor]:
     """The state dict in a checkpoint file, which is read as data alone: no code in it runs.
 
     Args:
         path: The file.
         which: The entry that holds the weights, where there are several.
+
+    Raises:
+        ConvertError: there is no such file, it is no checkpoint, or it has no such entry.
     """
+    if not Path(path).is_file():
+        found = "a folder" if Path(path).is_dir() else "nothing"
+        raise ConvertError(f"checkpoint must be a file of another code, and there is {found} at {path}. Name the file.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
@@ -100,6 +176,8 @@ def read_weights(path: str | os.PathLike[str], which: str = "ema_model") -> dict
         if which not in holding:
             raise ConvertError(f"{path} has no weights {which!r}; it has {', '.join(holding) or 'none'} (--weights).")
         content = content[which]
+    elif which != AVERAGE:
+        raise ConvertError(f"{path} holds one set of weights under no name, got --weights {which}: leave it out.")
     if not isinstance(content, Mapping) or not content:
         raise ConvertError(f"{path} holds no weights, but a {type(content).__name__}.")
     return {str(name).removeprefix("module."): value for name, value in content.items()}
@@ -183,9 +261,9 @@ def fill(unet: UNet2DModel, weights: Mapping[str, Tensor], places: Mapping[str, 
         theirs = weights[place.source]
         try:
             taken = place.change(theirs)
-        except RuntimeError:
-            taken = theirs
-        if taken.shape != own.shape:
+        except (IndexError, RuntimeError):  # of too few dimensions or numbers to be rearranged
+            taken = None
+        if taken is None or taken.shape != own.shape:
             raise ConvertError(
                 f"{place.source!r} of the checkpoint has the shape {tuple(theirs.shape)}, which does not fit the "
                 f"network's {target} {tuple(own.shape)}."

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 Change = Callable[[Tensor], Tensor]
+CONVOLUTION = ("out", "in", "3", "3")
+GROUPS = 32  # of every norm, in both codes
+LABELS = "label_emb.weight"
 
 
 class ConvertError(ValueError):
@@ -89,49 +92,97 @@ class Shape(NamedTuple):
 
 
 def measure(weights: Mapping[str, Tensor], code: Code) -> Shape:
-    """Read the network's shape off the tensors on its way down."""
+    """Read the network's shape off the tensors on its way down.
+
+    Raises:
+        ConvertError: one of these tensors is missing or cannot be of such a network; it is named.
+    """
     own = code.name == "improved-diffusion"
-    sampler = ".0.op.weight" if own else ".main.weight"
-    residual, attended = (".0.", ".1.norm.weight") if own else (".", ".attn.group_norm.weight")
-    first = _find(weights, f"{code.conv_in}.weight", code)
+    sampler, attended, residual = (".0.op.", ".1.", ".0.") if own else (".main.", ".attn.", ".")
+    first = find(weights, f"{code.conv_in}.weight", CONVOLUTION, code)
     widths, counts, attention = [0], [0], set()
     index = 1 if own else 0
-    while any(name.startswith(f"{code.down}.{index}.") for name in weights):
-        block = f"{code.down}.{index}"
-        if f"{block}{sampler}" in weights:
+    while _has(weights, block := f"{code.down}.{index}", "."):
+        level = len(widths) - 1
+        if _has(weights, block, sampler):
             widths.append(0)
             counts.append(0)
         else:
-            level = len(widths) - 1
-            widths[level] = _find(weights, f"{block}{residual}{code.residual['conv1']}.weight", code).shape[0]
+            width = _width(weights, f"{block}{residual}{code.residual['conv1']}.weight", code)
+            widths[level] = widths[level] or width
             counts[level] += 1
-            attention |= {level} if f"{block}{attended}" in weights else set()
+            attention |= {level} if _has(weights, block, attended) else set()
         index += 1
     if len(set(counts)) != 1 or not counts[0]:
         raise ConvertError(
             f"A UNet2DModel has as many residual blocks on each level, the checkpoint has {counts} ({code.down})."
         )
-    end = _find(weights, f"{code.out}.2.weight", code)
     projection = f"{code.down}.{1 if own else 0}{residual}{code.residual['time_emb_proj']}.weight"
-    labels = weights.get("label_emb.weight")
+    classes = find(weights, LABELS, ("classes", "width"), code).shape[0] if LABELS in weights else None
     return Shape(
         tuple(widths),
         counts[0],
         frozenset(attention),
         first.shape[1],
-        end.shape[0],
-        _find(weights, projection, code).shape[0] == 2 * widths[0],
-        None if labels is None else labels.shape[0],
+        _out_channels(weights, first.shape[1], code),
+        find(weights, projection, ("out", "in"), code).shape[0] == 2 * widths[0],
+        classes,
     )
 
 
-def _find(weights: Mapping[str, Tensor], name: str, code: Code) -> Tensor:
+def find(weights: Mapping[str, Tensor], name: str, layout: tuple[str, ...], code: Code) -> Tensor:
+    """A tensor whose shape tells the network's.
+
+    Args:
+        weights: The state dict.
+        name: The tensor's name.
+        layout: What its dimensions are, a number where it is always the same.
+        code: The code that named it.
+
+    Raises:
+        ConvertError: it is missing, empty, or of another layout.
+    """
+    expected = f"({', '.join(layout)})"
     if name not in weights:
         raise ConvertError(
-            f"The checkpoint has no tensor {name!r}, which every network of {code.name} has. Its first is "
-            f"{next(iter(weights))!r}: is it of another code?"
+            f"The checkpoint has no tensor {name!r}, which every network of {code.name} has as {expected}. Its first "
+            f"is {next(iter(weights), None)!r}: is it of another code?"
         )
-    return weights[name]
+    found = weights[name]
+    sizes = zip(found.shape, layout, strict=False)
+    if found.ndim != len(layout) or not all(str(n) == part if part.isdigit() else n > 0 for n, part in sizes):
+        raise ConvertError(
+            f"{name!r} of the checkpoint has the shape {tuple(found.shape)}, where {code.name} has {expected}."
+        )
+    return found
+
+
+def _has(weights: Mapping[str, Tensor], block: str, part: str) -> bool:
+    return any(name.startswith(block + part) for name in weights)
+
+
+def _width(weights: Mapping[str, Tensor], name: str, code: Code) -> int:
+    """Channels that a residual block's first convolution makes."""
+    found = find(weights, name, CONVOLUTION, code)
+    if found.shape[0] % GROUPS:
+        raise ConvertError(
+            f"{name!r} of the checkpoint has the shape {tuple(found.shape)}, where {code.name} has a multiple of "
+            f"{GROUPS} channels first: its norms are of {GROUPS} groups."
+        )
+    return found.shape[0]
+
+
+def _out_channels(weights: Mapping[str, Tensor], in_channels: int, code: Code) -> int:
+    """Channels of the output: ε̂ alone, or with the variance that improved-diffusion may learn."""
+    name = f"{code.out}.2.weight"
+    found = find(weights, name, CONVOLUTION, code)
+    allowed = [in_channels] if code.has_table else [in_channels, 2 * in_channels]
+    if found.shape[0] not in allowed:
+        raise ConvertError(
+            f"{name!r} of the checkpoint has the shape {tuple(found.shape)}, where {code.name} has "
+            f"{' or '.join(map(str, allowed))} channels first for pictures of {in_channels}."
+        )
+    return found.shape[0]
 
 
 # The mapping ----------------------------------------------------------------------------------------------------------
@@ -177,7 +228,7 @@ def all_places(shape: Shape, code: Code, num_heads: int) -> Iterator[Place]:
         change = split_columns if code.has_table and number == 1 else same
         yield Place(f"time_embedding.linear_{number}.weight", f"{code.time}.{layer}.weight", change)
     if shape.classes is not None:
-        yield Place("class_embedding.weight", "label_emb.weight", same)
+        yield Place("class_embedding.weight", LABELS, same)
     yield from _down_and_up(shape, code, num_heads)
     yield from _both("conv_norm_out", f"{code.out}.0")
     yield from _both("conv_out", f"{code.out}.2")

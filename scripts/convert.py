@@ -6,27 +6,26 @@
         --num_timesteps 1000 --num_heads 1
     python scripts/convert.py --source diffusers --checkpoint google/ddpm-cifar10-32 --output_dir out
 
-Runs on a CPU in seconds. Checkpoints are read as data alone; no code in them runs.
+Runs on a CPU in seconds. Checkpoints are read as data alone; no code in them runs. The output folder is never the
+checkpoint's own: an older pipeline is converted into a new folder.
 """
 
 from __future__ import annotations
 
 import sys
 
-from transformers import HfArgumentParser
-
-from ddpm_ext.convert import ConvertError, ConvertOptions, convert
-from ddpm_ext.patience import HubError
+from ddpm_ext.arguments import parse_options
+from ddpm_ext.convert import ConvertOptions, convert
+from ddpm_ext.signals import explained
 
 
 def main() -> int:
     """Convert, and say where the result lies."""
     try:
-        options = HfArgumentParser(ConvertOptions).parse_args_into_dataclasses()[0]  # pyright: ignore[reportArgumentType]
+        options = parse_options(ConvertOptions, "Turn a checkpoint of another code into a pipeline.")
         print(f"The pipeline lies in {convert(options)}.")
-    except (ConvertError, HubError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (ValueError, OSError) as error:  # HubError and ConvertError with them
+        return explained(error)
     return 0
 
 

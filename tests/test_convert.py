@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -301,24 +303,78 @@ def test_sinusoids_by_hand() -> None:
     torch.testing.assert_close(table[8], torch.tensor([math.cos(2), math.cos(0.02), math.sin(2), math.sin(0.02)]))
 
 
+def changed(weights: dict[str, Tensor], name: str, change: Any) -> dict[str, Tensor]:
+    """Weights without a tensor (None), or with another shape of it."""
+    rest = {known: weight for known, weight in weights.items() if known != name}
+    return rest if change is None else {**rest, name: torch.zeros(change)}
+
+
 @pytest.mark.parametrize(
     ("name", "change", "sentence"),
     [
-        ("head.weight", None, "no tensor 'head.weight'"),
+        ("head.weight", None, r"no tensor 'head.weight', .* as \(out, in, 3, 3\)"),
+        ("head.weight", (), r"'head.weight' of the checkpoint has the shape \(\), where .* has \(out, in, 3, 3\)"),
+        ("head.weight", (64, 64, 1, 1), r"'head.weight' .* \(64, 64, 1, 1\), where .* has \(out, in, 3, 3\)"),
+        ("tail.2.weight", (), r"'tail.2.weight' of the checkpoint has the shape \(\)"),
+        ("tail.2.weight", (6, 32, 3, 3), r"'tail.2.weight' .* \(6, 32, 3, 3\), where .* has 3 channels first"),
+        ("downblocks.0.temb_proj.1.weight", (), "'downblocks.0.temb_proj.1.weight'.*has the shape"),
+        ("downblocks.0.block1.2.weight", (7, 32, 3, 3), "'downblocks.0.block1.2.weight'.* a multiple of 32 channels"),
+        ("downblocks.1.block1.2.weight", (64, 32, 3, 3), r"'downblocks.1.block1.2.weight'.*does not fit.*\(32, 32,"),
+        ("downblocks.2.main.weight", None, r"would come from 'downblocks.2.main.weight'"),
         ("downblocks.3.block2.3.weight", None, r"would come from 'downblocks.3.block2.3.weight'"),
+        ("downblocks.3.attn.group_norm.weight", None, "would come from 'downblocks.3.attn.group_norm.weight'"),
         ("downblocks.1.block1.2.bias", (7,), r"'downblocks.1.block1.2.bias' of the checkpoint has the shape \(7,\)"),
         ("middleblocks.0.attn.proj_k.weight", (64, 32, 1, 1), "'middleblocks.0.attn.proj_k.weight'.*does not fit"),
+        ("middleblocks.0.attn.proj_k.weight", (), r"'middleblocks.0.attn.proj_k.weight'.*does not fit.*\(64, 64\)"),
         ("middleblocks.1.attn.proj_q.weight", (64, 64, 1, 1), "'middleblocks.1.attn.proj_q.weight'.*no place"),
+        ("time_embedding.timembedding.0.weight", None, r"no tensor '.*timembedding.0.weight', .* as \(T, width\)"),
+        ("time_embedding.timembedding.0.weight", (), r"'.*timembedding.0.weight' of the checkpoint has the shape \(\)"),
+        ("time_embedding.timembedding.0.weight", (9, 7), r"'.*timembedding.0.weight'.*\(9, 7\).*not fit.*\(9, 32\)"),
+        ("time_embedding.timembedding.1.weight", (128,), r"'.*timembedding.1.weight'.*\(128,\).*fit.*\(128, 32\)"),
     ],
 )
 def test_the_first_tensor_that_does_not_fit_is_named(name: str, change: Any, sentence: str) -> None:
-    weights = PyTorchDDPM().state_dict()
-    if change is None:
-        del weights[name]
-    else:
-        weights[name] = torch.zeros(change)
+    weights = changed(PyTorchDDPM().state_dict(), name, change)
     with pytest.raises(ConvertError, match=sentence):
         convert_weights(weights, options("pytorch-ddpm"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("input_blocks.0.0.weight", None, r"no tensor 'input_blocks.0.0.weight', .* as \(out, in, 3, 3\)"),
+        ("input_blocks.0.0.weight", (), r"'input_blocks.0.0.weight' of the checkpoint has the shape \(\)"),
+        ("out.2.weight", (), r"'out.2.weight' of the checkpoint has the shape \(\)"),
+        ("out.2.weight", (7, 32, 3, 3), r"'out.2.weight'.* has 3 or 6 channels first"),
+        ("input_blocks.1.0.emb_layers.1.weight", (), r"'input_blocks.1.0.emb_layers.1.weight'.*the shape \(\)"),
+        ("time_embed.0.weight", (128,), r"'time_embed.0.weight'.*\(128,\), which does not fit .* \(128, 32\)"),
+        ("time_embed.0.weight", None, "would come from 'time_embed.0.weight'"),
+        ("input_blocks.4.0.op.weight", None, "would come from 'input_blocks.4.0.op.weight'"),
+        ("input_blocks.5.1.norm.weight", None, "would come from 'input_blocks.5.1.norm.weight'"),
+        ("label_emb.weight", (), r"'label_emb.weight'.*the shape \(\), where .* has \(classes, width\)"),
+        ("label_emb.weight", (10, 7), r"'label_emb.weight'.*\(10, 7\), which does not fit .* \(10, 128\)"),
+        ("middle_block.1.qkv.weight", (), r"'middle_block.1.qkv.weight'.*the shape \(\), which does not fit"),
+        # Of the very shape of one of q, k and v, but no three of them: it is not taken for each.
+        ("middle_block.1.qkv.bias", (64,), r"'middle_block.1.qkv.bias'.*the shape \(64,\), which does not fit"),
+    ],
+)
+def test_the_first_tensor_of_improved_diffusion_that_does_not_fit_is_named(
+    name: str, change: Any, sentence: str
+) -> None:
+    weights = changed(ImprovedDiffusion(classes=10).state_dict(), name, change)
+    with pytest.raises(ConvertError, match=sentence):
+        convert_weights(weights, options("improved-diffusion", num_timesteps=1000))
+
+
+@pytest.mark.slow  # some hundred networks
+@pytest.mark.parametrize("source", ["pytorch-ddpm", "improved-diffusion"])
+def test_no_tensor_may_be_missing_or_a_number(source: Any) -> None:
+    original: Any = PyTorchDDPM if source == "pytorch-ddpm" else ImprovedDiffusion
+    weights = original(mults=(1,), attend=(0,), n=1).state_dict()
+    for name in weights:
+        for change in (None, ()):
+            with pytest.raises(ConvertError, match=re.escape(repr(name))):
+                convert_weights(changed(weights, name, change), options(source))
 
 
 def test_architectures_that_cannot_be_expressed_are_refused() -> None:
@@ -332,6 +388,33 @@ def test_architectures_that_cannot_be_expressed_are_refused() -> None:
         convert_weights(ImprovedDiffusion().state_dict(), options("improved-diffusion", num_heads=3))
     with pytest.raises(ConvertError, match="source must be one of"):
         options("guided-diffusion")
+
+
+@pytest.mark.parametrize(
+    ("source", "more", "sentence"),
+    [
+        ("improved-diffusion", {"num_heads": 0}, "num_heads must be at least 1, got 0"),
+        ("improved-diffusion", {"num_timesteps": 0}, "num_timesteps must be at least 1, got 0"),
+        ("pytorch-ddpm", {"resolution": -3}, "resolution must be at least 1, got -3"),
+        ("pytorch-ddpm", {"num_heads": 2}, "--num_heads has an effect only with --source improved-diffusion"),
+        ("pytorch-ddpm", {"noise_schedule": "linear"}, "--noise_schedule has an effect only with"),
+        ("pytorch-ddpm", {"num_timesteps": 500}, "--num_timesteps has an effect only with"),
+        ("pytorch-ddpm", {"rescale_timesteps": False}, "--rescale_timesteps has an effect only with"),
+        ("pytorch-ddpm", {"token": "t"}, "--token has an effect only with --source diffusers"),
+        ("improved-diffusion", {"weights": "net_model"}, "--weights has an effect only with --source pytorch-ddpm"),
+        ("improved-diffusion", {"token": "t"}, "--token has an effect only with --source diffusers"),
+        (
+            "diffusers",
+            {"resolution": 64},
+            "--resolution has .* pytorch-ddpm and improved-diffusion, and source is 'diff",
+        ),
+        ("diffusers", {"weights": "net_model"}, "--weights has an effect only with"),
+        ("diffusers", {"num_heads": 1}, "--num_heads has an effect only with"),
+    ],
+)
+def test_options_without_sense_or_effect_are_refused(source: Any, more: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConvertError, match=sentence):
+        ConvertOptions(source, "checkpoint", "folder", **more)
 
 
 class Payload:
@@ -359,6 +442,9 @@ def test_the_average_is_taken_from_a_training_checkpoint(tmp_path: Path) -> None
     assert read_weights(tmp_path / "ckpt.pt", "net_model")["head.weight"] == 0
     with pytest.raises(ConvertError, match="it has net_model, ema_model"):
         read_weights(tmp_path / "ckpt.pt", "model")
+    torch.save(one, tmp_path / "bare.pt")
+    with pytest.raises(ConvertError, match="one set of weights under no name, got --weights net_model"):
+        read_weights(tmp_path / "bare.pt", "net_model")
 
 
 def test_the_folder_loads_with_stock_diffusers(tmp_path: Path) -> None:
@@ -375,6 +461,55 @@ def test_the_folder_loads_with_stock_diffusers(tmp_path: Path) -> None:
         upgraded = convert(ConvertOptions("diffusers", str(tmp_path / name), str(tmp_path / f"{name}-new")))
         assert not list(upgraded.rglob("*.bin"))
         assert_same_outputs(original, DDPMExtPipeline.from_pretrained(upgraded).unet, T_SEEN, T_SEEN)
+
+
+def test_a_folder_is_not_converted_in_place(tmp_path: Path, tiny_unet: Any) -> None:
+    folder = tmp_path / "old"
+    DDPMPipeline(tiny_unet, DDPMScheduler()).save_pretrained(folder, safe_serialization=False)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (tmp_path / "link").symlink_to(folder)
+    for name in (folder, tmp_path / "link", folder / ".." / "old"):
+        with pytest.raises(ConvertError, match="another folder than the checkpoint"):
+            convert(ConvertOptions("diffusers", str(folder), str(name)))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """scripts/convert.py in this process: its exit code."""
+    monkeypatch.setattr(sys, "argv", ["scripts/convert.py", *words])
+    return runpy.run_path(str(ROOT / "scripts" / "convert.py"))["main"]()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--source pytorch-ddpm --checkpoint {tmp} --output_dir {tmp}/out", "there is a folder at {tmp}"),
+        ("--source pytorch-ddpm --checkpoint {tmp}/no.pt --output_dir {tmp}/out", "there is nothing at {tmp}/no.pt"),
+        ("--source pytorch-ddpm --checkpoint {tmp}/file --output_dir {tmp}/file", "{tmp}/file is a file"),
+        ("--source diffusers --checkpoint a/b --output_dir {tmp}/file/out", "{tmp}/file is a file"),
+        ("--source diffusers --checkpoint {tmp} --output_dir {tmp}/out", "model_index.json, and {tmp} holds none"),
+        ("--source diffusers --checkpoint {tmp}/run --output_dir {tmp}/out", "Give {tmp}/run/pipeline."),
+        ("--source diffusers --checkpoint {tmp}/file --output_dir {tmp}/out", "and {tmp}/file holds none"),
+        ("--source diffusers --checkpoint no/such/dir --output_dir {tmp}/out", "There is no folder no/such/dir"),
+        ("--source diffusers --checkpoint {tmp}/no --output_dir {tmp}/out", "There is no folder {tmp}/no"),
+        ("--source diffusers --checkpoint no/such --output_dir {tmp}/out", "no/such is not in the cache"),
+        ("--source diffusers --checkpoint {tmp}/run/pipeline --output_dir {tmp}/out", "error: "),
+        ("--source diffusers --checkpoint a/b --output_folder {tmp}/out --nun_heads 3", "Did you mean --num_heads?"),
+        ("--source other --checkpoint a/b --output_dir {tmp}/out", "invalid choice: 'other'"),
+        ("--source diffusers", "required: --checkpoint, --output_dir"),
+        ("--source improved-diffusion --num_heads 0 --checkpoint a --output_dir b", "num_heads must be at least 1"),
+    ],
+)
+def test_the_script_says_what_is_wrong(
+    words: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no checkpoint")
+    (tmp_path / "run" / "pipeline").mkdir(parents=True)
+    (tmp_path / "run" / "pipeline" / "model_index.json").write_text("{}")  # an index that names nothing
+    assert run_script(monkeypatch, *words.format(tmp=tmp_path).split()) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and sentence.format(tmp=tmp_path) in said
+    assert not (tmp_path / "out").exists() and (tmp_path / "file").read_text() == "no checkpoint"
 
 
 @pytest.mark.slow  # a process of its own: importing takes seconds
