@@ -50,7 +50,8 @@ class Trainer(Updates):
         watch = Watch(self) if options.eval_steps else None
         on_main(self.accelerator, self.open_publisher)
         progress = Progress(self.accelerator, self.updates, self.update_count, plan.global_batch)
-        self.saved_at = self.update_count
+        here = self.found is None or resume.is_of(self.run, self.found.folder)
+        self.saved_at = self.update_count if here else None  # another run's checkpoint is to be written here too
         try:
             while self.update_count < self.updates:
                 before = self.update_count
@@ -98,6 +99,8 @@ class Trainer(Updates):
         if self.saved_at != self.update_count:
             resume.save(self)
             self.saved_at = self.update_count
+        elif self.left:
+            resume.leave_course(self)
 
     def log(self, progress: Progress) -> None:
         """One line to log.jsonl, the trackers and the progress bar."""
@@ -160,6 +163,8 @@ class Trainer(Updates):
 
     def write_snapshots(self) -> None:
         """Power-function averages as they stand, from which ema.py reconstructs other widths."""
+        if self.left and self.config.ema == "power_function":
+            self.save()  # which deletes the snapshots of the course that was left
         for i, average in enumerate(self.averages):
             if isinstance(average, PowerFunctionEMA):
                 weights = self.averaged(i)
@@ -242,6 +247,9 @@ def run_to_its_end(trainer: Trainer) -> int:
         return 0 if trainer.publisher is None else finish_upload(trainer.publisher)
     if main:
         record_start(trainer)
+    if main and trainer.left:
+        beyond = ", ".join(path.name for path in trainer.left)
+        print(f"Going on from update {trainer.update_count}; the next save deletes what lies beyond it: {beyond}.")
     if main and trainer.data.skipped:
         print(f"{len(trainer.data.skipped)} images cannot be read and are left out: {trainer.data.skipped[:10]}")
     start_trackers(trainer.accelerator, recorded(trainer.config))
@@ -265,6 +273,8 @@ def record_start(trainer: Trainer) -> None:
     run, network = trainer.run, trainer.network
     start = {
         "update": trainer.update_count,
+        "from": str(trainer.found.folder) if trainer.found else None,
+        "course": trainer.course,
         "accumulation": trainer.plan.accumulation,
         "distributed_type": trainer.accelerator.distributed_type.value,
         "sharded": any(isinstance(parameter, DTensor) for parameter in trainer.parameters),
