@@ -94,7 +94,10 @@ def find(config: TrainConfig, run: RunDir, accelerator: Accelerator) -> Found | 
 
 def choose(config: TrainConfig, run: RunDir) -> Found | None:
     wanted = config.resume_from_checkpoint
-    checkpoint.sweep(run.checkpoints)
+    if config.dry_run and config.overwrite_output_dir:
+        return None  # as if the folder had been emptied
+    if not config.dry_run:
+        checkpoint.sweep(run.checkpoints)
     if wanted not in (None, "latest"):
         return choose_named(config, run, Path(str(wanted)))
     if wanted is None and checkpoint.list_checkpoints(run.checkpoints):

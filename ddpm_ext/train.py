@@ -224,7 +224,7 @@ def train(config: TrainConfig) -> int:
         trainer = Trainer(config, accelerator, run, stop)
         code = dry_run(trainer) if config.dry_run else run_to_its_end(trainer)
     except (RunError, ValueError) as error:
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and not config.dry_run:
             run.write_status("failed", trainer.update_count if trainer else 0, error=str(error))
         if trainer is None:  # options that fit no data or no network: the sentence is the whole story
             raise RunError(str(error)) from error
@@ -262,9 +262,16 @@ def run_to_its_end(trainer: Trainer) -> int:
 
 
 def open_run(config: TrainConfig, run: RunDir) -> None:
-    """Lock the folder and, if asked for, empty it."""
+    """Lock the folder and, if asked for, empty it of a run that is finished or was started with other options."""
     run.lock()
-    if config.overwrite_output_dir:
+    if not config.overwrite_output_dir or config.dry_run:
+        return
+    if run.is_unfinished() and run.was_started_with(recorded(config)):
+        print(
+            f"{run.path} holds this very run, not finished: it goes on in spite of --overwrite_output_dir. To start "
+            "afresh delete the folder."
+        )
+    else:
         run.clear()
 
 

@@ -364,3 +364,56 @@ def test_another_runs_checkpoint_takes_the_place_of_the_runs_own(uninterrupted: 
 def test_a_checkpoint_that_is_not_there_is_a_sentence(uninterrupted: Path) -> None:
     with pytest.raises(RunError, match=r"no such checkpoint\. .* has step-00000008, step-00000012\."):
         run_here(uninterrupted, **ALL_DRAWS, resume_from_checkpoint="step-00000003")
+
+
+# Emptying the folder --------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file but the lock: time of writing and bytes."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+@pytest.mark.parametrize("changes", [{}, {"seed": 5}, {"train_split": "nowhere"}], ids=["same", "other", "failing"])
+def test_a_dry_run_that_would_empty_the_folder_alters_nothing(changes, uninterrupted: Path, tmp_path: Path) -> None:
+    folder = copy_of(uninterrupted, tmp_path)
+    (folder / "checkpoints" / ".step-00000016.1.tmp").mkdir()
+    (folder / "checkpoints" / ".step-00000016.1.tmp" / "state.json").write_text("left by a kill")
+    before = contents(folder)
+    given = {**ALL_DRAWS, **changes, "dry_run": True, "overwrite_output_dir": True}
+    if "train_split" in changes:
+        with pytest.raises(RunError, match="nowhere"):
+            run_here(folder, **given)
+    else:
+        assert run_here(folder, **given) == 0
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("ended", ["preempted", "running", "finished"])
+def test_a_requeued_command_that_empties_the_folder_goes_on_with_its_own_run(
+    ended: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"overwrite_output_dir": True, "max_train_steps": 6}
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "update", stopping_after(4))
+        assert run_here(tmp_path / "run", **given) == PREEMPTED
+    file = tmp_path / "run" / "status.json"
+    file.write_text(file.read_text().replace("preempted", ended))
+    capsys.readouterr()
+    assert run_here(tmp_path / "run", **given) == 0
+    starts = json.loads((tmp_path / "run" / "config.json").read_text())["starts"]
+    assert [start["update"] for start in starts] == ([0] if ended == "finished" else [0, 4])
+    assert ("goes on in spite of --overwrite_output_dir" in capsys.readouterr().out) == (ended != "finished")
+
+
+def test_a_command_with_other_options_empties_an_unfinished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"overwrite_output_dir": True, "max_train_steps": 3}
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "update", stopping_after(2))
+        assert run_here(tmp_path / "run", **given) == PREEMPTED
+    assert run_here(tmp_path / "run", **given, train_batch_size=4) == 0
+    (begin,) = json.loads((tmp_path / "run" / "config.json").read_text())["starts"]
+    assert begin["update"] == 0
