@@ -35,6 +35,8 @@ VERSIONED = ("ddpm-ext", "torch", "diffusers", "transformers", "accelerate", "da
 class RunError(RuntimeError):
     """A run cannot start or go on, and the message is the whole story: scripts print it without a traceback."""
 
+    alone = False  # True: only this one of several processes knows, so it must say so itself
+
 
 class RunDir:
     """Paths of one run folder."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from . import assemble, resume
-from .checkpoint import checkpoint_name
+from .checkpoint import checkpoint_name, list_checkpoints, update_of
 from .config import TrainConfig, recorded
 from .dry_run import dry_run
 from .ema import PowerFunctionEMA, swapped
@@ -21,7 +22,7 @@ from .pipeline import DDPMExtPipeline
 from .progress import Progress, draw_training, start_trackers, track_images
 from .publish import Publisher
 from .resume import on_main
-from .run_dir import RunDir, RunError, environment, write_json
+from .run_dir import RunDir, RunError, environment, read_json, write_json
 from .sample import SamplingStopped, make_grid, sample_images, save_png
 from .signals import PREEMPTED, StopRequest, die_with_launcher, leave
 from .updates import Updates
@@ -223,12 +224,14 @@ def train(config: TrainConfig) -> int:
     try:
         trainer = Trainer(config, accelerator, run, stop)
         code = dry_run(trainer) if config.dry_run else run_to_its_end(trainer)
-    except (RunError, ValueError) as error:
-        if accelerator.is_main_process and not config.dry_run:
-            run.write_status("failed", trainer.update_count if trainer else 0, error=str(error))
-        if trainer is None:  # options that fit no data or no network: the sentence is the whole story
-            raise RunError(str(error)) from error
-        raise
+    except Exception as error:
+        if not config.dry_run:
+            record_failure(run, trainer, error)
+        if not isinstance(error, ValueError):
+            raise
+        sentence = RunError(str(error))  # options that fit no data or no network, a picture that cannot be read
+        sentence.alone = trainer is not None
+        raise sentence from error
     finally:
         run.unlock()
         stop.release()
@@ -259,6 +262,26 @@ def run_to_its_end(trainer: Trainer) -> int:
     elif main:
         print(f"Samples in {run.samples}, the pipeline in {run.pipeline}.")
     return code
+
+
+def record_failure(run: RunDir, trainer: Trainer | None, error: Exception) -> None:
+    """status.json: failed, at the update reached, or after an unforeseen error at the last checkpoint's.
+
+    The first process that fails writes it; the others then fail of its absence. A start that was refused leaves the
+    status of the run as it was.
+    """
+    explained, update = isinstance(error, (RunError, ValueError)), 0
+    try:
+        before = read_json(run.status)["status"] if run.status.exists() else None
+        if before == "failed" or (trainer is None and before is not None):
+            return
+        if trainer is not None and explained:
+            update = trainer.update_count
+        elif checkpoints := list_checkpoints(run.checkpoints):
+            update = update_of(checkpoints[-1])
+        run.write_status("failed", update, error=str(error) if explained else f"{type(error).__name__}: {error}")
+    except (OSError, ValueError) as failure:  # a full disk: the first error is the one to tell
+        print(f"{run.status} cannot be written: {failure}", file=sys.stderr)
 
 
 def open_run(config: TrainConfig, run: RunDir) -> None:
