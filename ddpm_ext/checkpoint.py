@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
-def write_checkpoint(folder: Path, update: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+def update_of(path: Path) -> int:
+    """The update in the name of a checkpoint or of a snapshot, step-00000500-0.05.safetensors."""
+    return int(path.name.removeprefix("step-").split("-")[0])
+
+
+def write_checkpoint(
+    folder: Path,
+    update: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    left: Sequence[Path] = (),
+) -> Path:
     """Write one checkpoint under a temporary name, flush it to disk, rename it.
 
     Args:
@@ -55,6 +66,8 @@ def write_checkpoint(folder: Path, update: int, tensors: dict[str, dict[str, Ten
         update: Names the checkpoint.
         tensors: File stem -> name -> tensor.
         state: Plain JSON.
+        left: Later checkpoints and snapshots, of a course of training that was left. They go when the new checkpoint
+            is complete and before it has its name, so that the newest one never belongs to the other course.
 
     Raises:
         RunError: the disk is full. The half-written folder is gone, older checkpoints are untouched.
@@ -70,9 +83,10 @@ def write_checkpoint(folder: Path, update: int, tensors: dict[str, dict[str, Ten
             save_file(on_cpu, temporary / f"{stem}.safetensors")
         (temporary / STATE).write_text(json.dumps({"format": FORMAT, **state}, indent=2) + "\n", encoding="utf-8")
         write_sums(temporary)
-        shutil.rmtree(final, ignore_errors=True)
+        doomed = set_aside([*left, final])
         temporary.rename(final)
         flush(folder)
+        delete(doomed)
     except (OSError, SafetensorError) as error:
         if not disk_is_full(error):
             raise
@@ -134,6 +148,13 @@ def verify(folder: Path) -> None:
     """
     if not (folder / SUMS).is_file():
         raise BrokenCheckpoint(f"{folder} has no {SUMS}: it is no complete checkpoint.")
+    try:
+        compare_with_sums(folder)
+    except (OSError, ValueError) as error:  # a disk that does not give the bytes, or gives others that are no text
+        raise BrokenCheckpoint(f"{folder} cannot be read, it is damaged: {error}.") from error
+
+
+def compare_with_sums(folder: Path) -> None:
     listed = {}
     for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
         digest, _, name = line.partition("  ")
@@ -178,11 +199,23 @@ def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
     return load_file(folder / f"{stem}.safetensors")
 
 
-def prune(folder: Path, limit: int | None) -> None:
-    """Delete the oldest checkpoints beyond the limit. Call it when the new one is complete."""
-    for path in list_checkpoints(folder)[: -limit if limit else 0]:
-        doomed = path.rename(path.with_name(f".{path.name}.old"))  # a kill while deleting leaves no half checkpoint
-        shutil.rmtree(doomed)
+def prune(folder: Path, limit: int | None, newest: Path) -> None:
+    """Delete the oldest checkpoints beyond the limit, never the one just written."""
+    others = [path for path in list_checkpoints(folder) if path != newest]
+    delete(set_aside(others[: len(others) + 1 - limit] if limit and limit <= len(others) else []))
+
+
+def set_aside(paths: Sequence[Path]) -> list[Path]:
+    """Give those that are there a hidden name, all at once: a kill while deleting then leaves no half checkpoint."""
+    return [path.rename(path.with_name(f".{path.name}.old")) for path in paths if path.exists()]
+
+
+def delete(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def sweep(folder: Path) -> None:

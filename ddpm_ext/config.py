@@ -129,7 +129,7 @@ class RunOptions:
     """Seed, files, pictures, trackers."""
 
     output_dir: str | None = option(None, "Run folder; none: runs/<preset>.")
-    overwrite_output_dir: bool = option(False, "Delete what an earlier run left in the run folder.")
+    overwrite_output_dir: bool = option(False, "Delete what an earlier run left; this very run, unfinished, goes on.")
     seed: int = option(0, "Seed of everything random.")
     checkpointing_steps: int = option(500, "Updates between checkpoints.")
     checkpoints_total_limit: int | None = option(2, "Checkpoints kept; none: all.")

@@ -105,7 +105,7 @@ class ImageSet:
 
     def __init__(
         self,
-        read: Callable[[np.ndarray], np.ndarray],
+        read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
         labels: np.ndarray | None,
         length: int,
         shape: tuple[int, int, int],
@@ -130,8 +130,9 @@ class ImageSet:
         asked = np.asarray(indices, dtype=np.int64).reshape(-1)
         if asked.size and not (0 <= asked.min() and asked.max() < len(self)):
             raise ValueError(f"indices must lie in [0, {len(self)}), got {asked.min()} to {asked.max()}.")
-        labels = None if self._labels is None else torch.from_numpy(self._labels[asked])
-        return Batch(torch.from_numpy(self._read(asked)), labels)
+        pixels, used = self._read(asked)  # used: whose pixels they are, where one stands in for another
+        labels = None if self._labels is None else torch.from_numpy(self._labels[used])
+        return Batch(torch.from_numpy(pixels), labels)
 
     def at(self, positions: Sequence[int] | Tensor, seed: int) -> Batch:
         """The pictures at these global positions of a training with this seed; see `positions_to_indices`."""
@@ -224,5 +225,12 @@ def load_images(
         decoded = decode_to_memory(decoder, rows)
     labels = None if labels is None else labels[decoded.kept]
     mark = fingerprint(decoded.digest, labels, shape)
-    read = partial(np.take, decoded.pixels, axis=0)
-    return ImageSet(read, labels, len(decoded.kept), shape, num_classes, mark, decoded.skipped)
+    return ImageSet(
+        lambda asked: (decoded.pixels[asked], asked),
+        labels,
+        len(decoded.kept),
+        shape,
+        num_classes,
+        mark,
+        decoded.skipped,
+    )

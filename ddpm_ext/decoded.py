@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -23,6 +24,7 @@ ROWS_AT_ONCE = 512
 SAMPLED_ROWS = 256  # rows whose whole content enters the fingerprint of a set too large to be read for it
 
 Result = TypeVar("Result")
+Name = Callable[[Cell, int], str]  # how a picture is called in messages: its cell and its number
 
 
 class Cells(Protocol):
@@ -119,34 +121,42 @@ class Decoder:
         self.skipped: list[str] = []
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode") if num_workers > 1 else None
 
-    def decode(self, numbers: Sequence[int], cells: Sequence[Cell]) -> list[np.ndarray | None]:
+    def decode(
+        self, numbers: Sequence[int], cells: Sequence[Cell], name: Name = picture_name
+    ) -> list[np.ndarray | None]:
         """Pixels of each cell, uint8 (C, H, W), or None where it cannot be read."""
         run = map if self._pool is None else self._pool.map
-        return list(run(self._decode_one, numbers, cells))
+        return list(run(partial(self._decode_one, name), numbers, cells))
 
-    def _decode_one(self, number: int, cell: Cell) -> np.ndarray | None:
+    def _decode_one(self, name_of: Name, number: int, cell: Cell) -> np.ndarray | None:
         place = 0.5 if self.form.center_crop else float(np.random.default_rng(number).random())
         try:
             return decode_picture(encoded_picture(cell), self.form, place)
         except UNREADABLE as error:
-            name = picture_name(cell, number)
+            name = name_of(cell, number)
             if self.strict:
                 raise ValueError(f"The picture {name} cannot be read: {error}") from error
             if name not in self.skipped:
                 self.skipped.append(name)
             return None
 
-    def nearest_readable(self, rows: Cells, numbers: np.ndarray) -> np.ndarray:
-        """Pixels of these rows, shape (B, C, H, W); where one cannot be read, those of the next that can."""
-        pixels = self.decode(numbers.tolist(), rows.cells(numbers.tolist()))
+    def nearest_readable(
+        self, rows: Cells, numbers: np.ndarray, name: Name = picture_name
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels of these rows, shape (B, C, H, W), and the rows they are of, shape (B,).
+
+        Where a picture cannot be read the next that can stands in for it, with all that belongs to it.
+        """
+        pixels, used = self.decode(numbers.tolist(), rows.cells(numbers.tolist()), name), numbers.copy()
         for place, number in enumerate(numbers.tolist()):
             following = number
             while pixels[place] is None:
                 following = (following + 1) % len(rows)
                 if following == number:
                     raise ValueError(f"None of the {len(rows)} pictures can be read, e.g. {self.skipped[0]}.")
-                pixels[place] = self.decode([following], rows.cells([following]))[0]
-        return np.stack([one for one in pixels if one is not None])
+                pixels[place] = self.decode([following], rows.cells([following]), name)[0]
+            used[place] = following
+        return np.stack([one for one in pixels if one is not None]), used
 
     def every_picture(self, rows: Rows) -> Iterator[tuple[int, np.ndarray]]:
         """Row number and pixels of every readable picture."""

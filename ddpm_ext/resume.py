@@ -36,10 +36,12 @@ BATCH_OPTIONS = ("train_batch_size", "gradient_accumulation_steps", "global_batc
 
 
 class Found(NamedTuple):
-    """An intact checkpoint and its state."""
+    """An intact checkpoint to go on from."""
 
     folder: Path
     state: dict[str, Any]
+    course: str | None  # the checkpoint by whose name this course of training began; None for the first one
+    left: list[Path]  # later checkpoints and snapshots, of the course that is left
 
 
 class RunState:
@@ -52,6 +54,9 @@ class RunState:
     plan: BatchPlan
     updates: int  # length of the run
     network: Any  # the UNet2DModel without what the launcher wraps around it
+    found: Found | None
+    course: str | None  # see Found
+    left: list[Path]  # still to be deleted
     parameters: list[torch.nn.Parameter]
     averages: list[ForeachEMA]
     optimizer: AcceleratedOptimizer
@@ -84,39 +89,87 @@ def find(config: TrainConfig, run: RunDir, accelerator: Accelerator) -> Found | 
     Raises:
         RunError: checkpoints are there and none is intact, the one named is damaged, or resuming was refused.
     """
-    folder = on_main(accelerator, lambda: choose(config, run))
-    return None if folder is None else Found(Path(folder), checkpoint.read_state(Path(folder)))
+    return on_main(accelerator, lambda: choose(config, run))
 
 
-def choose(config: TrainConfig, run: RunDir) -> str | None:
+def choose(config: TrainConfig, run: RunDir) -> Found | None:
     wanted = config.resume_from_checkpoint
-    checkpoint.sweep(run.checkpoints)
+    if config.dry_run and config.overwrite_output_dir:
+        return None  # as if the folder had been emptied
+    if not config.dry_run:
+        checkpoint.sweep(run.checkpoints)
     if wanted not in (None, "latest"):
-        named = Path(str(wanted))
-        folder = named if named.is_dir() else run.checkpoints / named
-        checkpoint.verify(folder)
-        return str(folder)
+        return choose_named(config, run, Path(str(wanted)))
     if wanted is None and checkpoint.list_checkpoints(run.checkpoints):
         raise RunError(
             f"{run.path} holds checkpoints and --resume_from_checkpoint is none. Give --resume_from_checkpoint latest, "
             "another --output_dir, or --overwrite_output_dir to delete them."
         )
     newest = checkpoint.newest_intact(run.checkpoints)
-    return None if newest is None else str(newest)
+    return None if newest is None else found_at(newest, run)
+
+
+def choose_named(config: TrainConfig, run: RunDir, wanted: Path) -> Found:
+    """The checkpoint that was named or, where the same command went on from it before, the newest that came of it."""
+    folder = wanted if wanted.is_dir() or len(wanted.parts) > 1 else run.checkpoints / wanted
+    course = folder.name if is_of(run, folder) else str(folder.resolve())
+    for path in reversed(checkpoint.list_checkpoints(run.checkpoints)):
+        if came_of(path, course, config):
+            print(
+                f"Going on from {path.name}, which came of {course}. To go back once more, delete it.", file=sys.stderr
+            )
+            return found_at(path, run)
+    if not folder.is_dir():
+        names = ", ".join(path.name for path in checkpoint.list_checkpoints(run.checkpoints)) or "none"
+        raise RunError(
+            f"--resume_from_checkpoint {wanted}: there is no such checkpoint. {run.checkpoints} has {names}."
+        )
+    checkpoint.verify(folder)
+    return found_at(folder, run)._replace(course=course)
+
+
+def is_of(run: RunDir, folder: Path) -> bool:
+    """Whether a checkpoint is one of the run's own."""
+    return folder.parent.resolve() == run.checkpoints.resolve()
+
+
+def came_of(path: Path, course: str, config: TrainConfig) -> bool:
+    """Whether a checkpoint is intact and was written by this command after it went back to the one it names."""
+    try:
+        checkpoint.verify(path)
+    except checkpoint.BrokenCheckpoint:
+        return False
+    state = checkpoint.read_state(path)
+    return state.get("course") == course and not config_changes(state["config"], recorded(config))
+
+
+def found_at(folder: Path, run: RunDir) -> Found:
+    """A checkpoint, and what the run holds beyond it: all of it where the checkpoint is another run's."""
+    state = checkpoint.read_state(folder)
+    end = state["update"] if is_of(run, folder) else -1
+    left = [path for path in checkpoint.list_checkpoints(run.checkpoints) if checkpoint.update_of(path) > end]
+    if left:
+        left += [path for path in run.snapshots.glob("step-*") if checkpoint.update_of(path) > end]
+    return Found(folder, state, state.get("course"), left)
 
 
 def on_main(accelerator: Accelerator, work: Any) -> Any:
-    """Run something on the main process; its result, or its RunError, reaches every process."""
+    """Run something on the main process; its result, or the sentence of its error, reaches every process.
+
+    Raises:
+        RunError: on every process, in place of a RunError, OSError or ValueError of the main one.
+    """
     result: list[Any] = [None, None]
+    cause: Exception | None = None
     if accelerator.is_main_process:
         try:
             result[0] = work()
-        except RunError as error:
-            result[1] = str(error)
+        except (RunError, OSError, ValueError) as error:  # or the others would wait for a word that never comes
+            result[1], cause = str(error), error
     if accelerator.num_processes > 1:
         broadcast_object_list(result)
     if result[1] is not None:
-        raise RunError(result[1])
+        raise RunError(result[1]) from cause
     return result[0]
 
 
@@ -197,6 +250,8 @@ def note_other_conditions(old: dict[str, Any], new: dict[str, Any]) -> None:
 def save(trainer: RunState) -> None:
     """Write a checkpoint, then delete those beyond the limit. Every process must call this.
 
+    The first one after going back to an earlier checkpoint deletes what lies beyond that, see `Found.left`.
+
     Raises:
         RunError: the disk is full; raised on every process.
     """
@@ -204,10 +259,17 @@ def save(trainer: RunState) -> None:
     folder, limit = trainer.run.checkpoints, trainer.config.checkpoints_total_limit
 
     def write() -> None:
-        checkpoint.write_checkpoint(folder, trainer.update_count, tensors, state)
-        checkpoint.prune(folder, limit)
+        written = checkpoint.write_checkpoint(folder, trainer.update_count, tensors, state, trainer.left)
+        checkpoint.prune(folder, limit, written)
 
     on_main(trainer.accelerator, write)
+    trainer.left = []
+
+
+def leave_course(trainer: RunState) -> None:
+    """Delete what lies beyond the checkpoint that the run went back to. Every process must call this."""
+    on_main(trainer.accelerator, lambda: checkpoint.delete(checkpoint.set_aside(trainer.left)))
+    trainer.left = []
 
 
 def gather(trainer: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -229,6 +291,7 @@ def state_of(trainer: RunState) -> dict[str, Any]:
         "seed": trainer.config.seed,
         "epoch": None if trainer.num_images is None else trainer.position // trainer.num_images,
         "update": trainer.update_count,
+        "course": trainer.course,
         "step": trainer.step,
         "global_position": trainer.position,
         "global_batch": trainer.plan.global_batch,
@@ -255,7 +318,7 @@ def restore(trainer: RunState, found: Found) -> None:
     Raises:
         RunError: options that alter the weights have changed.
     """
-    folder, state = found
+    folder, state = found.folder, found.state
     changes = differences(trainer, state)
     refuse_changes(trainer.config, changes)
     if trainer.accelerator.is_main_process:

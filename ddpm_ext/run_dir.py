@@ -35,6 +35,8 @@ VERSIONED = ("ddpm-ext", "torch", "diffusers", "transformers", "accelerate", "da
 class RunError(RuntimeError):
     """A run cannot start or go on, and the message is the whole story: scripts print it without a traceback."""
 
+    alone = False  # True: only this one of several processes knows, so it must say so itself
+
 
 class RunDir:
     """Paths of one run folder."""
@@ -96,6 +98,17 @@ class RunDir:
     def is_finished(self) -> bool:
         """Whether the last run in the folder ended by itself and its pipeline is there."""
         return self.status.exists() and read_json(self.status)["status"] == "finished" and self.pipeline.exists()
+
+    def is_unfinished(self) -> bool:
+        """Whether a run of this folder was stopped, killed or failed before its end, so that it may go on."""
+        return self.status.exists() and read_json(self.status)["status"] != "finished"
+
+    def was_started_with(self, options: dict[str, Any]) -> bool:
+        """Whether config.json has these options; those that are new in this version are left out."""
+        if not self.config.exists():
+            return False
+        options, old = json.loads(json.dumps(options)), read_json(self.config)["config"]
+        return all(old[name] == value for name, value in options.items() if name in old)
 
     def starts(self) -> list[dict[str, Any]]:
         """The entries of config.json for earlier starts of this run."""

@@ -62,7 +62,13 @@ def leave(code: int, num_processes: int) -> int:
 
 
 def explained(error: Exception) -> int:
-    """Print an error whose message is the whole story, once for all processes, and end with code 1."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print an error whose message is the whole story and end with code 1.
+
+    Once for all processes, or by the process that alone has met it.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
         print(f"error: {error}", file=sys.stderr)
+    elif getattr(error, "alone", False):
+        print(f"error of process {rank}: {error}", file=sys.stderr)
     return leave(1, int(os.environ.get("WORLD_SIZE", "1")))

@@ -114,9 +114,9 @@ class ImageStream:
                 block = self._block_of(int(asked[ascending[0]]))
                 here = ascending[asked[ascending] < block.start.position + len(block)]
                 numbers = asked[here] - block.start.position
-                pixels[here] = self._decoder.nearest_readable(block, numbers)
+                pixels[here], used = self._decoder.nearest_readable(block, numbers)
                 if block.labels is not None:
-                    labels[here] = np.asarray(block.labels, np.int64)[numbers]
+                    labels[here] = np.asarray(block.labels, np.int64)[used]
                 ascending = ascending[len(here) :]
         return Batch(torch.from_numpy(pixels), torch.from_numpy(labels) if self._columns[1] is not None else None)
 

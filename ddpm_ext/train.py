@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from . import assemble, resume
-from .checkpoint import checkpoint_name
+from .checkpoint import checkpoint_name, list_checkpoints, update_of
 from .config import TrainConfig, recorded
 from .dry_run import dry_run
 from .ema import PowerFunctionEMA, swapped
@@ -21,7 +22,7 @@ from .pipeline import DDPMExtPipeline
 from .progress import Progress, draw_training, start_trackers, track_images
 from .publish import Publisher
 from .resume import on_main
-from .run_dir import RunDir, RunError, environment, write_json
+from .run_dir import RunDir, RunError, environment, read_json, write_json
 from .sample import SamplingStopped, make_grid, sample_images, save_png
 from .signals import PREEMPTED, StopRequest, die_with_launcher, leave
 from .updates import Updates
@@ -50,7 +51,8 @@ class Trainer(Updates):
         watch = Watch(self) if options.eval_steps else None
         on_main(self.accelerator, self.open_publisher)
         progress = Progress(self.accelerator, self.updates, self.update_count, plan.global_batch)
-        self.saved_at = self.update_count
+        here = self.found is None or resume.is_of(self.run, self.found.folder)
+        self.saved_at = self.update_count if here else None  # another run's checkpoint is to be written here too
         try:
             while self.update_count < self.updates:
                 before = self.update_count
@@ -98,6 +100,8 @@ class Trainer(Updates):
         if self.saved_at != self.update_count:
             resume.save(self)
             self.saved_at = self.update_count
+        elif self.left:
+            resume.leave_course(self)
 
     def log(self, progress: Progress) -> None:
         """One line to log.jsonl, the trackers and the progress bar."""
@@ -160,6 +164,8 @@ class Trainer(Updates):
 
     def write_snapshots(self) -> None:
         """Power-function averages as they stand, from which ema.py reconstructs other widths."""
+        if self.left and self.config.ema == "power_function":
+            self.save()  # which deletes the snapshots of the course that was left
         for i, average in enumerate(self.averages):
             if isinstance(average, PowerFunctionEMA):
                 weights = self.averaged(i)
@@ -218,12 +224,14 @@ def train(config: TrainConfig) -> int:
     try:
         trainer = Trainer(config, accelerator, run, stop)
         code = dry_run(trainer) if config.dry_run else run_to_its_end(trainer)
-    except (RunError, ValueError) as error:
-        if accelerator.is_main_process:
-            run.write_status("failed", trainer.update_count if trainer else 0, error=str(error))
-        if trainer is None:  # options that fit no data or no network: the sentence is the whole story
-            raise RunError(str(error)) from error
-        raise
+    except Exception as error:
+        if not config.dry_run:
+            record_failure(run, trainer, error)
+        if not isinstance(error, ValueError):
+            raise
+        sentence = RunError(str(error))  # options that fit no data or no network, a picture that cannot be read
+        sentence.alone = trainer is not None
+        raise sentence from error
     finally:
         run.unlock()
         stop.release()
@@ -242,6 +250,9 @@ def run_to_its_end(trainer: Trainer) -> int:
         return 0 if trainer.publisher is None else finish_upload(trainer.publisher)
     if main:
         record_start(trainer)
+    if main and trainer.left:
+        beyond = ", ".join(path.name for path in trainer.left)
+        print(f"Going on from update {trainer.update_count}; the next save deletes what lies beyond it: {beyond}.")
     if main and trainer.data.skipped:
         print(f"{len(trainer.data.skipped)} images cannot be read and are left out: {trainer.data.skipped[:10]}")
     start_trackers(trainer.accelerator, recorded(trainer.config))
@@ -253,10 +264,37 @@ def run_to_its_end(trainer: Trainer) -> int:
     return code
 
 
+def record_failure(run: RunDir, trainer: Trainer | None, error: Exception) -> None:
+    """status.json: failed, at the update reached, or after an unforeseen error at the last checkpoint's.
+
+    The first process that fails writes it; the others then fail of its absence. A start that was refused leaves the
+    status of the run as it was.
+    """
+    explained, update = isinstance(error, (RunError, ValueError)), 0
+    try:
+        before = read_json(run.status)["status"] if run.status.exists() else None
+        if before == "failed" or (trainer is None and before is not None):
+            return
+        if trainer is not None and explained:
+            update = trainer.update_count
+        elif checkpoints := list_checkpoints(run.checkpoints):
+            update = update_of(checkpoints[-1])
+        run.write_status("failed", update, error=str(error) if explained else f"{type(error).__name__}: {error}")
+    except (OSError, ValueError) as failure:  # a full disk: the first error is the one to tell
+        print(f"{run.status} cannot be written: {failure}", file=sys.stderr)
+
+
 def open_run(config: TrainConfig, run: RunDir) -> None:
-    """Lock the folder and, if asked for, empty it."""
+    """Lock the folder and, if asked for, empty it of a run that is finished or was started with other options."""
     run.lock()
-    if config.overwrite_output_dir:
+    if not config.overwrite_output_dir or config.dry_run:
+        return
+    if run.is_unfinished() and run.was_started_with(recorded(config)):
+        print(
+            f"{run.path} holds this very run, not finished: it goes on in spite of --overwrite_output_dir. To start "
+            "afresh delete the folder."
+        )
+    else:
         run.clear()
 
 
@@ -265,6 +303,8 @@ def record_start(trainer: Trainer) -> None:
     run, network = trainer.run, trainer.network
     start = {
         "update": trainer.update_count,
+        "from": str(trainer.found.folder) if trainer.found else None,
+        "course": trainer.course,
         "accumulation": trainer.plan.accumulation,
         "distributed_type": trainer.accelerator.distributed_type.value,
         "sharded": any(isinstance(parameter, DTensor) for parameter in trainer.parameters),

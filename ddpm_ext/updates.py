@@ -37,6 +37,7 @@ class Updates(RunState):
     ) -> None:
         self.config, self.accelerator, self.run, self.stop = config, accelerator, run, stop
         self.found = resume.find(config, run, accelerator)
+        self.course, self.left = (self.found.course, self.found.left) if self.found else (None, [])
         threads = self.found.state["numerics"]["num_threads"] if self.found else None
         self.numerics = set_numerics(config, accelerator, threads)
         arguments = assemble.network_config(config)

@@ -67,7 +67,18 @@ def damage_no_sums(path: Path) -> None:
     (path / "SHA256SUMS").unlink()
 
 
+def damage_sums(path: Path) -> None:
+    (path / "SHA256SUMS").write_bytes(b"\xff\xfe\x00 no text")
+
+
+def damage_nothing_readable(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors").mkdir()  # reading it is an OSError, as of a disk that fails
+
+
 DAMAGES = {
+    damage_sums: "cannot be read, it is damaged",
+    damage_nothing_readable: "cannot be read, it is damaged",
     damage_truncate: "does not have the SHA-256",
     damage_bit: "does not have the SHA-256",
     damage_missing: "is missing",
@@ -97,9 +108,36 @@ def test_without_a_checkpoint_there_is_nothing_to_resume(tmp_path: Path) -> None
 def test_the_limit_keeps_the_newest(limit: int | None, tmp_path: Path) -> None:
     for update in (5, 10, 15):
         write(tmp_path, update)
-    prune(tmp_path, limit)
+    prune(tmp_path, limit, tmp_path / "step-00000015")
     names = [path.name for path in checkpoint.list_checkpoints(tmp_path)]
     assert names == ["step-00000005", "step-00000010", "step-00000015"][-limit if limit else 0 :]
+
+
+def test_the_limit_never_takes_the_one_just_written(tmp_path: Path) -> None:
+    for update in (5, 12):
+        write(tmp_path, update)
+    prune(tmp_path, 1, write(tmp_path, 9))
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000009"]
+
+
+def test_what_a_new_checkpoint_leaves_behind_goes_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 8)
+    left = [write(tmp_path, 12), tmp_path / "step-00000012-0.05.safetensors"]
+    left[1].write_bytes(b"a snapshot")
+    named: list[list[str]] = []
+    rename = Path.rename
+
+    def watched(self: Path, target: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            named.append([path.name for path in checkpoint.list_checkpoints(tmp_path)])
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    write_checkpoint(tmp_path, 9, TENSORS, {"update": 9}, left)
+    assert named == [["step-00000008"]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000008", "step-00000009"]
 
 
 def test_what_kills_leave_behind_is_no_checkpoint_and_is_swept(tmp_path: Path) -> None:

@@ -401,6 +401,13 @@ def test_decoded_when_asked_for(parquet: str, tmp_path: Path) -> None:
     assert len(asked.skipped) == 2
 
 
+def test_the_picture_that_stands_in_brings_its_own_label(parquet: str, tmp_path: Path) -> None:
+    asked = open_kept(parquet, "asked", tmp_path)
+    labels = asked.batch([5, 11, 4]).labels
+    assert labels is not None
+    assert labels.tolist() == [6, 12, 4]
+
+
 @pytest.mark.parametrize("how", ["memory", "file", "asked"])
 def test_strict_stops_at_the_first_corrupt_picture(parquet: str, tmp_path: Path, how: str) -> None:
     with pytest.raises(ValueError, match=r"The picture broken\.png .* cannot be read"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from training import (
@@ -24,6 +27,7 @@ from training import (
 
 from ddpm_ext.assemble import BatchPlan, plan_batch
 from ddpm_ext.config import TrainConfig
+from ddpm_ext.resume import on_main
 from ddpm_ext.run_dir import RunError
 from ddpm_ext.signals import PREEMPTED
 from ddpm_ext.train import Trainer
@@ -272,3 +276,144 @@ def wait_for_progress(folder: Path, process, before: int) -> None:
     while newest(folder) == before and process.poll() is None:
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+@pytest.mark.parametrize("error", [OSError("the disk does not answer"), ValueError("no JSON"), RunError("a sentence")])
+def test_an_error_of_the_main_process_is_told_to_all(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr("ddpm_ext.resume.broadcast_object_list", told.extend)
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(RunError, match=str(error)):
+        on_main(cast(Any, SimpleNamespace(is_main_process=True, num_processes=2)), fail)
+    assert told == [None, str(error)]
+
+
+# Going back -----------------------------------------------------------------------------------------------------------
+
+
+def checkpoints_of(folder: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
+
+
+def snapshots_of(folder: Path) -> list[int]:
+    return sorted(int(path.name[5:13]) for path in (folder / "snapshots").glob("step-*-0.05.safetensors"))
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_going_back_leaves_the_other_course_behind_also_over_a_preemption(
+    limit: int, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Back from update 12 to 8 at another learning rate, stopped at 9: the same command goes on from 9."""
+    folder = copy_of(uninterrupted, tmp_path)
+    again = {**ALL_DRAWS, "resume_from_checkpoint": "step-00000008", "learning_rate": 0.5}
+    again |= {"allow_config_change": ["learning_rate"], "checkpoints_total_limit": limit}
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "update", stopping_after(9))
+        assert run_here(folder, **again) == PREEMPTED
+    assert checkpoints_of(folder) == [8, 9][-limit:]
+    assert run_here(folder, **again) == 0
+    starts = json.loads((folder / "config.json").read_text())["starts"]
+    assert [(start["update"], start["course"]) for start in starts[-2:]] == [(8, "step-00000008"), (9, "step-00000008")]
+    assert checkpoints_of(folder) == [9, 12][-limit:]
+    # Only the other learning rate explains a step of that size.
+    assert (weights(folder, 12)["conv_in.weight"] - weights(uninterrupted, 8)["conv_in.weight"]).abs().max() > 0.1
+    assert run_here(folder, **again) == 0 and len(json.loads((folder / "config.json").read_text())["starts"]) == len(
+        starts
+    )
+
+
+def stopping_after(count: int):
+    update = Trainer.update
+
+    def stopping(self: Trainer) -> None:
+        update(self)
+        if self.update_count == count:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return stopping
+
+
+def test_snapshots_of_the_course_that_was_left_go_before_the_first_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"ema": "power_function", "ema_snapshot_steps": 5}
+    assert run_here(tmp_path / "run", **given) == 0
+    assert snapshots_of(tmp_path / "run") == [5, 10, 12]
+    monkeypatch.setattr(Trainer, "update", stopping_after(10))
+    back = {"resume_from_checkpoint": "step-00000008", "allow_config_change": ["learning_rate"], "learning_rate": 0.5}
+    assert run_here(tmp_path / "run", **given, **back) == PREEMPTED
+    assert snapshots_of(tmp_path / "run") == [5, 10]
+    assert checkpoints_of(tmp_path / "run") == [8, 10]
+
+
+def test_another_runs_checkpoint_takes_the_place_of_the_runs_own(uninterrupted: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    assert run_here(own, **ALL_DRAWS, max_train_steps=4) == 0
+    there = uninterrupted / "checkpoints" / "step-00000008"
+    given = {**ALL_DRAWS, "resume_from_checkpoint": there, "max_train_steps": 10}
+    assert run_here(own, **given) == 0
+    assert checkpoints_of(own) == [10]
+    assert run_here(own, **{**given, "max_train_steps": 12}) == 0  # and goes on from its own 10
+    assert checkpoints_of(own) == [10, 12]
+    assert_bitwise_equal(uninterrupted, own, 12)
+
+
+def test_a_checkpoint_that_is_not_there_is_a_sentence(uninterrupted: Path) -> None:
+    with pytest.raises(RunError, match=r"no such checkpoint\. .* has step-00000008, step-00000012\."):
+        run_here(uninterrupted, **ALL_DRAWS, resume_from_checkpoint="step-00000003")
+
+
+# Emptying the folder --------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file but the lock: time of writing and bytes."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+@pytest.mark.parametrize("changes", [{}, {"seed": 5}, {"train_split": "nowhere"}], ids=["same", "other", "failing"])
+def test_a_dry_run_that_would_empty_the_folder_alters_nothing(changes, uninterrupted: Path, tmp_path: Path) -> None:
+    folder = copy_of(uninterrupted, tmp_path)
+    (folder / "checkpoints" / ".step-00000016.1.tmp").mkdir()
+    (folder / "checkpoints" / ".step-00000016.1.tmp" / "state.json").write_text("left by a kill")
+    before = contents(folder)
+    given = {**ALL_DRAWS, **changes, "dry_run": True, "overwrite_output_dir": True}
+    if "train_split" in changes:
+        with pytest.raises(RunError, match="nowhere"):
+            run_here(folder, **given)
+    else:
+        assert run_here(folder, **given) == 0
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("ended", ["preempted", "running", "finished"])
+def test_a_requeued_command_that_empties_the_folder_goes_on_with_its_own_run(
+    ended: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"overwrite_output_dir": True, "max_train_steps": 6}
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "update", stopping_after(4))
+        assert run_here(tmp_path / "run", **given) == PREEMPTED
+    file = tmp_path / "run" / "status.json"
+    file.write_text(file.read_text().replace("preempted", ended))
+    capsys.readouterr()
+    assert run_here(tmp_path / "run", **given) == 0
+    starts = json.loads((tmp_path / "run" / "config.json").read_text())["starts"]
+    assert [start["update"] for start in starts] == ([0] if ended == "finished" else [0, 4])
+    assert ("goes on in spite of --overwrite_output_dir" in capsys.readouterr().out) == (ended != "finished")
+
+
+def test_a_command_with_other_options_empties_an_unfinished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"overwrite_output_dir": True, "max_train_steps": 3}
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "update", stopping_after(2))
+        assert run_here(tmp_path / "run", **given) == PREEMPTED
+    assert run_here(tmp_path / "run", **given, train_batch_size=4) == 0
+    (begin,) = json.loads((tmp_path / "run" / "config.json").read_text())["starts"]
+    assert begin["update"] == 0

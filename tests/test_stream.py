@@ -181,6 +181,24 @@ def test_a_corrupt_picture_is_replaced_counted_and_named_or_fatal(tmp_path: Path
         open_stream(str(tmp_path), strict=True).at(range(4), 0)
 
 
+def broken_shards(folder: Path) -> str:
+    """Twelve pictures numbered 0 to 11 in three shards, their labels their numbers; 3 and 7 cannot be read."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=12)})
+    for shard in range(3):
+        numbers = range(4 * shard, 4 * shard + 4)
+        cells = [{"bytes": b"no picture", "path": None} if n in (3, 7) else numbered(n) for n in numbers]
+        table = datasets.Dataset.from_dict({"image": cells, "label": list(numbers)}, features=features)
+        table.to_parquet(folder / f"train-{shard:05d}-of-00003.parquet")
+    return str(folder)
+
+
+def test_the_label_is_that_of_the_picture_that_stands_in(tmp_path: Path) -> None:
+    batch = open_stream(broken_shards(tmp_path)).at(range(24), 0)
+    assert batch.labels is not None
+    assert batch.labels.tolist() == numbers_of(batch)
+    assert not {3, 7} & set(numbers_of(batch))
+
+
 def test_what_cannot_be_streamed_is_refused(shards: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs a resolution"):
         stream_images(train_data_dir=shards)

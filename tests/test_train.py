@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,7 +21,18 @@ from diffusers import DDPMPipeline, UNet2DModel
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from safetensors.torch import load_file
-from training import TINY_UNET, forget_accelerator, log_without_speed, options, run_here, status, weights
+from training import (
+    TINY_UNET,
+    TORCHRUN,
+    finish,
+    forget_accelerator,
+    log_without_speed,
+    options,
+    run_here,
+    start,
+    status,
+    weights,
+)
 
 from ddpm_ext import DDPMExtPipeline, assemble, launch
 from ddpm_ext.arguments import parse_train_config
@@ -28,7 +42,7 @@ from ddpm_ext.launch import check_world, make_accelerator
 from ddpm_ext.progress import Meter
 from ddpm_ext.randomness import draw
 from ddpm_ext.run_dir import RunDir, RunError
-from ddpm_ext.signals import PREEMPTED
+from ddpm_ext.signals import PREEMPTED, explained
 from ddpm_ext.train import Trainer
 
 
@@ -159,6 +173,93 @@ def test_too_many_bad_steps_stop_the_run_with_what_one_must_know(
     assert "3 steps in a row had a non-finite loss or gradient, the last at step 9 (update 6, loss nan" in text
     assert "learning rate 0.001" in text and "checkpoints/step-00000004" in text
     assert status(tmp_path / "run")["status"] == "failed" and status(tmp_path / "run")["update"] == 6
+
+
+# Failures -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def broken_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """23 grey pictures of 8x8 in two parquet shards, and one file that is none, row 5 of the second shard."""
+    folder, numbers = tmp_path_factory.mktemp("broken"), np.random.default_rng(0)
+    for shard in range(2):
+        cells: list[dict[str, Any]] = []
+        for _ in range(12):
+            buffer = io.BytesIO()
+            Image.fromarray(numbers.integers(0, 256, (8, 8), dtype=np.uint8)).save(buffer, "png")
+            cells.append({"bytes": buffer.getvalue(), "path": None})
+        if shard == 1:
+            cells[5] = {"bytes": b"no picture", "path": None}
+        table = datasets.Dataset.from_dict({"image": cells}, features=datasets.Features({"image": datasets.Image()}))
+        table.to_parquet(folder / f"train-{shard:05d}-of-00002.parquet")
+    return folder
+
+
+def test_a_corrupt_picture_of_a_strict_stream_ends_in_a_sentence(broken_pictures: Path, tmp_path: Path) -> None:
+    given = {"train_data_dir": broken_pictures, "resolution": "8", "streaming": True, "strict_data": True}
+    process = start(options(tmp_path / "run", **given, train_batch_size=2, checkpointing_steps=1))
+    code, output = finish(process)
+    assert code == 1 and "Traceback" not in output, output
+    assert "error: The picture" in output.splitlines()[-1] and "cannot be read" in output.splitlines()[-1], output
+    found = status(tmp_path / "run")
+    assert found["status"] == "failed" and "cannot be read" in found["error"]
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert found["update"] == int(checkpoints[-1].name[5:]) > 0
+
+
+def test_an_unforeseen_error_keeps_its_traceback_and_is_recorded_at_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = Trainer.update
+
+    def failing(self: Trainer) -> None:
+        if self.update_count == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        update(self)
+
+    monkeypatch.setattr(Trainer, "update", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        run_here(tmp_path / "run")
+    assert status(tmp_path / "run") | {"time": ""} == {
+        "status": "failed",
+        "update": 4,
+        "error": "OutOfMemoryError: CUDA out of memory",
+        "time": "",
+    }
+
+
+def test_a_refused_option_leaves_the_status_as_it_was(tmp_path: Path) -> None:
+    assert run_here(tmp_path / "run", max_train_steps=1) == 0
+    before = (tmp_path / "run" / "status.json").read_bytes()
+    for changes in ({"seed": 3}, {"train_split": "nowhere"}):
+        with pytest.raises(RunError):
+            run_here(tmp_path / "run", max_train_steps=2, **changes)
+        assert (tmp_path / "run" / "status.json").read_bytes() == before
+    with pytest.raises(RunError, match="nowhere"):
+        run_here(tmp_path / "fresh", train_split="nowhere")
+    assert status(tmp_path / "fresh")["status"] == "failed" and status(tmp_path / "fresh")["update"] == 0
+
+
+def test_the_process_that_alone_has_met_an_error_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ddpm_ext.signals.leave", lambda code, processes: code)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shared, alone = RunError("all know"), RunError("mine")
+    alone.alone = True
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert [explained(shared), explained(alone)] == [1, 1]
+    assert capsys.readouterr().err.splitlines() == ["error: all know", "error: mine", "error of process 1: mine"]
+
+
+@pytest.mark.slow
+def test_a_corrupt_picture_on_one_of_two_processes_is_told_by_it(broken_pictures: Path, tmp_path: Path) -> None:
+    given = {"train_data_dir": broken_pictures, "resolution": "8", "streaming": True, "strict_data": True}
+    words = options(tmp_path / "run", **given, global_batch_size=4, train_batch_size=2)
+    code, output = finish(start(words, [*TORCHRUN, "2"]))
+    assert code == 1 and re.search(r"error( of process 1)?: The picture .* cannot be read", output), output
+    assert status(tmp_path / "run")["status"] == "failed" and "cannot be read" in status(tmp_path / "run")["error"]
 
 
 # Logs -----------------------------------------------------------------------------------------------------------------
