@@ -33,9 +33,7 @@ class Options:
     tags: list[str] = field(default_factory=list, metadata={"help": "Tags for the commit, as v1.0."})
     variant: str | None = field(default=None, metadata={"help": "fp16 or bf16: weights of that precision, too."})
     license: str | None = field(default=None, metadata={"help": "Licence of the weights, by the Hub's name."})
-    parent_commit: str | None = field(
-        default=None, metadata={"help": "Push only if the branch is still at this commit."}
-    )
+    parent_commit: str | None = field(default=None, metadata={"help": "Push only while the branch is at this commit."})
     card_dir: str | None = field(default=None, metadata={"help": "Write the card and its pictures there; no upload."})
 
 
