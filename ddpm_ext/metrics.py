@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .schedules import is_whole
+
 BLOCK_ELEMENTS = 2**24  # of an N x N matrix this many numbers are in memory at once
 
 
@@ -46,6 +48,12 @@ class PrecisionRecall(NamedTuple):
     recall: float
     density: float
     coverage: float
+
+
+def check_count(name: str, value: Any, at_least: int = 1) -> None:
+    """Raise a ValueError unless a number is an int of at least so much."""
+    if not is_whole(value) or value < at_least:
+        raise ValueError(f"{name} must be an int of at least {at_least}, got {value!r}.")
 
 
 def as_features(features: Any, name: str = "features", at_least: int = 2) -> Tensor:
@@ -147,15 +155,22 @@ def rbf_mmd(real: Any, fake: Any, *, sigma: float = 10.0, scale: float = 1000.0,
 def inception_score(logits: Any, *, splits: int = 10) -> InceptionScore:
     r"""Inception score of a classifier's logits, shape (N, classes).
 
-        IS = exp( mean_i KL(p(y | x_i) ‖ p(y)) ),  p(y) = mean_i p(y | x_i), over consecutive equal splits
+        IS = exp( mean_i KL(p(y | x_i) ‖ p(y)) ),  p(y) = mean_i p(y | x_i), over consecutive splits
 
-    Source: Salimans et al. 2016, arXiv:1606.03498, §4 (10 splits).
+    The splits are equal but for one image. One image alone would be its own p(y) and score 1 whatever it shows, so
+    that a split has at least 2. Source: Salimans et al. 2016, arXiv:1606.03498, §4 (10 splits).
     """
-    x = as_features(logits, "logits", at_least=max(splits, 1))
-    if splits < 1 or x.shape[1] < 2:
-        raise ValueError(f"splits must be at least 1 and logits have at least 2 classes, got {splits}, {x.shape[1]}.")
+    check_count("splits", splits)
+    x = as_features(logits, "logits", at_least=1)
+    if x.shape[1] < 2:
+        raise ValueError(f"logits must have at least 2 classes, got {x.shape[1]}.")
+    if len(x) < 2 * splits:
+        raise ValueError(
+            f"logits has {len(x)} images, but {splits} splits of at least 2 need {2 * splits}. Generate more images or "
+            "ask for fewer splits."
+        )
     scores = []
-    for part in x.log_softmax(1).chunk(splits):
+    for part in x.log_softmax(1).tensor_split(splits):
         log_marginal = part.logsumexp(0) - np.log(len(part))
         scores.append((part.exp() * (part - log_marginal)).sum(1).mean().exp().item())
     return InceptionScore(float(np.mean(scores)), float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0)

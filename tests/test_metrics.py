@@ -110,6 +110,17 @@ def test_inception_score_is_the_slow_one_over_splits() -> None:
     assert ours.std == pytest.approx(np.std(parts, ddof=1), **AGREE)
 
 
+@pytest.mark.parametrize(("n", "splits"), [(12, 5), (25, 10), (23, 10), (99, 10), (20, 10), (2, 1)])
+def test_inception_score_has_as_many_splits_as_asked(n: int, splits: int) -> None:
+    """Sizes that differ by one at most, whatever the number of images."""
+    logits = np.random.default_rng(n).normal(size=(n, 7)) * 3
+    parts = np.array_split(np.exp(logits) / np.exp(logits).sum(1, keepdims=True), splits)
+    scores = [np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in parts]
+    ours = metrics.inception_score(logits, splits=splits)
+    assert ours.mean == pytest.approx(np.mean(scores), **AGREE)
+    assert ours.std == pytest.approx(np.std(scores, ddof=1) if splits > 1 else 0, **AGREE)
+
+
 def test_inception_score_has_its_extremes() -> None:
     sure = np.kron(np.eye(5), np.ones((4, 1))) * 1000.0
     assert metrics.inception_score(sure, splits=1).mean == pytest.approx(5)  # every class, each with certainty
@@ -176,9 +187,12 @@ def test_nearest_finds_the_copies() -> None:
         (lambda x, y: metrics.kernel_distance(x, y, subset_size=5, num_subsets=0), "num_subsets must be at least 1"),
         (lambda x, y: metrics.rbf_mmd(x, y, sigma=0), "sigma must be positive"),
         (
-            lambda x, y: metrics.inception_score(x[:3], splits=10),
-            "logits has 3 images, but this metric needs at least 10",
+            lambda x, y: metrics.inception_score(x[:10], splits=10),
+            "logits has 10 images, but 10 splits of at least 2 need 20",
         ),
+        (lambda x, y: metrics.inception_score(x, splits=0), "splits must be an int of at least 1, got 0"),
+        (lambda x, y: metrics.inception_score(x, splits=2.5), "splits must be an int of at least 1, got 2.5"),
+        (lambda x, y: metrics.inception_score(x[:, :1]), "at least 2 classes, got 1"),
         (lambda x, y: metrics.precision_recall(x[:3], y), "real has 3 images, but this metric needs at least 6"),
         (lambda x, y: metrics.precision_recall(x, y, k=0), "k and density_k must be at least 1, got 0 and 5"),
         (lambda x, y: metrics.nearest(x, y[:2], k=3), "reference has 2 images, but this metric needs at least 3"),
