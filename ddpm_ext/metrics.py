@@ -77,6 +77,18 @@ def feature_statistics(features: Any) -> FeatureStatistics:
     return FeatureStatistics(mean, centred.T @ centred / (len(x) - 1), len(x))
 
 
+def check_statistics(name: str, statistics: FeatureStatistics) -> None:
+    """Raise a ValueError unless mean and covariance fit each other and are finite."""
+    mean, covariance = statistics.mean, statistics.covariance
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"{name} must have a mean of shape (d,) and a covariance of shape (d, d), got {tuple(mean.shape)} and "
+            f"{tuple(covariance.shape)}. Compute both from the same features."
+        )
+    if not bool(torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
+        raise ValueError(f"{name} has NaN or infinity in its statistics. Compute them again.")
+
+
 def frechet_distance(real: FeatureStatistics, fake: FeatureStatistics) -> float:
     r"""Squared Fréchet (2-Wasserstein) distance of two Gaussians; FID when the features are Inception's.
 
@@ -86,6 +98,8 @@ def frechet_distance(real: FeatureStatistics, fake: FeatureStatistics) -> float:
     taken of a rounding error there, so the result also holds for singular covariances (N < d), where the matrix square
     root of the product fails. Source: Heusel et al. 2017, arXiv:1706.08500, Eq. (6).
     """
+    check_statistics("real", real)
+    check_statistics("fake", fake)
     _check_sizes(real.mean[None], fake.mean[None])
     overlap = torch.linalg.svdvals(_square_root(real.covariance).T @ _square_root(fake.covariance)).sum()
     distance = (real.mean - fake.mean).square().sum() + real.covariance.trace() + fake.covariance.trace() - 2 * overlap
@@ -103,13 +117,13 @@ def kernel_distance(
     """
     x, y = as_features(real, "real"), as_features(fake, "fake")
     _check_sizes(x, y)
-    if not 2 <= subset_size <= min(len(x), len(y)):
+    check_count("subset_size", subset_size, at_least=2)
+    check_count("num_subsets", num_subsets)
+    if subset_size > min(len(x), len(y)):
         raise ValueError(
             f"subset_size must be between 2 and the smaller set, got {subset_size} with {len(x)} real and {len(y)} "
             "fake images. Generate more images or make the subsets smaller."
         )
-    if num_subsets < 1:
-        raise ValueError(f"num_subsets must be at least 1, got {num_subsets}.")
     rng = np.random.default_rng(seed)
 
     def subset(z: Tensor) -> Tensor:
@@ -188,16 +202,15 @@ def precision_recall(real: Any, fake: Any, *, k: int = 3, density_k: int = 5) ->
     for pixel features: they lie on a lattice. Sources: Kynkäänniemi et al. 2019, arXiv:1904.06991, Eqs. (1)-(2), for
     precision and recall (k = 3); Naeem et al. 2020, arXiv:2002.09797, Eqs. (3)-(4), for the others (k = 5).
     """
-    if min(k, density_k) < 1:
-        raise ValueError(f"k and density_k must be at least 1, got {k} and {density_k}.")
+    check_count("k", k)
+    check_count("density_k", density_k)
     x = as_features(real, "real", at_least=max(k, density_k) + 1)
     y = as_features(fake, "fake", at_least=k + 1)
     _check_sizes(x, y)
-    centre = x.mean(0)  # distances are unchanged, and lose fewer digits to the size of the features
+    centre = _centre(x)
     x, y = x - centre, y - centre
-    slack = 1e-12 * max(x.square().sum(1).max().item(), y.square().sum(1).max().item())
-    x_radius, x_density_radius = (radius + slack for radius in _squared_radii(x, (k, density_k)))
-    (y_radius,) = (radius + slack for radius in _squared_radii(y, (k,)))
+    x_radius, x_density_radius = _squared_radii(x, (k, density_k))
+    (y_radius,) = _squared_radii(y, (k,))
 
     real_balls_around = torch.zeros(len(y), dtype=torch.int64, device=x.device)
     precise = torch.zeros(len(y), dtype=torch.bool, device=x.device)
@@ -218,9 +231,10 @@ def precision_recall(real: Any, fake: Any, *, k: int = 3, density_k: int = 5) ->
 
 def nearest(query: Any, reference: Any, k: int = 1) -> tuple[Tensor, Tensor]:
     """Distances and indices, each (N, k), of the k nearest reference rows of every query row, nearest first."""
+    check_count("k", k)
     x, y = as_features(query, "query", at_least=1), as_features(reference, "reference", at_least=k)
     _check_sizes(x, y)
-    centre = y.mean(0)
+    centre = _centre(y)
     parts = [block.topk(k, dim=1, largest=False) for _, block in _squared_distances(x - centre, y - centre)]
     return torch.cat([part.values for part in parts]).sqrt(), torch.cat([part.indices for part in parts])
 
@@ -250,12 +264,21 @@ def _squared_distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, torch.addmm(y_square + part.square().sum(1)[:, None], part, y.T, alpha=-2).clamp_(min=0)
 
 
+def _centre(x: Tensor) -> Tensor:
+    """The median of every feature. Around it distances lose few digits, however far away single rows lie."""
+    return x.median(0).values
+
+
 def _squared_radii(x: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
-    """Squared distance of every row to its k-th nearest other row, shape (N,), for each k."""
+    """Squared distance of every row to its k-th nearest other row and what rounding may add, shape (N,), for each k."""
     parts: list[list[Tensor]] = [[] for _ in ks]
     for rows, block in _squared_distances(x, x):
         block[torch.arange(len(block)), torch.arange(rows.start, rows.stop)] = torch.inf
         nearest_first = block.topk(max(ks), dim=1, largest=False).values
         for part, k in zip(parts, ks, strict=True):
             part.append(nearest_first[:, k - 1])
-    return [torch.cat(part) for part in parts]
+    radii, square = [torch.cat(part) for part in parts], x.square().sum(1)
+    # A distance made of ‖x‖², ‖y‖² and d products is off by (d + 3) ε (‖x‖² + ‖y‖²) at most; on the border of a ball of
+    # radius r around x, ‖y‖² <= 2 ‖x‖² + 2 r², and two distances are compared there.
+    rounding = 6 * (x.shape[1] + 4) * torch.finfo(x.dtype).eps
+    return [radius + rounding * (square + radius) for radius in radii]
