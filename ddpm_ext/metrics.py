@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .schedules import is_whole
+
 BLOCK_ELEMENTS = 2**24  # of an N x N matrix this many numbers are in memory at once
 
 
@@ -48,6 +50,12 @@ class PrecisionRecall(NamedTuple):
     coverage: float
 
 
+def check_count(name: str, value: Any, at_least: int = 1) -> None:
+    """Raise a ValueError unless a number is an int of at least so much."""
+    if not is_whole(value) or value < at_least:
+        raise ValueError(f"{name} must be an int of at least {at_least}, got {value!r}.")
+
+
 def as_features(features: Any, name: str = "features", at_least: int = 2) -> Tensor:
     """A float64 matrix (N, d) of finite numbers, or a ValueError that says what came instead."""
     x = features if isinstance(features, Tensor) else torch.from_numpy(np.asarray(features))
@@ -69,6 +77,18 @@ def feature_statistics(features: Any) -> FeatureStatistics:
     return FeatureStatistics(mean, centred.T @ centred / (len(x) - 1), len(x))
 
 
+def check_statistics(name: str, statistics: FeatureStatistics) -> None:
+    """Raise a ValueError unless mean and covariance fit each other and are finite."""
+    mean, covariance = statistics.mean, statistics.covariance
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"{name} must have a mean of shape (d,) and a covariance of shape (d, d), got {tuple(mean.shape)} and "
+            f"{tuple(covariance.shape)}. Compute both from the same features."
+        )
+    if not bool(torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
+        raise ValueError(f"{name} has NaN or infinity in its statistics. Compute them again.")
+
+
 def frechet_distance(real: FeatureStatistics, fake: FeatureStatistics) -> float:
     r"""Squared Fréchet (2-Wasserstein) distance of two Gaussians; FID when the features are Inception's.
 
@@ -78,6 +98,8 @@ def frechet_distance(real: FeatureStatistics, fake: FeatureStatistics) -> float:
     taken of a rounding error there, so the result also holds for singular covariances (N < d), where the matrix square
     root of the product fails. Source: Heusel et al. 2017, arXiv:1706.08500, Eq. (6).
     """
+    check_statistics("real", real)
+    check_statistics("fake", fake)
     _check_sizes(real.mean[None], fake.mean[None])
     overlap = torch.linalg.svdvals(_square_root(real.covariance).T @ _square_root(fake.covariance)).sum()
     distance = (real.mean - fake.mean).square().sum() + real.covariance.trace() + fake.covariance.trace() - 2 * overlap
@@ -95,13 +117,13 @@ def kernel_distance(
     """
     x, y = as_features(real, "real"), as_features(fake, "fake")
     _check_sizes(x, y)
-    if not 2 <= subset_size <= min(len(x), len(y)):
+    check_count("subset_size", subset_size, at_least=2)
+    check_count("num_subsets", num_subsets)
+    if subset_size > min(len(x), len(y)):
         raise ValueError(
             f"subset_size must be between 2 and the smaller set, got {subset_size} with {len(x)} real and {len(y)} "
             "fake images. Generate more images or make the subsets smaller."
         )
-    if num_subsets < 1:
-        raise ValueError(f"num_subsets must be at least 1, got {num_subsets}.")
     rng = np.random.default_rng(seed)
 
     def subset(z: Tensor) -> Tensor:
@@ -147,15 +169,22 @@ def rbf_mmd(real: Any, fake: Any, *, sigma: float = 10.0, scale: float = 1000.0,
 def inception_score(logits: Any, *, splits: int = 10) -> InceptionScore:
     r"""Inception score of a classifier's logits, shape (N, classes).
 
-        IS = exp( mean_i KL(p(y | x_i) ‖ p(y)) ),  p(y) = mean_i p(y | x_i), over consecutive equal splits
+        IS = exp( mean_i KL(p(y | x_i) ‖ p(y)) ),  p(y) = mean_i p(y | x_i), over consecutive splits
 
-    Source: Salimans et al. 2016, arXiv:1606.03498, §4 (10 splits).
+    The splits are equal but for one image. One image alone would be its own p(y) and score 1 whatever it shows, so
+    that a split has at least 2. Source: Salimans et al. 2016, arXiv:1606.03498, §4 (10 splits).
     """
-    x = as_features(logits, "logits", at_least=max(splits, 1))
-    if splits < 1 or x.shape[1] < 2:
-        raise ValueError(f"splits must be at least 1 and logits have at least 2 classes, got {splits}, {x.shape[1]}.")
+    check_count("splits", splits)
+    x = as_features(logits, "logits", at_least=1)
+    if x.shape[1] < 2:
+        raise ValueError(f"logits must have at least 2 classes, got {x.shape[1]}.")
+    if len(x) < 2 * splits:
+        raise ValueError(
+            f"logits has {len(x)} images, but {splits} splits of at least 2 need {2 * splits}. Generate more images or "
+            "ask for fewer splits."
+        )
     scores = []
-    for part in x.log_softmax(1).chunk(splits):
+    for part in x.log_softmax(1).tensor_split(splits):
         log_marginal = part.logsumexp(0) - np.log(len(part))
         scores.append((part.exp() * (part - log_marginal)).sum(1).mean().exp().item())
     return InceptionScore(float(np.mean(scores)), float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0)
@@ -173,16 +202,15 @@ def precision_recall(real: Any, fake: Any, *, k: int = 3, density_k: int = 5) ->
     for pixel features: they lie on a lattice. Sources: Kynkäänniemi et al. 2019, arXiv:1904.06991, Eqs. (1)-(2), for
     precision and recall (k = 3); Naeem et al. 2020, arXiv:2002.09797, Eqs. (3)-(4), for the others (k = 5).
     """
-    if min(k, density_k) < 1:
-        raise ValueError(f"k and density_k must be at least 1, got {k} and {density_k}.")
+    check_count("k", k)
+    check_count("density_k", density_k)
     x = as_features(real, "real", at_least=max(k, density_k) + 1)
     y = as_features(fake, "fake", at_least=k + 1)
     _check_sizes(x, y)
-    centre = x.mean(0)  # distances are unchanged, and lose fewer digits to the size of the features
+    centre = _centre(x)
     x, y = x - centre, y - centre
-    slack = 1e-12 * max(x.square().sum(1).max().item(), y.square().sum(1).max().item())
-    x_radius, x_density_radius = (radius + slack for radius in _squared_radii(x, (k, density_k)))
-    (y_radius,) = (radius + slack for radius in _squared_radii(y, (k,)))
+    x_radius, x_density_radius = _squared_radii(x, (k, density_k))
+    (y_radius,) = _squared_radii(y, (k,))
 
     real_balls_around = torch.zeros(len(y), dtype=torch.int64, device=x.device)
     precise = torch.zeros(len(y), dtype=torch.bool, device=x.device)
@@ -203,9 +231,10 @@ def precision_recall(real: Any, fake: Any, *, k: int = 3, density_k: int = 5) ->
 
 def nearest(query: Any, reference: Any, k: int = 1) -> tuple[Tensor, Tensor]:
     """Distances and indices, each (N, k), of the k nearest reference rows of every query row, nearest first."""
+    check_count("k", k)
     x, y = as_features(query, "query", at_least=1), as_features(reference, "reference", at_least=k)
     _check_sizes(x, y)
-    centre = y.mean(0)
+    centre = _centre(y)
     parts = [block.topk(k, dim=1, largest=False) for _, block in _squared_distances(x - centre, y - centre)]
     return torch.cat([part.values for part in parts]).sqrt(), torch.cat([part.indices for part in parts])
 
@@ -235,12 +264,21 @@ def _squared_distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, torch.addmm(y_square + part.square().sum(1)[:, None], part, y.T, alpha=-2).clamp_(min=0)
 
 
+def _centre(x: Tensor) -> Tensor:
+    """The median of every feature. Around it distances lose few digits, however far away single rows lie."""
+    return x.median(0).values
+
+
 def _squared_radii(x: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
-    """Squared distance of every row to its k-th nearest other row, shape (N,), for each k."""
+    """Squared distance of every row to its k-th nearest other row and what rounding may add, shape (N,), for each k."""
     parts: list[list[Tensor]] = [[] for _ in ks]
     for rows, block in _squared_distances(x, x):
         block[torch.arange(len(block)), torch.arange(rows.start, rows.stop)] = torch.inf
         nearest_first = block.topk(max(ks), dim=1, largest=False).values
         for part, k in zip(parts, ks, strict=True):
             part.append(nearest_first[:, k - 1])
-    return [torch.cat(part) for part in parts]
+    radii, square = [torch.cat(part) for part in parts], x.square().sum(1)
+    # A distance made of ‖x‖², ‖y‖² and d products is off by (d + 3) ε (‖x‖² + ‖y‖²) at most; on the border of a ball of
+    # radius r around x, ‖y‖² <= 2 ‖x‖² + 2 r², and two distances are compared there.
+    rounding = 6 * (x.shape[1] + 4) * torch.finfo(x.dtype).eps
+    return [radius + rounding * (square + radius) for radius in radii]

@@ -44,19 +44,21 @@ def extension(config: Mapping[str, Any]) -> Extension:
     """The extension's fields of a config, checked.
 
     Raises:
-        ValueError: an unknown field, a list that does not hold one number per step, η outside [0, 1], or a field that
-            contradicts the variance.
+        ValueError: an unknown field, a list that does not hold one number per step, η outside [0, 1], a trajectory
+            that is not as many ascending steps as its key says, or a field that contradicts the variance.
     """
-    values = dict(config.get(EXTENSION_KEY) or {})
+    values = config.get(EXTENSION_KEY) or {}
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{EXTENSION_KEY} must hold fields by name, got {values!r}.")
     for name in values:
         check_word(f"a field of {EXTENSION_KEY}", name, [f.name for f in fields(Extension)])
     found = Extension(**values)
     T = config["num_train_timesteps"]
     for name in ("mse_eps", "ms_eps", "standard_error"):
-        numbers = getattr(found, name)
-        if numbers is not None and (len(numbers) != T or not all(0 <= v < math.inf for v in numbers)):
-            raise ValueError(f"{name} must hold {T} finite numbers of at least 0, one per step, got {len(numbers)}.")
-    if not 0 <= found.eta <= 1:
+        if getattr(found, name) is not None:
+            _check_per_step(name, getattr(found, name), T)
+    _check_trajectories(found.trajectories, T)
+    if not _are((int, float), [found.eta]) or not 0 <= found.eta <= 1:
         raise ValueError(f"eta must lie between 0 (DDIM) and 1 (DDPM), got {found.eta!r}.")
     if found.eta != 1 and config["variance_type"] in LEARNED_VARIANCES:
         raise ValueError(
@@ -66,6 +68,36 @@ def extension(config: Mapping[str, Any]) -> Extension:
     if found.trajectory is not None:
         check_word("trajectory", found.trajectory, get_args(Trajectory))
     return found
+
+
+def _are(kind: type | tuple[type, ...], values: Sequence[Any]) -> bool:
+    """Whether all values are of a kind, booleans being none. By their types, of which there are few."""
+    return all(issubclass(t, kind) and t is not bool for t in set(map(type, values)))
+
+
+def _check_per_step(name: str, numbers: Any, T: int) -> None:
+    expected = f"{name} must be a list of {T} finite numbers of at least 0, one per step, got "
+    if not isinstance(numbers, list | tuple):
+        raise ValueError(f"{expected}{type(numbers).__name__}.")
+    if len(numbers) != T:
+        raise ValueError(f"{expected}{len(numbers)}.")
+    if _are((int, float), numbers) and min(numbers) >= 0 and math.isfinite(sum(numbers)):
+        return  # the quick way: a NaN makes the sum NaN
+    for step, value in enumerate(numbers):
+        if not _are((int, float), [value]) or not 0 <= value < math.inf:
+            raise ValueError(f"{expected}{value!r} at step {step}.")
+
+
+def _check_trajectories(trajectories: Any, T: int) -> None:
+    if not isinstance(trajectories, Mapping):
+        raise ValueError(f"trajectories must map a number of steps to its steps, got {trajectories!r}.")
+    for K, times in trajectories.items():
+        fits = isinstance(times, list | tuple) and len(times) > 0 and K == str(len(times)) and _are(int, times)
+        if not fits or list(times) != sorted(set(times)) or times[0] < 0 or times[-1] >= T:
+            raise ValueError(
+                f'trajectories must map "K" to K strictly ascending steps from 0 to {T - 1}, as "3": [0, 5, {T - 1}], '
+                f"got {K!r}: {times!r}. Calibrate again."
+            )
 
 
 def stock_words(config: dict[str, Any]) -> dict[str, str]:
@@ -93,6 +125,8 @@ def true_config(config: Mapping[str, Any]) -> dict[str, Any]:
         return config
     extension = dict(config.pop(EXTENSION_KEY))
     words = extension.pop("words", {})
+    if not isinstance(words, Mapping):
+        raise ValueError(f"words of {EXTENSION_KEY} must map options to their true words, got {words!r}.")
     saved_as = stock_words({"variance_type": None, "prediction_type": None, **config, **words})
     words = {key: word for key, word in words.items() if config.get(key) == saved_as.get(key)}
     return {**config, **words, **({EXTENSION_KEY: extension} if extension else {})}

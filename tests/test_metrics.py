@@ -30,6 +30,12 @@ def frechet(x: np.ndarray, y: np.ndarray) -> float:
     return metrics.frechet_distance(metrics.feature_statistics(x), metrics.feature_statistics(y))
 
 
+def frechet_of(mean: torch.Tensor, covariance: torch.Tensor) -> float:
+    """From these statistics to a standard normal of two dimensions."""
+    real, fake = ((m.double(), c.double()) for m, c in ((mean, covariance), (torch.zeros(2), torch.eye(2))))
+    return metrics.frechet_distance(metrics.FeatureStatistics(*real, 4), metrics.FeatureStatistics(*fake, 4))
+
+
 @pytest.fixture
 def torchmetrics_fid():
     with warnings.catch_warnings():
@@ -110,6 +116,17 @@ def test_inception_score_is_the_slow_one_over_splits() -> None:
     assert ours.std == pytest.approx(np.std(parts, ddof=1), **AGREE)
 
 
+@pytest.mark.parametrize(("n", "splits"), [(12, 5), (25, 10), (23, 10), (99, 10), (20, 10), (2, 1)])
+def test_inception_score_has_as_many_splits_as_asked(n: int, splits: int) -> None:
+    """Sizes that differ by one at most, whatever the number of images."""
+    logits = np.random.default_rng(n).normal(size=(n, 7)) * 3
+    parts = np.array_split(np.exp(logits) / np.exp(logits).sum(1, keepdims=True), splits)
+    scores = [np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in parts]
+    ours = metrics.inception_score(logits, splits=splits)
+    assert ours.mean == pytest.approx(np.mean(scores), **AGREE)
+    assert ours.std == pytest.approx(np.std(scores, ddof=1) if splits > 1 else 0, **AGREE)
+
+
 def test_inception_score_has_its_extremes() -> None:
     sure = np.kron(np.eye(5), np.ones((4, 1))) * 1000.0
     assert metrics.inception_score(sure, splits=1).mean == pytest.approx(5)  # every class, each with certainty
@@ -148,6 +165,28 @@ def test_precision_recall_density_coverage_are_the_slow_ones(
         assert metrics.precision_recall(real, fake, k=k, density_k=k + 2) == pytest.approx(expected, **AGREE)
 
 
+@pytest.mark.parametrize("far", [1e4, 1e6, 1e8])
+@pytest.mark.parametrize("where", ["real", "fake", "both"])
+def test_one_image_far_away_changes_no_other_ball(far: float, where: str) -> None:
+    """Rounding at the outlier's size must not blow up the balls of all others, nor tear those of a lattice."""
+    for real, fake in (two_sets(40, 30, 3), (lattice(50, 0), lattice(40, 10) + 1)):
+        if where != "fake":
+            real[3] = far
+        if where != "real":
+            fake[7] = -2 * far
+        expected = oracles.precision_recall(real, fake, 3)[:2] + oracles.precision_recall(real, fake, 5)[2:]
+        assert metrics.precision_recall(real, fake) == pytest.approx(expected, **AGREE)
+
+
+def test_nearest_keeps_its_digits_beside_an_image_far_away() -> None:
+    x, y = two_sets()
+    y[0] = 1e8
+    expected = np.sqrt(((x[:, None] - y[None]) ** 2).sum(-1))
+    distance, index = metrics.nearest(x, y, k=2)
+    np.testing.assert_allclose(distance, np.sort(expected, axis=1)[:, :2], rtol=1e-9)
+    np.testing.assert_array_equal(index, np.argsort(expected, axis=1)[:, :2])
+
+
 def test_precision_recall_of_equal_and_of_distant_sets() -> None:
     x, _ = two_sets()
     same, apart = metrics.precision_recall(x, x), metrics.precision_recall(x, x + 1e4)
@@ -173,14 +212,33 @@ def test_nearest_finds_the_copies() -> None:
         (lambda x, y: metrics.feature_statistics(x * np.nan), "NaN or infinity"),
         (lambda x, y: frechet(x, y[:, :3]), "same extractor: their features have 6 and 3"),
         (lambda x, y: metrics.kernel_distance(x, y), "got 1000 with 40 real and 30 fake"),
-        (lambda x, y: metrics.kernel_distance(x, y, subset_size=5, num_subsets=0), "num_subsets must be at least 1"),
+        (
+            lambda x, y: metrics.kernel_distance(x, y, subset_size=5, num_subsets=0),
+            "num_subsets must be an int of at least 1",
+        ),
         (lambda x, y: metrics.rbf_mmd(x, y, sigma=0), "sigma must be positive"),
         (
-            lambda x, y: metrics.inception_score(x[:3], splits=10),
-            "logits has 3 images, but this metric needs at least 10",
+            lambda x, y: metrics.inception_score(x[:10], splits=10),
+            "logits has 10 images, but 10 splits of at least 2 need 20",
         ),
+        (lambda x, y: metrics.inception_score(x, splits=0), "splits must be an int of at least 1, got 0"),
+        (lambda x, y: metrics.inception_score(x, splits=2.5), "splits must be an int of at least 1, got 2.5"),
+        (lambda x, y: metrics.inception_score(x[:, :1]), "at least 2 classes, got 1"),
         (lambda x, y: metrics.precision_recall(x[:3], y), "real has 3 images, but this metric needs at least 6"),
-        (lambda x, y: metrics.precision_recall(x, y, k=0), "k and density_k must be at least 1, got 0 and 5"),
+        (lambda x, y: metrics.precision_recall(x, y, k=0), "k must be an int of at least 1, got 0"),
+        (lambda x, y: metrics.precision_recall(x, y, density_k=2.5), "density_k must be an int of at least 1, got 2.5"),
+        (lambda x, y: metrics.nearest(x, y, k=0), "k must be an int of at least 1, got 0"),
+        (lambda x, y: frechet_of(torch.full((2,), math.nan), torch.eye(2)), "real has NaN or infinity"),
+        (lambda x, y: frechet_of(torch.zeros(2), torch.eye(2) * math.inf), "real has NaN or infinity"),
+        (
+            lambda x, y: frechet_of(torch.zeros(3), torch.eye(2)),
+            r"real must have a mean of shape .* got \(3,\) and \(2, 2",
+        ),
+        (lambda x, y: frechet_of(torch.zeros(1, 2), torch.eye(2)), r"real must have a mean of shape .* got \(1, 2\)"),
+        (
+            lambda x, y: metrics.kernel_distance(x, y, subset_size=2.5),
+            "subset_size must be an int of at least 2, got 2.5",
+        ),
         (lambda x, y: metrics.nearest(x, y[:2], k=3), "reference has 2 images, but this metric needs at least 3"),
     ],
 )

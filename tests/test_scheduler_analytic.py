@@ -163,19 +163,48 @@ def test_errors_are_wanted_before_a_number_is_drawn():
 @pytest.mark.parametrize(
     ("extension", "sentence"),
     [
-        ({"mse_eps": [0.1]}, "mse_eps must hold 1000 finite numbers of at least 0, one per step, got 1"),
-        ({"mse_eps": [math.nan] * 1000}, "mse_eps must hold 1000 finite numbers"),
-        ({"eta": 2}, "eta must lie between 0"),
+        ({"mse_eps": [0.1]}, "mse_eps must be a list of 1000 finite numbers of at least 0, one per step, got 1"),
+        ({"mse_eps": [math.nan] * 1000}, "mse_eps must be a list of 1000 finite numbers .* got nan at step 0"),
+        ({"ms_eps": [0.5, -0.1] * 500}, "ms_eps must .* got -0.1 at step 1"),
+        ({"standard_error": ["0.5"] * 1000}, "standard_error must .* got '0.5' at step 0"),
+        ({"mse_eps": [None] * 1000}, "mse_eps must .* got None at step 0"),
+        ({"mse_eps": 0.1}, "mse_eps must be a list of 1000 .* got float"),
+        ({"mse_eps": torch.full((1000,), 0.1)}, "mse_eps must be a list of 1000 .* got Tensor"),
+        ({"eta": 2}, "eta must lie between 0 .* got 2"),
+        ({"eta": "0"}, "eta must lie between 0 .* got '0'"),
+        ({"eta": None}, "eta must lie between 0 .* got None"),
+        ({"eta": math.nan}, "eta must lie between 0 .* got nan"),
+        ({"trajectories": 5}, "trajectories must map a number of steps to its steps, got 5"),
+        ({"trajectories": {"10": [0, 999]}}, r"trajectories must map .* got '10': \[0, 999\]"),
+        ({"trajectories": {"3": [0, 5, 2000]}}, r"steps from 0 to 999, .* got '3': \[0, 5, 2000\]"),
+        ({"trajectories": {"3": [-5, 5, 999]}}, r"steps from 0 to 999, .* got '3': \[-5, 5, 999\]"),
+        ({"trajectories": {"3": [999, 5, 7]}}, "strictly ascending .* got '3'"),
+        ({"trajectories": {"3": [0, 5, 5]}}, "strictly ascending .* got '3'"),
+        ({"trajectories": {"2": [0, 9.5]}}, r"got '2': \[0, 9.5\]"),
+        ({"trajectories": {"0": []}}, r"got '0': \[\]"),
+        ({"trajectories": {"2": [False, True]}}, "got '2': "),
+        ({"mse_eps": [0.1] * 999 + [math.nan]}, "mse_eps must .* got nan at step 999"),
+        ({"mse_eps": [True] * 1000}, "mse_eps must .* got True at step 0"),
+        ({"trajectories": {"2": "09"}}, "got '2': '09'"),
+        ({"trajectories": {2: [0, 999]}}, r"got 2: \[0, 999\]"),
+        ("analytic", "_ddpm_ext must hold fields by name, got 'analytic'"),
         ({"trajectory": "best"}, "trajectory must be one of"),
         ({"mse": []}, "a field of _ddpm_ext must be one of"),
     ],
 )
-def test_bad_fields_are_refused_and_change_nothing(extension: dict, sentence: str):
+def test_bad_fields_are_refused_and_change_nothing(extension: Any, sentence: str):
     chain = DDPMExtScheduler()
     before = dict(chain.config)
     with pytest.raises(ValueError, match=sentence):
         chain.register_to_config(_ddpm_ext=extension)
     assert dict(chain.config) == before
+    with pytest.raises(ValueError, match=sentence):  # as it comes from disk
+        DDPMExtScheduler.from_config({**DDPMScheduler().config, "_ddpm_ext": extension})
+
+
+def test_words_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="words of _ddpm_ext must map options to their true words, got 'analytic'"):
+        DDPMExtScheduler.from_config({**DDPMScheduler().config, "_ddpm_ext": {"words": "analytic"}})
 
 
 def test_disk_form_is_stocks_and_comes_back_whole(tmp_path: Path):
