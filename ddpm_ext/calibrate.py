@@ -25,7 +25,7 @@ from .evaluate import Session
 from .evaluate_options import CalibrateConfig
 from .features import make_extractor
 from .launch import check_world
-from .measure import SetBound, bits_of, make_scheduler, sample_features, set_bound, under_fixed_variance
+from .measure import SetBound, bits_of, chain_of, make_scheduler, sample_features, set_bound, under_fixed_variance
 from .metrics import feature_statistics, frechet_distance
 from .optimal import optimal_trajectories
 from .plots import figure_class, plot_against_steps
@@ -108,6 +108,7 @@ class Work:
         if wrong:
             raise ValueError(f"num_inference_steps must lie in 2..{T}, the steps of this model, got {wrong[0]}.")
         self.own_variance = self.scheduler.config["variance_type"].removesuffix("_log")
+        self.loaded = chain_of(self.scheduler)
         self.unet = self.session.pipeline.unet
         self.learned = self.own_variance in LEARNED_VARIANCES
         self.slim = drop_variance_head(self.unet) if self.learned else self.unet
@@ -147,6 +148,12 @@ class Work:
         made.register_to_config(**{EXTENSION_KEY: found.fields(way)})
         return made
 
+    def scheduler_at(self, found: Calibration, way: Way, K: int) -> DDPMExtScheduler:
+        """The scheduler of a way; as loaded where all T steps make it the same chain, so that none is run twice."""
+        whole = K == len(self.scheduler) and way.eta == self.loaded["eta"] == 1
+        same = whole and way.variance_type == self.own_variance != "analytic"
+        return self.scheduler if same else self.scheduler_of(found, way)
+
     @property
     def calibrated(self) -> Way:
         """How the stored scheduler samples: with its learned variance, or the optimal one."""
@@ -173,6 +180,11 @@ class Work:
         plain = make_scheduler(self.scheduler, variance_type="fixed_small")
         plain.register_to_config(**{EXTENSION_KEY: {}})
         swept = self.bound(self.slim, plain, None, test, count)
+        if self.loaded["eta"] == 1:  # the bound is DDPM's
+            for K in self.config.steps:
+                score = bits_of(self.bound_as_loaded(swept, K, test, count))
+                yield self.figure("bpd", started, **score, **self.of_loaded(K), **conditions)
+                started = time.perf_counter()
         for variance in ("fixed_small", "fixed_large", "analytic"):
             for trajectory in get_args(Trajectory):
                 way = Way(variance, trajectory)
@@ -186,10 +198,14 @@ class Work:
                 way = Way(self.own_variance, trajectory)
                 for K in self.config.steps:
                     started = time.perf_counter()
-                    # With all T steps there is one trajectory: under one name it is swept once.
-                    named = way if K < len(self.scheduler) else way._replace(trajectory="even")
-                    score = bits_of(self.bound(self.unet, self.scheduler_of(found, named), K, test, count))
+                    score = bits_of(self.bound(self.unet, self.scheduler_at(found, way, K), K, test, count))
                     yield self.figure("bpd", started, **score, **self.of_way(way, K), **conditions)
+
+    def bound_as_loaded(self, swept: SetBound, K: int, test: Any, count: int) -> SetBound:
+        """The bound of K steps of the scheduler as it was loaded; all T steps of one σ² per step are in the sweep."""
+        if K == len(self.scheduler) and not self.learned:
+            return under_fixed_variance(swept, self.scheduler)
+        return self.bound(self.unet, self.scheduler, K, test, count)
 
     def bound(self, unet: Any, scheduler: DDPMExtScheduler, K: int | None, test: Any, count: int) -> SetBound:
         return set_bound(
@@ -229,9 +245,10 @@ class Work:
             "reference": self.session.dataset(self.training, config.split, len(reference.features)),
         }
         for way, K in self.plan():
-            started = time.perf_counter()
-            scheduler, pipeline = self.scheduler_of(found, way), self.session.pipeline
-            unet = self.unet if way.variance_type in LEARNED_VARIANCES else self.slim
+            started, pipeline = time.perf_counter(), self.session.pipeline
+            scheduler = self.scheduler if way is None else self.scheduler_at(found, way, K)
+            words = self.of_loaded(K) if way is None else self.of_way(way, K)
+            unet = self.unet if scheduler.variance_type in LEARNED_VARIANCES else self.slim
             pipeline.register_modules(scheduler=scheduler, unet=unet)
             distances = []
             for number in range(config.num_seeds):
@@ -254,11 +271,11 @@ class Work:
             score: dict[str, Any] = {"value": values.mean().item(), "values": distances}
             if len(values) > 1:
                 score["std"] = values.std().item()
-            yield self.figure("fid", started, **score, **self.of_way(way, K), **conditions, seed=config.seed)
+            yield self.figure("fid", started, **score, **words, **conditions, seed=config.seed)
 
-    def plan(self) -> list[tuple[Way, int]]:
-        """Ways and numbers of steps of the Fréchet distances: the model's own first, then the calibrated ones."""
-        ways = [Way(self.own_variance, "even"), self.calibrated]
+    def plan(self) -> list[tuple[Way | None, int]]:
+        """Ways and numbers of steps of the Fréchet distances: as loaded (None) first, then the calibrated ones."""
+        ways = [None, Way(self.own_variance, "even"), self.calibrated]
         ways += [Way("analytic", trajectory, eta) for trajectory in get_args(Trajectory) for eta in (1.0, 0.0)]
         plan = [(way, K) for K in self.config.fid_steps for way in dict.fromkeys(ways)]
         return [*plan, (Way("fixed_small", "even"), len(self.scheduler))] if self.config.full_chain else plan
@@ -266,9 +283,15 @@ class Work:
     # -- records ----------------------------------------------------------------------------------------------------
 
     def of_way(self, way: Way, K: int) -> dict[str, Any]:
-        before = way.variance_type == self.own_variance and way.trajectory == "even" and way.eta == 1
-        when = "before" if before else "after" if way == self.calibrated else None
-        return {**way._asdict(), "sampler": way.words, "when": when, "num_inference_steps": K}
+        when = "after" if way == self.calibrated else None
+        return {**way._asdict(), "timestep_spacing": None, **named(way.words, when, K)}
+
+    def of_loaded(self, K: int) -> dict[str, Any]:
+        """What a figure says of the scheduler as it was loaded: its own variance, spacing or trajectory, and η."""
+        variance, eta = self.scheduler.config["variance_type"], self.loaded["eta"]
+        steps = self.loaded["trajectory"] or self.loaded["timestep_spacing"]
+        words = f"{variance}, as loaded ({steps})" + ("" if eta == 1 else f", η = {eta:g}")
+        return {"variance_type": variance, **self.loaded, **named(words, "before", K)}
 
     def figure(self, metric: str, started: float, **more: Any) -> dict[str, Any]:
         """One entry of calibration.json."""
@@ -277,6 +300,10 @@ class Work:
         options = {name: value for name, value in asdict(self.config).items() if name != "hub_token"}
         found["certificate"]["options"] = options
         return found
+
+
+def named(words: str, when: str | None, K: int) -> dict[str, Any]:
+    return {"sampler": words, "when": when, "num_inference_steps": K}
 
 
 def markdown(figures: list[dict[str, Any]]) -> str:

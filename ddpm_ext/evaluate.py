@@ -312,7 +312,7 @@ class Session:
             "wall_time_s": round(time.perf_counter() - self.started, 1),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        if not math.isfinite(found["value"]):
+        if not math.isfinite(found.get("value", 0.0)):
             raise ValueError(f"{metric} came out as {found['value']}: look at the weights and at the extractor.")
         return finite({name: value for name, value in found.items() if value is not None or name not in RESULTS})
 

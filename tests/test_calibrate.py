@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,16 +136,69 @@ def test_bits_on_the_full_chain_are_those_of_bits_per_dim(done: SimpleNamespace,
         found = figure(done.record, "bpd", f"{variance}, {trajectory}", T)
         assert found["value"] == pytest.approx(bits.total.mean().item(), rel=1e-5)
         assert found["parts"]["decoder"] == pytest.approx(bits.decoder.mean().item(), rel=1e-5)
-    assert len([f for f in done.record["figures"] if f["metric"] == "bpd"]) == 3 * 2 * 3
+    assert len([f for f in done.record["figures"] if f["metric"] == "bpd"]) == (1 + 3 * 2) * 3
 
 
-def test_frechet_distances_are_those_of_samples_made_by_hand(done: SimpleNamespace) -> None:
+def own(K: int) -> DDPMScheduler:
+    """The stock scheduler as its repository holds it, its K steps chosen."""
+    scheduler = DDPMScheduler(num_train_timesteps=T, beta_start=1e-3, beta_end=0.6, variance_type="fixed_large")
+    scheduler.set_timesteps(K)
+    return scheduler
+
+
+def test_before_is_the_model_as_it_was_loaded(done: SimpleNamespace) -> None:
+    pixels = load_images("digits", split="test").batch(range(4)).pixels
+    for K in (3, 5, T):
+        times = own(K).timesteps.tolist()
+        seeds = [torch.Generator().manual_seed(i) for i in range(4)]
+        bits = bits_per_dim(tiny_unet(), chain(variance_type="fixed_large"), pixels, timesteps=times, generator=seeds)
+        found = figure(done.record, "bpd", "fixed_large, as loaded (leading)", K)
+        assert found["value"] == pytest.approx(bits.total.mean().item(), rel=1e-5)
+        assert (found["when"], found["timestep_spacing"], found["trajectory"]) == ("before", "leading", None)
+    even = figure(done.record, "bpd", "fixed_large, even", 5)
+    assert even["when"] is None and even["value"] != figure(done.record, "bpd", found["sampler"], 5)["value"]
+    fid = figure(done.record, "fid", "fixed_large, as loaded (leading)", 5)
+    assert fid["when"] == "before"
+    assert fid["values"] == pytest.approx(distances_by_hand(DDPMExtPipeline(tiny_unet(), own(5))), rel=1e-4)
+    assert (done.out / "calibration.md").read_text().count("| fixed_large, as loaded (leading) |") == 2
+
+
+def test_before_a_second_calibration_is_the_first_one(done: SimpleNamespace, tmp_path: Path) -> None:
+    options = {"num_images": 5, "metrics": "bpd", "plots": False, "num_inference_steps": "5,20"}
+    record = calibrate(small(done.out / "pipeline", tmp_path, **options))
+    assert record["mse_eps"] != done.record["mse_eps"]
+    pixels = load_images("digits", split="test").batch(range(4)).pixels
+    loaded: Any = DDPMExtPipeline.from_pretrained(done.out / "pipeline")
+    for K in (5, T):
+        seeds = [torch.Generator().manual_seed(i) for i in range(4)]
+        bits = bits_per_dim(tiny_unet(), loaded.scheduler, pixels, num_inference_steps=K, generator=seeds)
+        found = figure(record, "bpd", "analytic, as loaded (optimal)", K)
+        assert found["value"] == pytest.approx(bits.total.mean().item(), rel=1e-5)
+        assert found["value"] != figure(record, "bpd", "analytic, optimal", K)["value"]
+
+
+def test_a_calibrated_stock_pipeline_samples_without_a_warning(done: SimpleNamespace) -> None:
+    """Diffusers warns through its loggers, which pytest's filter does not see."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            for kind in (DDPMPipeline, DDPMExtPipeline):
+                pipeline: Any = kind.from_pretrained(str(done.out / "pipeline"))
+                pipeline.set_progress_bar_config(disable=True)
+                assert len(pipeline(batch_size=2, num_inference_steps=5, output_type="np").images) == 2
+    finally:
+        logger.removeHandler(handler)
+    assert said == [] and caught == []
+
+
+def distances_by_hand(pipeline: DDPMExtPipeline) -> list[float]:
+    """Fréchet distances of two sets of ten samples in five steps to the first forty digits."""
     real = load_images("digits", split="train").batch(range(40)).pixels.reshape(40, -1).double() / 255
-    pipeline = DDPMExtPipeline(tiny_unet(), chain(variance_type="fixed_large"))
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler.register_to_config(_ddpm_ext={"trajectory": "even"})
-    found = figure(done.record, "fid", "fixed_large, even", 5)
-    assert found["when"] == "before"
     distances = []
     for first in (0, 10):
         seeds = [torch.Generator().manual_seed(first + i) for i in range(10)]
@@ -151,11 +206,21 @@ def test_frechet_distances_are_those_of_samples_made_by_hand(done: SimpleNamespa
         fake = (images * 255).round().reshape(10, -1) / 255
         statistics = [metrics.feature_statistics(x) for x in (real, fake)]
         distances.append(metrics.frechet_distance(*statistics))
+    return distances
+
+
+def test_frechet_distances_are_those_of_samples_made_by_hand(done: SimpleNamespace) -> None:
+    pipeline = DDPMExtPipeline(tiny_unet(), chain(variance_type="fixed_large"))
+    pipeline.scheduler.register_to_config(_ddpm_ext={"trajectory": "even"})
+    found = figure(done.record, "fid", "fixed_large, even", 5)
+    assert found["when"] is None
+    distances = distances_by_hand(pipeline)
     assert found["values"] == pytest.approx(distances, rel=1e-4)  # float32 features
     assert found["value"] == pytest.approx(sum(distances) / 2, rel=1e-4)
     assert found["std"] == pytest.approx(abs(distances[0] - distances[1]) / 2**0.5, rel=1e-3)
     names = {f["sampler"] for f in done.record["figures"] if f["metric"] == "fid"}
     assert names == {
+        "fixed_large, as loaded (leading)",
         "fixed_large, even",
         "analytic, optimal",
         "analytic, optimal, η = 0",
@@ -163,7 +228,7 @@ def test_frechet_distances_are_those_of_samples_made_by_hand(done: SimpleNamespa
         "analytic, even, η = 0",
         "fixed_small, even",
     }
-    assert len({f["value"] for f in done.record["figures"] if f["metric"] == "fid"}) == 6
+    assert len({f["value"] for f in done.record["figures"] if f["metric"] == "fid"}) == 7
     assert figure(done.record, "fid", "fixed_small, even", T)["when"] is None
     assert figure(done.record, "fid", "analytic, optimal", 5)["when"] == "after"
 
@@ -205,6 +270,9 @@ def test_a_learned_variance_stays_and_is_judged_beside_the_others(tmp_path: Path
         found = figure(record, "bpd", f"{variance_type}, even", T)
         assert found["value"] == pytest.approx(bits.total.mean().item(), rel=1e-5)
     assert figure(record, "fid", "learned_range, optimal", 5)["when"] == "after"
+    assert found["value"] == figure(record, "bpd", "fixed_small, optimal", T)["value"]
+    before, even = (figure(record, "bpd", f"learned_range, {how}", T) for how in ("as loaded (leading)", "even"))
+    assert before["value"] == even["value"] and (before["when"], even["when"]) == ("before", None)
     loaded: Any = DDPMExtPipeline.from_pretrained(tmp_path / "out" / "pipeline")
     assert loaded.scheduler.config.variance_type == "learned_range"
     assert loaded.unet.config.out_channels == 2

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,7 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from PIL import Image
 
+from ddpm_ext import evaluate as evaluation
 from ddpm_ext import metrics
 from ddpm_ext.arguments import parse_options
 from ddpm_ext.bound import bits_per_dim, grid_images, make_bound, rate_distortion
@@ -26,7 +29,7 @@ from ddpm_ext.calibrate import calibrate
 from ddpm_ext.data import load_images
 from ddpm_ext.evaluate import evaluate, merge
 from ddpm_ext.evaluate_options import CalibrateConfig, EvalConfig
-from ddpm_ext.features import make_extractor, weights_hash
+from ddpm_ext.features import Extractor, Features, make_extractor, weights_hash
 from ddpm_ext.measure import dict_of, make_scheduler, network_hash, set_bound
 from ddpm_ext.pipeline import DDPMExtPipeline
 from ddpm_ext.reference import load_reference, make_reference
@@ -335,6 +338,78 @@ def test_the_steps_of_a_calibrated_pipeline_are_conditions(tmp_path: Path) -> No
         seeds = [torch.Generator().manual_seed(i) for i in range(6)]
         expected = bits_per_dim(tiny_unet(), tiny_scheduler(), pixels, timesteps=times, generator=seeds)
         assert figure["value"] == pytest.approx(expected.total.mean().item(), rel=1e-5)
+
+
+def stand_in(name: str, classes: int = 0) -> Extractor:
+    """An extractor as `clip` and `inception` are: embeddings of unit length, or features and logits; no download."""
+    mix = torch.randn(64, 7, generator=torch.Generator().manual_seed(0))
+    head = torch.randn(7, classes, generator=torch.Generator().manual_seed(1)) if classes else None
+
+    def forward(images: torch.Tensor) -> Features:
+        features = torch.nn.functional.normalize(images.flatten(1) @ mix, dim=1)
+        return Features(features, None if head is None else 5 * features @ head)
+
+    return Extractor({"name": name, "weights": "stand-in", "input": "as it is"}, forward, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("metric", "name", "classes"), [("cmmd", "clip", 0), ("is", "inception", 5)])
+def test_scores_of_other_extractors_are_those_of_their_formulas(
+    metric: str, name: str, classes: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extractor = stand_in(name, classes)
+    monkeypatch.setattr(evaluation, "make_extractor", lambda *_, **__: extractor)
+    (figure,) = evaluate(small(model, tmp_path, metrics=metric, extractor=name, num_samples=20))
+    assert figure["extractor"] == extractor.description
+
+    pipeline: Any = DDPMExtPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    seeds = [torch.Generator().manual_seed(i) for i in range(20)]
+    images = pipeline(20, generator=seeds, num_inference_steps=5, output_type="pt").images
+    fake = extractor.forward((images * 255).round() / 255)
+    if metric == "cmmd":
+        real = extractor.forward(load_images("digits", split="train").batch(range(40)).pixels / 255).features.double()
+        y = fake.features.double()
+
+        def k(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return torch.exp(-((a[:, None] - b[None]) ** 2).sum(2) / (2 * 10.0**2)).mean()
+
+        expected = 1000 * (k(real, real) + k(y, y) - 2 * k(real, y)).item()
+        assert "CMMD to 40 images of digits train (clip" in (tmp_path / "out" / "eval.md").read_text()
+    else:
+        assert fake.logits is not None
+        found = []
+        for logits in np.array_split(fake.logits.double().numpy(), 10):
+            p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+            found.append(np.exp((p * np.log(p / p.mean(0))).sum(1).mean()))
+        expected = float(np.mean(found))
+        assert figure["std"] > 0
+        assert "Inception score (inception" in (tmp_path / "out" / "eval.md").read_text()
+    assert figure["value"] == pytest.approx(expected, rel=1e-3)  # float32 features, small differences of means
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_where_it_stopped(model: Path, tmp_path: Path) -> None:
+    """SIGKILL after the first of three pieces; the same command takes that piece as it is and ends as one unkilled."""
+    words = ["scripts/evaluate.py", "--cpu", f"--model={model}", "--metrics=fid", "--extractor=pixels"]
+    words += ["--num_samples=1500", "--num_inference_steps=20", "--max_reference_images=40"]
+    words += [f"--reference_cache={tmp_path / 'references'}"]
+    killed = [*words, f"--output_dir={tmp_path / 'killed'}"]
+    process = start(killed)
+    deadline = time.monotonic() + 200
+    while not (pieces := sorted((tmp_path / "killed").rglob("samples-*/0*.safetensors"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert finish(process)[0] == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "eval.json").exists()
+    former = {path: path.stat().st_mtime_ns for path in sorted(pieces[0].parent.glob("0*.safetensors"))}
+    assert len(former) < 3
+    for command in (killed, [*words, f"--output_dir={tmp_path / 'whole'}"]):
+        code, said = finish(start(command))
+        assert code == 0, said
+    assert {path: path.stat().st_mtime_ns for path in former} == former
+    found = [json.loads((tmp_path / name / "eval.json").read_text())["figures"] for name in ("killed", "whole")]
+    assert found[0][0]["value"] == found[1][0]["value"]
 
 
 # Options --------------------------------------------------------------------------------------------------------------
