@@ -21,7 +21,7 @@ from .images import to_x_0
 from .launch import set_numerics, whole
 from .losses import training_loss
 from .process import q_sample
-from .progress import Meter
+from .progress import Meter, Unreadable
 from .randomness import draw, seed_dropout
 from .resume import RunState
 from .run_dir import RunDir, RunError
@@ -60,6 +60,7 @@ class Updates(RunState):
         self.averages = make_averages(config, self.parameters)
         self.meter = Meter(accelerator.device, config.ddpm_num_steps)
         self.timesteps = Timesteps(config.timestep_sampler, config.ddpm_num_steps)
+        self.unreadable = Unreadable()
         self.update_count = self.step = self.skipped = self.bad_in_a_row = 0
 
         self.plan = resume.planned(config, self.found, accelerator.num_processes)

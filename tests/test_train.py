@@ -253,6 +253,39 @@ def test_the_process_that_alone_has_met_an_error_says_so(
     assert capsys.readouterr().err.splitlines() == ["error: all know", "error: mine", "error of process 1: mine"]
 
 
+BROKEN = "row 5 of train-00001-of-00002.parquet"
+
+
+def test_a_corrupt_picture_of_a_stream_is_told_when_met_counted_once_and_written_down(
+    broken_pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"train_data_dir": broken_pictures, "resolution": "8", "streaming": True, "train_batch_size": 8}
+    update = Trainer.update
+
+    def stopping(self: Trainer) -> None:
+        update(self)
+        if self.update_count == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "update", stopping)
+    assert run_here(tmp_path / "run", **given) == PREEMPTED
+    monkeypatch.setattr(Trainer, "update", update)
+    assert capsys.readouterr().err.count(BROKEN) == 1
+    assert run_here(tmp_path / "run", **given) == 0  # 12 updates of 8: four epochs
+    assert BROKEN not in capsys.readouterr().err  # the checkpoint knows it
+    assert [record["unreadable_images"] for record in log_without_speed(tmp_path / "run")] == [1, 1, 1, 1]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["skipped_images"] == [BROKEN]
+
+
+@pytest.mark.slow
+def test_corrupt_pictures_of_all_processes_are_counted_together(broken_pictures: Path, tmp_path: Path) -> None:
+    given = {"train_data_dir": broken_pictures, "resolution": "8", "streaming": True}
+    code, output = finish(start(options(tmp_path / "run", **given, train_batch_size=4), [*TORCHRUN, "2"]))
+    assert code == 0 and output.count(BROKEN) == 1, output
+    assert log_without_speed(tmp_path / "run")[-1]["unreadable_images"] == 1
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["skipped_images"] == [BROKEN]
+
+
 @pytest.mark.slow
 def test_a_corrupt_picture_on_one_of_two_processes_is_told_by_it(broken_pictures: Path, tmp_path: Path) -> None:
     given = {"train_data_dir": broken_pictures, "resolution": "8", "streaming": True, "strict_data": True}
