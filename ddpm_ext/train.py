@@ -158,9 +158,9 @@ class Trainer(Updates):
                 poll=self.must_stop,
             )
             images = torch.from_numpy(np.concatenate(list(batches))).to(accelerator.device)
-        images = accelerator.gather(images)[: config.eval_batch_size].cpu().numpy()
+        gathered: Any = accelerator.gather((images, torch.tensor(numbers, device=accelerator.device)))
         if accelerator.is_main_process:
-            grid = make_grid(images)
+            grid = make_grid(by_number(*gathered).cpu().numpy())
             save_png(grid, self.run.samples / f"{checkpoint_name(self.update_count)}.png")
             track_images(accelerator, grid, self.update_count)
 
@@ -214,6 +214,13 @@ class Trainer(Updates):
         self.export()
         if self.publisher is not None:
             self.publisher.push(self.update_count)
+
+
+def by_number(images: Tensor, numbers: Tensor) -> Tensor:
+    """Images in the order of their numbers, each once: shares of unequal length were padded with repetitions."""
+    ordered = torch.empty_like(images[: int(numbers.max()) + 1])
+    ordered[numbers] = images
+    return ordered
 
 
 def train(config: TrainConfig) -> int:

@@ -16,7 +16,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, on_main_process
+from accelerate.utils import DistributedType
 from diffusers import DDPMPipeline, UNet2DModel
 from diffusers.optimization import get_scheduler
 from PIL import Image
@@ -43,7 +45,7 @@ from ddpm_ext.progress import Meter
 from ddpm_ext.randomness import draw
 from ddpm_ext.run_dir import RunDir, RunError
 from ddpm_ext.signals import PREEMPTED, explained
-from ddpm_ext.train import Trainer
+from ddpm_ext.train import Trainer, by_number
 
 
 def trainer(folder: Path, scaler: Any = None, **changes: Any) -> Trainer:
@@ -535,6 +537,37 @@ def test_the_power_functions_snapshots_say_what_they_are(tmp_path: Path) -> None
     last = load_file(tmp_path / "run" / "snapshots" / names[-2])
     averaged = weights(tmp_path / "run", 12, "ema")
     assert all(torch.equal(last[name], averaged[name]) for name in last)
+
+
+@pytest.mark.parametrize(("count", "processes"), [(7, 3), (2, 4), (6, 2)])
+def test_the_pictures_of_a_grid_lie_in_order_whatever_the_number_of_processes(
+    count: int, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[list[int]] = []
+    for rank in range(processes):
+        forget_accelerator()
+        state = PartialState(cpu=True)
+        state.num_processes, state.process_index = processes, rank
+        monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.MULTI_CPU)
+        with state.split_between_processes(list(range(count)), apply_padding=True) as share:
+            shares.append(share)
+    forget_accelerator()
+    numbers = torch.tensor([number for share in shares for number in share])
+    assert len(set(map(len, shares))) == 1
+    assert by_number(numbers[:, None], numbers).flatten().tolist() == list(range(count))
+
+
+@pytest.mark.slow
+def test_a_grid_of_three_processes_is_that_of_one(tmp_path: Path) -> None:
+    given = {"max_train_steps": 2, "global_batch_size": 6, "eval_batch_size": 7, "double": True}
+    assert run_here(tmp_path / "one", **given) == 0
+    code, output = finish(start(options(tmp_path / "three", **given), [*TORCHRUN, "3"]))
+    assert code == 0, output
+    grids = []
+    for name in ("one", "three"):
+        with Image.open(tmp_path / name / "samples" / "step-00000002.png") as grid:
+            grids.append(np.asarray(grid).astype(int))
+    assert np.abs(grids[0] - grids[1]).max() <= 1  # rounding to grey levels
 
 
 # Launching ------------------------------------------------------------------------------------------------------------
