@@ -515,6 +515,32 @@ def test_what_cannot_be_trained_is_said_before_the_first_step(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_several_sizes_are_refused_on_the_command_line_before_the_first_step(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0)
+    (tmp_path / "mixed").mkdir()
+    for name, width in (("a", 10), ("b", 12)):
+        picture = numbers.integers(0, 256, (10, width, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / "mixed" / f"{name}.png")
+    words = ["--train_data_dir", str(tmp_path / "mixed"), "--output_dir", str(tmp_path / "run"), "--cpu"]
+    for more, sentence in (([], "several sizes"), (["--streaming", "--max_train_steps", "1"], "needs --resolution")):
+        config = parse_train_config([*words, *more])
+        with pytest.raises(ValueError, match=sentence):
+            assemble.build_data(config, assemble.network_config(config))
+    config = parse_train_config([*words, "--resolution", "16"])
+    assert assemble.build_data(config, assemble.network_config(config)).shape == (3, 16, 16)
+    for picture in (tmp_path / "mixed").iterdir():
+        Image.new("RGB", (12, 10)).save(picture)
+    config = parse_train_config(words)  # one size, which is scaled to the default of Diffusers' script
+    assert assemble.build_data(config, assemble.network_config(config)).shape == (3, 64, 64)
+
+
+def test_without_xformers_its_option_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = parse_train_config(["--enable_xformers_memory_efficient_attention"])
+    with pytest.raises(RunError, match="needs xformers, which is not installed"):
+        assemble.speed_up(config, UNet2DModel(**TINY_UNET))
+
+
 def test_without_a_network_option_the_network_is_that_of_diffusers_script() -> None:
     config = assemble.network_config(parse_train_config(["--dataset_name", "x", "--resolution", "128"]))
     assert tuple(config["block_out_channels"]) == (128, 128, 256, 256, 512, 512)
