@@ -33,8 +33,8 @@ REPLACES = {
     "dataset_name": ("train_data_dir",),
     "save_images_epochs": ("save_images_steps",),
     "save_images_steps": ("save_images_epochs",),
-    "model_config_name_or_path": ("unet",),
-    "unet": ("model_config_name_or_path",),
+    "model_config_name_or_path": ("unet", "resolution"),
+    "unet": ("model_config_name_or_path", "resolution"),
     "streaming": ("save_images_epochs", "save_model_epochs"),  # a stream's epochs have no known length
 }
 
@@ -77,8 +77,13 @@ def parse_train_config(argv: list[str] | None = None) -> TrainConfig:
     replaced: dict[str, Any] = {other: None for name in given for other in REPLACES.get(name, ()) if other not in given}
     if given & {"ema_inv_gamma", "ema_power"} and "ema" not in given:
         replaced["ema"] = "warmup"
+    if preset_name(preset, given) == "unconditional" and preset is None:
+        # Its 64 is nobody's wish: pictures of one size are scaled to it, but several sizes must be asked about.
+        replaced["equal_sizes"] = not given & {"resolution", "unet", "model_config_name_or_path"}
     parser = make_parser(TrainConfig, train_help(), {**dataclasses.asdict(start), **replaced})
     values = vars(parser.parse_args(argv))
+    if "ddpm_num_inference_steps" not in given:  # a preset's is for its own number of steps
+        values["ddpm_num_inference_steps"] = min(start.ddpm_num_inference_steps, values["ddpm_num_steps"])
     refuse_idle_options(values, {name for name in given if values[name] != getattr(start, name)})
     return TrainConfig(**values)
 

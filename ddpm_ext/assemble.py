@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -50,9 +52,19 @@ def plan_batch(config: TrainConfig, processes: int, global_batch: int | None = N
         global_batch: That of the run being resumed, which rules over the options.
 
     Raises:
-        RunError: the global batch cannot be shared equally.
+        RunError: the global batch cannot be shared equally, or is not the one that the other options give.
     """
     asked = config.train_batch_size * config.gradient_accumulation_steps * processes
+    if (
+        global_batch is None
+        and config.gradient_accumulation_steps > 1
+        and config.global_batch_size not in (None, asked)
+    ):
+        raise RunError(
+            f"--global_batch_size {config.global_batch_size} contradicts --train_batch_size {config.train_batch_size} "
+            f"x --gradient_accumulation_steps {config.gradient_accumulation_steps} x {processes} processes = {asked}; "
+            "leave out the accumulation, which follows from the other two, or the global batch."
+        )
     total = global_batch or config.global_batch_size or asked
     if total % processes:
         raise RunError(
@@ -61,8 +73,16 @@ def plan_batch(config: TrainConfig, processes: int, global_batch: int | None = N
         )
     share = total // processes
     accumulation = config.gradient_accumulation_steps if total == asked else math.ceil(share / config.train_batch_size)
+    fewest = accumulation
     while share % accumulation:
         accumulation += 1
+    if accumulation > 2 * fewest:
+        warnings.warn(
+            f"The {share} pictures of one process can be cut equally only into {accumulation} passes of "
+            f"{share // accumulation}, which is slow; choose a global batch that has {config.train_batch_size} or a "
+            "number near it among the divisors of a process's share.",
+            stacklevel=2,
+        )
     return BatchPlan(total, processes, accumulation)
 
 
@@ -150,6 +170,8 @@ def build_data(config: TrainConfig, network: dict[str, Any]) -> ImageSet | Image
         ValueError: no pictures, or none that fit the network.
     """
     size = network.get("sample_size")
+    if config.equal_sizes:
+        refuse_several_sizes(config, network["in_channels"])
     open_set = stream_images if config.streaming else load_images
     return open_set(
         config.dataset_name,
@@ -164,6 +186,29 @@ def build_data(config: TrainConfig, network: dict[str, Any]) -> ImageSet | Image
         strict=config.strict_data,
         cache_dir=config.cache_dir,
         num_workers=config.dataloader_num_workers,
+    )
+
+
+def refuse_several_sizes(config: TrainConfig, channels: int) -> None:
+    """Read the sizes in the headers of all pictures; nothing is decoded.
+
+    Raises:
+        ValueError: there are several, or a stream's are not known.
+    """
+    if config.streaming:
+        raise ValueError("A stream needs --resolution: the sizes of what has not been read are not known.")
+    load_images(
+        config.dataset_name,
+        config.dataset_config_name,
+        config.train_data_dir,
+        config.train_split,
+        config.image_column,
+        config.label_column,
+        resolution=None,
+        channels=channels,
+        cache_dir=config.cache_dir,
+        memory_bytes=0,
+        mapped_bytes=0,
     )
 
 
@@ -187,6 +232,11 @@ def speed_up(config: TrainConfig, network: UNet2DModel) -> None:
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if config.enable_xformers_memory_efficient_attention:
+        if importlib.util.find_spec("xformers") is None:
+            raise RunError(
+                "--enable_xformers_memory_efficient_attention needs xformers, which is not installed: pip install "
+                "xformers, or leave the option out (PyTorch's own attention is memory-efficient too)."
+            )
         network.enable_xformers_memory_efficient_attention()
     if config.compile:
         compile_blocks(network)

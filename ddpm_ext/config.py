@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -32,6 +34,7 @@ class DataOptions:
     random_flip: bool = option(False, "Mirror each picture with probability 1/2.")
     dataloader_num_workers: int = option(0, "Threads that decode pictures; 0: the main one.")
     streaming: bool = option(False, "Read the data set shard by shard instead of loading it.")
+    equal_sizes: bool = option(False, "Refuse pictures of several sizes instead of scaling and cropping them.")
     strict_data: bool = option(False, "Stop at the first corrupt picture instead of skipping and counting it.")
 
 
@@ -259,6 +262,9 @@ def check_ranges(config: TrainConfig) -> None:
             value = getattr(config, name)
             if value is not None and not holds(value):
                 raise ValueError(f"{name} must be {words}, got {value}.")
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}.")
     if config.resolution is not None and not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", str(config.resolution)):
         raise ValueError(f"resolution must be like 32 or 24x32 (height x width), got {config.resolution!r}.")
     if any(not 0 < width < 0.28 for width in config.ema_sigma_rel):
@@ -267,6 +273,7 @@ def check_ranges(config: TrainConfig) -> None:
 
 def check_agreement(config: TrainConfig) -> None:
     """Options that would cancel or contradict each other are refused, so none is accepted and ignored."""
+    refuse_unknown_names(config.allow_config_change)
     learned = config.variance_type in ("learned", "learned_range")
     clashes = (
         (
@@ -309,10 +316,29 @@ def check_agreement(config: TrainConfig) -> None:
             config.eval_samples < 2,
             f"eval_samples must be at least 2 for a Frechet distance, got {config.eval_samples}.",
         ),
+        (
+            config.save_images_steps is not None and config.save_images_epochs is not None,
+            "save_images_steps and save_images_epochs both say when grids are drawn; give one of them.",
+        ),
+        (
+            config.ddpm_num_inference_steps > config.ddpm_num_steps
+            and config.ddpm_num_inference_steps != TrainConfig.ddpm_num_inference_steps,
+            f"ddpm_num_inference_steps must be at most ddpm_num_steps, {config.ddpm_num_steps}, "
+            f"got {config.ddpm_num_inference_steps}.",
+        ),
     )
     for wrong, sentence in clashes:
         if wrong:
             raise ValueError(sentence)
+
+
+def refuse_unknown_names(names: list[str]) -> None:
+    """Names of options that may change, "network" and "data" among them, which stand for what options lead to."""
+    known = [*(field.name for field in dataclasses.fields(TrainConfig)), "network", "data"]
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f'allow_config_change names options, and there is no "{name}". Did you mean "{nearest}"?')
 
 
 # What a resumed run may change freely: names, pictures and logs, never the weights.
@@ -349,6 +375,7 @@ NEUTRAL = frozenset(
         "eval_max_images",
         "dataloader_num_workers",
         "strict_data",
+        "equal_sizes",
         "max_bad_steps",
         "cpu",
         "num_threads",

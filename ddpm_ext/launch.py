@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import psutil
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
+from accelerate.commands.config import config_args
+from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -42,7 +45,22 @@ def make_accelerator(config: TrainConfig, run: RunDir) -> Accelerator:
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise RunError("fp16 needs a GPU: on a CPU small gradients vanish unscaled. Give --mixed_precision bf16.")
     check_world(accelerator)
+    refuse_idle_precision(config)
     return accelerator
+
+
+def refuse_idle_precision(config: TrainConfig) -> None:
+    """The launcher's --mixed_precision would be without effect: the script's own option decides.
+
+    Raises:
+        RunError: the launcher was given one and the script another.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if asked not in ("no", config.mixed_precision):
+        raise RunError(
+            f"accelerate launch was given --mixed_precision {asked}, which has no effect here, and the script has "
+            f"{config.mixed_precision}. Give --mixed_precision {asked} behind the script's name."
+        )
 
 
 def tracker(report_to: str) -> str | None:
@@ -81,7 +99,9 @@ def check_world(accelerator: Accelerator) -> None:
 
 
 def asked_of_accelerate(launcher: psutil.Process | None) -> int:
-    """The processes that an `accelerate launch` was asked for on its command line or in the file that it names; else 1.
+    """The processes that an `accelerate launch` was asked for; else 1.
+
+    On its command line, in the file that it names, or in the one that `accelerate config` wrote.
 
     Args:
         launcher: The process that may be one.
@@ -90,16 +110,38 @@ def asked_of_accelerate(launcher: psutil.Process | None) -> int:
         words = launcher.cmdline() if launcher else []
     except psutil.Error:  # another user's, or gone
         return 1
-    # `python …/bin/accelerate launch …` or `python -m accelerate.commands.launch …`
-    if "launch" not in words[:3] and not any(word.endswith("accelerate.commands.launch") for word in words[:3]):
+    options = launch_options(words)
+    if options is None:
         return 1
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--num_processes", "--num-processes", type=int)
-    parser.add_argument("--config_file", "--config-file")
-    known, _ = parser.parse_known_args(words)
-    if known.num_processes is None and known.config_file is not None:
-        return int(yaml.safe_load(Path(known.config_file).read_text(encoding="utf-8")).get("num_processes", 1))
-    return known.num_processes or 1
+    file = options.config_file or (None if options.cpu else config_args.default_config_file)
+    if options.num_processes is None and file is not None and Path(file).is_file():
+        return int((yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}).get("num_processes") or 1)
+    return options.num_processes or 1
+
+
+def launch_options(words: list[str]) -> argparse.Namespace | None:
+    """The options of an `accelerate launch`, without those of the script that it starts; None for another command.
+
+    `python …/bin/accelerate launch …`, `…/bin/accelerate-launch …` or `python -u -m accelerate.commands.launch …`.
+    """
+    for place, word in enumerate(words):
+        name, rest = Path(word).name, words[place + 1 :]
+        if name == "accelerate" and rest[:1] == ["launch"]:
+            rest = rest[1:]
+        elif name != "accelerate-launch" and word != "accelerate.commands.launch":
+            continue
+        with suppress(SystemExit):  # words that the launcher itself would have refused
+            return launch_command_parser().parse_known_args(rest)[0]
+    return None
+
+
+def tell_deepspeed(accelerator: Accelerator, micro_batch: int, accumulation: int, max_grad_norm: float | None) -> None:
+    """What Accelerate would read off a DataLoader or its file, before `prepare`; nothing without DeepSpeed."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = micro_batch
+        plugin.deepspeed_config["gradient_accumulation_steps"] = accumulation
+        plugin.deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
 
 
 def set_numerics(config: TrainConfig, accelerator: Accelerator, recorded_threads: int | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -53,6 +54,23 @@ class Meter:
             record[f"loss_q{quarter}"] = loss / count if count else float("nan")
         record["grad_norm"] = norms[0] / max(norms[1], 1)
         return {name: value for name, value in record.items() if value == value}  # no nan in JSON
+
+
+class Unreadable:
+    """Names of the pictures that no process could read so far, each once."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, None] = {}
+        self.heard = 0  # names of this process that the others know
+
+    def learn(self, skipped: list[str], accelerator: Accelerator) -> list[str]:
+        """Hear what all processes met since the last call; the names that are new. Every process must call this."""
+        mine = skipped[self.heard :]
+        self.heard += len(mine)
+        met: list[str] = gather_object(mine) if accelerator.num_processes > 1 else mine
+        new = [name for name in dict.fromkeys(met) if name not in self.names]
+        self.names |= dict.fromkeys(new)
+        return new
 
 
 class Progress:

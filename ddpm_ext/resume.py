@@ -22,7 +22,7 @@ from .config import TrainConfig, config_changes, recorded
 from .data import ImageSet
 from .ema import ForeachEMA
 from .launch import fill, whole
-from .progress import Meter
+from .progress import Meter, Unreadable
 from .run_dir import RunDir, RunError, package_versions
 from .stream import ImageStream
 from .timesteps import STEM, Timesteps
@@ -62,6 +62,7 @@ class RunState:
     optimizer: AcceleratedOptimizer
     meter: Meter
     timesteps: Timesteps
+    unreadable: Unreadable
     numerics: dict[str, Any]
     update_count: int  # optimiser updates done
     step: int  # global batches seen: the updates and the skipped steps
@@ -71,6 +72,13 @@ class RunState:
     def update(self) -> None:
         """One optimiser update; the trainer's."""
         raise NotImplementedError
+
+    def tell_unreadable(self) -> None:
+        """Name the pictures that could not be read since the last call. Every process must call this."""
+        new = self.unreadable.learn(self.data.skipped, self.accelerator)
+        if new and self.accelerator.is_main_process:
+            some = "; ".join(new[:10]) + (" …" if len(new) > 10 else "")
+            print(f"{len(new)} pictures cannot be read and are left out, others stand in: {some}", file=sys.stderr)
 
     @property
     def num_images(self) -> int | None:
@@ -274,6 +282,7 @@ def leave_course(trainer: RunState) -> None:
 
 def gather(trainer: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Everything of a run, in full: tensors by file, and plain JSON. Every process must call this."""
+    trainer.tell_unreadable()
     names = [name for name, _ in trainer.network.named_parameters()]
     tensors = {"model": {name: whole(p) for name, p in zip(names, trainer.parameters, strict=True)}}
     for i, average in enumerate(trainer.averages):
@@ -298,6 +307,7 @@ def state_of(trainer: RunState) -> dict[str, Any]:
         "updates": trainer.updates,
         "skipped": trainer.skipped,
         "bad_in_a_row": trainer.bad_in_a_row,
+        "unreadable": list(trainer.unreadable.names),
         "data": {"fingerprint": trainer.data.fingerprint, "state": trainer.data.state_dict(trainer.position)},
         "meter": trainer.meter.total(trainer.accelerator).tolist(),
         "averages": [average.optimization_step for average in trainer.averages],
@@ -335,6 +345,7 @@ def restore(trainer: RunState, found: Found) -> None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
 
     trainer.update_count, trainer.step = state["update"], state["global_position"] // trainer.plan.global_batch
+    trainer.unreadable.names = dict.fromkeys(state.get("unreadable", []))
     trainer.skipped, trainer.bad_in_a_row = state["skipped"], state["bad_in_a_row"]
     if trainer.accelerator.is_main_process:
         trainer.meter.sums.copy_(torch.tensor(state["meter"], dtype=trainer.meter.sums.dtype))

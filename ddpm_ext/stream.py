@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.parquet
 import torch
 from torch import Tensor
 
@@ -39,7 +43,7 @@ from ddpm_ext.sources import (
 
 BLOCK_ROWS = 4096
 REMEMBERED_BLOCKS = 64  # block starts kept, so that a state can be asked for behind what was read ahead
-MARKED_ROWS = 16  # rows whose content enters the fingerprint
+MARKED_ROWS = 16  # rows whose content enters the fingerprint, beside the name, size and row count of every file
 
 
 class Place(NamedTuple):
@@ -50,6 +54,7 @@ class Place(NamedTuple):
     block: int  # number of the block in its epoch
     shard: int  # place in the epoch's order of shards
     rows: dict[str, Any] | None  # state of `datasets` inside that shard; None at its beginning
+    row: int = 0  # how many rows of the shard lie before
 
 
 class Block(NamedTuple):
@@ -58,6 +63,7 @@ class Block(NamedTuple):
     start: Place
     pictures: list[Cell]
     labels: list[int] | None
+    names: list[str]
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -66,6 +72,11 @@ class Block(NamedTuple):
     def cells(self, numbers: Sequence[int]) -> list[Cell]:
         """The cells of these places in the block."""
         return [self.pictures[number] for number in numbers]
+
+    def name(self, cell: Cell, number: int) -> str:
+        """How the picture of a place is called in messages: the same in every epoch."""
+        path = cell.get("path") if cell is not None else None
+        return f"{path} ({self.names[number]})" if path else self.names[number]
 
 
 class ImageStream:
@@ -85,12 +96,14 @@ class ImageStream:
         num_classes: int | None,
         fingerprint: str,
         block_rows: int,
+        shard_names: list[str],
     ) -> None:
         form = decoder.form
         self.shape = (form.channels, form.height, form.width)
         self.num_classes = num_classes
         self.fingerprint = fingerprint
         self.skipped = decoder.skipped
+        self._shard_names = shard_names
         self._table, self._columns, self._decoder, self._block_rows = table, columns, decoder, block_rows
         self._seed: int | None = None
         self._places: deque[Place] = deque([Place(0, 0, 0, 0, None)], maxlen=REMEMBERED_BLOCKS)
@@ -114,7 +127,7 @@ class ImageStream:
                 block = self._block_of(int(asked[ascending[0]]))
                 here = ascending[asked[ascending] < block.start.position + len(block)]
                 numbers = asked[here] - block.start.position
-                pixels[here], used = self._decoder.nearest_readable(block, numbers)
+                pixels[here], used = self._decoder.nearest_readable(block, numbers, block.name)
                 if block.labels is not None:
                     labels[here] = np.asarray(block.labels, np.int64)[used]
                 ascending = ascending[len(here) :]
@@ -171,33 +184,81 @@ class ImageStream:
         while True:
             order = _generator(seed, place.epoch).permutation(num_shards)
             rows: list[dict[str, Any]] = []
+            names: list[str] = []
             for number in range(place.shard, num_shards):
-                shard = self._table.shard(num_shards, int(order[number]))
+                shard, first = self._table.shard(num_shards, int(order[number])), 0
                 if number == place.shard and place.rows is not None:
                     shard.load_state_dict(place.rows)
-                for row in shard:
+                    first = place.row
+                for in_shard, row in enumerate(shard, first):
                     rows.append(row)
+                    names.append(f"row {in_shard} of {self._shard_names[order[number]]}")
                     if len(rows) == self._block_rows:
-                        yield self._permuted(place, rows, seed)
+                        yield self._permuted(place, rows, names, seed)
                         end = place.position + len(rows)
-                        place = Place(end, place.epoch, place.block + 1, number, shard.state_dict())
-                        rows = []
+                        place = Place(end, place.epoch, place.block + 1, number, shard.state_dict(), in_shard + 1)
+                        rows, names = [], []
             if rows:
-                yield self._permuted(place, rows, seed)
+                yield self._permuted(place, rows, names, seed)
             elif place.block == 0:
                 raise ValueError("The stream has no rows.")
             place = Place(place.position + len(rows), place.epoch + 1, 0, 0, None)
 
-    def _permuted(self, start: Place, rows: list[dict[str, Any]], seed: int) -> Block:
+    def _permuted(self, start: Place, rows: list[dict[str, Any]], names: list[str], seed: int) -> Block:
         """One block in its permuted order."""
         column, label_column = self._columns
         order = _generator(seed, start.epoch, 1 + start.block).permutation(len(rows))
         labels = None if label_column is None else [int(rows[number][label_column]) for number in order]
-        return Block(start, [rows[number][column] for number in order], labels)
+        return Block(start, [rows[number][column] for number in order], labels, [names[number] for number in order])
 
 
 def _generator(seed: int, *numbers: int) -> np.random.Generator:
     return np.random.default_rng((seed % 2**64, *numbers))
+
+
+def shard_files(table: Any) -> list[list[str]]:
+    """The files of each shard, as far as `datasets` reads from files; a shard of unknown source has none."""
+    source = table._ex_iterable
+    while hasattr(source, "ex_iterable"):
+        source = source.ex_iterable
+    arguments = getattr(source, "kwargs", {})
+    parts = next((arguments[name] for name in ("files", "shards", "tar_paths") if name in arguments), [])
+    shards = [list(dict.fromkeys(file_names(part))) for part in parts]
+    if len(shards) != table.num_shards:  # one shard of many files, as a folder of pictures is
+        shards = [list(dict.fromkeys(file_names(parts)))] if table.num_shards == 1 else [[]] * table.num_shards
+    return shards
+
+
+def file_names(source: Any) -> Iterator[str]:
+    """The file names in what `datasets` calls a source: names, tuples and lists of them, opened sets."""
+    if isinstance(source, str):
+        yield source
+    elif isinstance(source, datasets.Dataset):
+        yield from (file["filename"] for file in source.cache_files)
+    elif isinstance(source, Iterable):
+        for part in source:
+            yield from file_names(part)
+
+
+def shard_names(shards: list[list[str]]) -> list[str]:
+    """How shards are called in messages."""
+    return [Path(files[0]).name if len(files) == 1 else f"shard {number}" for number, files in enumerate(shards)]
+
+
+def content_mark(shards: list[list[str]]) -> str:
+    """Names, sizes in bytes and numbers of rows of all files, as far as they can be known without reading them."""
+    return "\n".join(" ".join(map(str, file_mark(file))) for files in shards for file in files)
+
+
+def file_mark(file: str) -> tuple[str, int | None, int | None]:
+    """(name without folders, bytes, rows) of a file, None where that is not known: elsewhere, or no parquet."""
+    if not os.path.isfile(file):
+        return Path(file).name, None, None
+    rows = None
+    if file.endswith(".parquet"):
+        with suppress(OSError, pyarrow.ArrowException):
+            rows = pyarrow.parquet.read_metadata(file).num_rows
+    return Path(file).name, os.path.getsize(file), rows
 
 
 def stream_images(
@@ -243,9 +304,12 @@ def stream_images(
     if not first:
         raise ValueError(f"The data set is empty: split {split!r} of {dataset_name or train_data_dir} has no rows.")
 
-    form = picture_format(Block(Place(0, 0, 0, 0, None), first, None), resolution, channels, center_crop)
-    mark = hashlib.blake2b(f"stream {table.num_shards} {block_rows} {tuple(form)}".encode(), digest_size=16)
+    shards = shard_files(table)
+    form = picture_format(Block(Place(0, 0, 0, 0, None), first, None, []), resolution, channels, center_crop)
+    described = f"stream {table.num_shards} {block_rows} {tuple(form)}\n{content_mark(shards)}"
+    mark = hashlib.blake2b(described.encode(), digest_size=16)
     for cell in first:
         mark.update(hashlib.blake2b(file_bytes(cell)).digest())
     decoder = Decoder(form, strict, num_workers)
-    return ImageStream(table, columns, decoder, None if names is None else len(names), mark.hexdigest(), block_rows)
+    num_classes = None if names is None else len(names)
+    return ImageStream(table, columns, decoder, num_classes, mark.hexdigest(), block_rows, shard_names(shards))

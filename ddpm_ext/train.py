@@ -79,6 +79,7 @@ class Trainer(Updates):
             return self.finish()
         except SamplingStopped:
             self.save()
+            self.record_unreadable()
             self.write_status("preempted")
             return PREEMPTED
         finally:
@@ -105,6 +106,7 @@ class Trainer(Updates):
 
     def log(self, progress: Progress) -> None:
         """One line to log.jsonl, the trackers and the progress bar."""
+        self.tell_unreadable()
         record: dict[str, Any] = {
             "update": self.update_count,
             "images": self.position,
@@ -112,7 +114,7 @@ class Trainer(Updates):
             "learning_rate": self.config.learning_rate * self.lr_factor(self.update_count - 1),
             "images_per_second": progress.images_per_second(),
             "skipped": self.skipped,
-            "unreadable_images": len(self.data.skipped),
+            "unreadable_images": len(self.unreadable.names),
         }
         self.accelerator.log(record, step=self.update_count)
         if self.accelerator.is_main_process:
@@ -123,6 +125,12 @@ class Trainer(Updates):
     def write_status(self, status: str) -> None:
         if self.accelerator.is_main_process:
             self.run.write_status(status, self.update_count, updates=self.updates)
+
+    def record_unreadable(self) -> None:
+        """The names of all pictures that could not be read, to config.json. Every process must call this."""
+        self.tell_unreadable()
+        if self.accelerator.is_main_process:
+            write_json(self.run.config, read_json(self.run.config) | {"skipped_images": list(self.unreadable.names)})
 
     # -- pictures and weights that leave the run ----------------------------------------------------------------------
 
@@ -150,9 +158,9 @@ class Trainer(Updates):
                 poll=self.must_stop,
             )
             images = torch.from_numpy(np.concatenate(list(batches))).to(accelerator.device)
-        images = accelerator.gather(images)[: config.eval_batch_size].cpu().numpy()
+        gathered: Any = accelerator.gather((images, torch.tensor(numbers, device=accelerator.device)))
         if accelerator.is_main_process:
-            grid = make_grid(images)
+            grid = make_grid(by_number(*gathered).cpu().numpy())
             save_png(grid, self.run.samples / f"{checkpoint_name(self.update_count)}.png")
             track_images(accelerator, grid, self.update_count)
 
@@ -191,6 +199,7 @@ class Trainer(Updates):
         self.export()
         if self.accelerator.is_main_process and not draw_training(self.run):
             print("training.png is not drawn: it needs matplotlib (pip install ddpm-ext[plots]) and logged losses.")
+        self.record_unreadable()
         self.write_status("finished")
         code = 0 if self.publisher is None else finish_upload(self.publisher)
         self.accelerator.wait_for_everyone()
@@ -205,6 +214,13 @@ class Trainer(Updates):
         self.export()
         if self.publisher is not None:
             self.publisher.push(self.update_count)
+
+
+def by_number(images: Tensor, numbers: Tensor) -> Tensor:
+    """Images in the order of their numbers, each once: shares of unequal length were padded with repetitions."""
+    ordered = torch.empty_like(images[: int(numbers.max()) + 1])
+    ordered[numbers] = images
+    return ordered
 
 
 def train(config: TrainConfig) -> int:
@@ -248,13 +264,12 @@ def run_to_its_end(trainer: Trainer) -> int:
             print(f"{run.path} is finished at update {trainer.update_count}: nothing to do.")
         on_main(trainer.accelerator, trainer.open_publisher)  # but perhaps to upload it
         return 0 if trainer.publisher is None else finish_upload(trainer.publisher)
-    if main:
-        record_start(trainer)
     if main and trainer.left:
         beyond = ", ".join(path.name for path in trainer.left)
         print(f"Going on from update {trainer.update_count}; the next save deletes what lies beyond it: {beyond}.")
-    if main and trainer.data.skipped:
-        print(f"{len(trainer.data.skipped)} images cannot be read and are left out: {trainer.data.skipped[:10]}")
+    trainer.tell_unreadable()
+    if main:
+        record_start(trainer)
     start_trackers(trainer.accelerator, recorded(trainer.config))
     code = trainer.fit()
     if main and code == PREEMPTED:
@@ -318,7 +333,7 @@ def record_start(trainer: Trainer) -> None:
         "global_batch": trainer.plan.global_batch,
         "images": trainer.num_images,
         "data_fingerprint": trainer.data.fingerprint,
-        "skipped_images": trainer.data.skipped,
+        "skipped_images": list(trainer.unreadable.names),
         "network": dict(network.config),
         "parameters": sum(parameter.numel() for parameter in trainer.parameters),
         "starts": [*run.starts(), start],

@@ -18,10 +18,10 @@ from .config import TrainConfig
 from .data import Batch, prefetch, random_flip
 from .ema import make_averages
 from .images import to_x_0
-from .launch import set_numerics, whole
+from .launch import set_numerics, tell_deepspeed, whole
 from .losses import training_loss
 from .process import q_sample
-from .progress import Meter
+from .progress import Meter, Unreadable
 from .randomness import draw, seed_dropout
 from .resume import RunState
 from .run_dir import RunDir, RunError
@@ -53,6 +53,9 @@ class Updates(RunState):
         (network.double() if config.double else network).to(memory_format=self.layout)  # pyright: ignore
         assemble.speed_up(config, network)
 
+        self.plan = resume.planned(config, self.found, accelerator.num_processes)
+        accelerator.gradient_accumulation_steps = self.plan.accumulation
+        tell_deepspeed(accelerator, self.plan.micro_batch, self.plan.accumulation, config.max_grad_norm)
         optimizer = assemble.build_optimizer(config, network)
         self.unet, self.optimizer = accelerator.prepare(network, optimizer)
         self.network = accelerator.unwrap_model(self.unet)
@@ -60,10 +63,9 @@ class Updates(RunState):
         self.averages = make_averages(config, self.parameters)
         self.meter = Meter(accelerator.device, config.ddpm_num_steps)
         self.timesteps = Timesteps(config.timestep_sampler, config.ddpm_num_steps)
+        self.unreadable = Unreadable()
         self.update_count = self.step = self.skipped = self.bad_in_a_row = 0
 
-        self.plan = resume.planned(config, self.found, accelerator.num_processes)
-        accelerator.gradient_accumulation_steps = self.plan.accumulation
         self.updates = assemble.total_updates(config, self.num_images, self.plan)
         self.lr_factor = assemble.lr_factor(config, self.updates)
         if self.found:

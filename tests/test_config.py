@@ -139,11 +139,44 @@ def test_an_option_by_hand_replaces_the_presets_other_way_of_saying_it() -> None
         ("--hub_model_id me/it", "--hub_model_id has an effect only with push_to_hub true"),
         ("--beta_end 0.03 --ddpm_beta_schedule squaredcos_cap_v2", "--beta_end has an effect only with"),
         ("--double --mixed_precision bf16", "float64"),
+        ("--learning_rate inf", "learning_rate must be a finite number, got inf"),
+        ("--adam_weight_decay nan", "adam_weight_decay must be"),
+        ("--max_grad_norm inf", "max_grad_norm must be a finite number"),
+        ("--save_images_steps 5 --save_images_epochs 1", "both say when grids are drawn"),
+        ("--allow_config_change lerning_rate", 'there is no "lerning_rate". Did you mean "learning_rate"?'),
+        ("--ddpm_num_steps 50 --ddpm_num_inference_steps 60", "must be at most ddpm_num_steps, 50, got 60"),
     ],
 )
 def test_what_is_wrong_or_idle_is_refused_with_a_sentence(words: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):
         parse_train_config(words.split())
+
+
+def test_the_presets_inference_steps_follow_a_shorter_process() -> None:
+    assert parse_train_config(["--ddpm_num_steps", "50"]).ddpm_num_inference_steps == 50
+    assert (
+        TrainConfig(max_train_steps=1, ddpm_num_steps=50).ddpm_num_inference_steps == 1000
+    )  # the default: all of them
+
+
+def test_what_options_lead_to_may_be_allowed_to_change_by_name() -> None:
+    assert TrainConfig(max_train_steps=1, allow_config_change=["network", "data", "seed"]).allow_config_change
+
+
+@pytest.mark.parametrize(
+    ("words", "equal", "resolution"),
+    [
+        ("--train_data_dir pictures", True, "64"),
+        ("--train_data_dir pictures --resolution 32", False, "32"),
+        ("--train_data_dir pictures --unet cifar10", False, None),
+        ("--train_data_dir pictures --model_config_name_or_path net.json", False, None),
+        ("--train_data_dir pictures --preset unconditional", False, "64"),
+        ("--train_data_dir pictures --preset lsun256", False, None),
+    ],
+)
+def test_several_sizes_are_refused_where_nobody_named_one(words: str, equal: bool, resolution: str | None) -> None:
+    config = parse_train_config(words.split())
+    assert (config.equal_sizes, config.resolution) == (equal, resolution)
 
 
 def test_a_word_is_checked_without_the_parser_too() -> None:

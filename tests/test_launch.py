@@ -18,6 +18,8 @@ from typing import Any, cast
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline
 from training import (
     ROOT,
@@ -32,7 +34,9 @@ from training import (
     weights,
 )
 
-from ddpm_ext.launch import FSDP_ON_CPU, asked_of_accelerate
+from ddpm_ext.config import TrainConfig
+from ddpm_ext.launch import FSDP_ON_CPU, asked_of_accelerate, refuse_idle_precision
+from ddpm_ext.run_dir import RunError
 from ddpm_ext.signals import PREEMPTED
 
 CONFIGS = ROOT / "accelerate_configs"
@@ -120,12 +124,60 @@ def test_a_launch_that_starts_one_process_of_two_is_an_error(tmp_path: Path) -> 
         ("python -m accelerate.commands.launch --config_file {file} --num_processes 1 train.py", 1),
         ("python /usr/bin/accelerate launch train.py", 1),
         ("bash job.sh --num_processes 2", 1),
+        ("python /usr/bin/accelerate-launch --cpu --num_processes 2 train.py", 2),
+        ("python -u -m accelerate.commands.launch --cpu --num_processes 2 train.py", 2),
+        ("python -X dev -W ignore -u /usr/bin/accelerate launch --num-processes 2 --cpu train.py", 2),
+        ("python -m accelerate.commands.launch train.py --num_processes 2", 1),
+        ("accelerate launch --cpu train.py --config_file {file}", 1),
     ],
 )
 def test_what_accelerate_was_asked_for_stands_in_its_command_line(words: str, processes: int, tmp_path: Path) -> None:
     (tmp_path / "file.yaml").write_text("num_processes: 3\ndistributed_type: MULTI_CPU\n")
     command = words.format(file=tmp_path / "file.yaml").split()
     assert asked_of_accelerate(cast(Any, SimpleNamespace(cmdline=lambda: command))) == processes
+
+
+@pytest.mark.parametrize(("words", "processes"), [("", 2), ("--cpu ", 1), ("--num_processes 3 ", 3)])
+def test_accelerates_default_file_is_read_where_none_is_named(
+    words: str, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.commands.config import config_args
+
+    (tmp_path / "default_config.yaml").write_text("num_processes: 2\ndistributed_type: MULTI_CPU\n")
+    monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "default_config.yaml"))
+    command = f"python /usr/bin/accelerate launch {words}train.py".split()
+    assert asked_of_accelerate(cast(Any, SimpleNamespace(cmdline=lambda: command))) == processes
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "refused"), [("bf16", "no", True), ("bf16", "bf16", False), ("no", "bf16", False)]
+)
+def test_a_precision_for_the_launcher_alone_is_refused(
+    asked: str, given: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    config = TrainConfig(max_train_steps=1, mixed_precision=cast(Any, given))
+    if refused:
+        with pytest.raises(RunError, match="Give --mixed_precision bf16 behind the script's name"):
+            refuse_idle_precision(config)
+    else:
+        refuse_idle_precision(config)
+
+
+def test_deepspeed_is_told_its_batch_before_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unset = {"train_micro_batch_size_per_gpu": "auto"}
+    plugin, seen = SimpleNamespace(deepspeed_config=unset, enable_msamp=False), []
+    prepare = Accelerator.prepare
+
+    def watched(self: Accelerator, *objects: Any) -> Any:
+        seen.append(dict(plugin.deepspeed_config))
+        return prepare(self, *objects)
+
+    monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", property(lambda self: plugin))
+    monkeypatch.setattr(Accelerator, "prepare", watched)
+    assert run_here(tmp_path / "run", max_train_steps=1, gradient_accumulation_steps=2, max_grad_norm="none") == 0
+    told = {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 2, "gradient_clipping": 0.0}
+    assert seen == [told]
 
 
 @pytest.mark.slow

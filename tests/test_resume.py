@@ -209,6 +209,20 @@ def test_a_batch_that_cannot_be_shared_is_an_error() -> None:
         plan_batch(TrainConfig(max_train_steps=1, global_batch_size=10), 4)
 
 
+def test_an_accumulation_that_contradicts_the_global_batch_is_an_error_and_a_resumed_run_adapts() -> None:
+    config = TrainConfig(max_train_steps=1, train_batch_size=16, gradient_accumulation_steps=4, global_batch_size=64)
+    assert plan_batch(config, 1) == BatchPlan(64, 1, 4)
+    with pytest.raises(RunError, match=r"64 contradicts .* 16 x .* 4 x 2 processes = 128"):
+        plan_batch(config, 2)
+    assert plan_batch(config, 2, 64) == BatchPlan(64, 2, 2)
+
+
+def test_passes_far_below_what_a_process_holds_are_warned_of() -> None:
+    config = TrainConfig(max_train_steps=1, train_batch_size=16, global_batch_size=31)
+    with pytest.warns(UserWarning, match="31 pictures of one process .* only into 31 passes of 1, which is slow"):
+        assert plan_batch(config, 1) == BatchPlan(31, 1, 31)
+
+
 def test_two_processes_equal_one_and_each_goes_on_with_the_others_checkpoint(tmp_path: Path) -> None:
     exact = {"double": True, "random_flip": True, "global_batch_size": 8, "max_train_steps": 20}
     exact |= {"checkpointing_steps": 10, "checkpoints_total_limit": "none"}

@@ -6,6 +6,7 @@ The set has 2,000 pictures in 7 shards of several sizes, each picture holding it
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from ddpm_ext.data import Batch, load_images
-from ddpm_ext.stream import ImageStream, stream_images
+from ddpm_ext.stream import ImageStream, file_mark, stream_images
 
 SHARDS = (300, 290, 280, 310, 270, 260, 290)
 NUM_IMAGES, BATCH, BLOCK = sum(SHARDS), 48, 128  # 2,000 is a multiple of neither
@@ -197,6 +198,66 @@ def test_the_label_is_that_of_the_picture_that_stands_in(tmp_path: Path) -> None
     assert batch.labels is not None
     assert batch.labels.tolist() == numbers_of(batch)
     assert not {3, 7} & set(numbers_of(batch))
+
+
+BROKEN = {"row 3 of train-00000-of-00003.parquet", "row 3 of train-00001-of-00003.parquet"}
+
+
+def test_a_corrupt_picture_is_named_by_shard_and_row_and_counted_once_over_epochs_and_resumes(tmp_path: Path) -> None:
+    folder = broken_shards(tmp_path)
+    stream = stream_images(train_data_dir=folder, resolution=4, channels=1, block_rows=3)
+    for start in range(0, 48, 6):
+        stream.at(range(start, start + 6), 0)
+    assert len(stream.skipped) == 2 and set(stream.skipped) == BROKEN
+    found = set()
+    for position in range(12):  # from every place of a shard
+        resumed = stream_images(train_data_dir=folder, resolution=4, channels=1, block_rows=3)
+        resumed.load_state_dict(json.loads(json.dumps(stream_state(folder, position))))
+        resumed.at(range(position, position + 12), 0)
+        assert set(resumed.skipped) <= BROKEN
+        found |= set(resumed.skipped)
+    assert found == BROKEN
+
+
+def stream_state(folder: str, position: int) -> dict[str, object]:
+    stream = stream_images(train_data_dir=folder, resolution=4, channels=1, block_rows=3)
+    stream.at(range(position + 1), 0)
+    return stream.state_dict(position)
+
+
+def test_the_fingerprint_knows_every_shard_and_not_where_they_lie(shards: str, tmp_path: Path) -> None:
+    mark = open_stream(shards).fingerprint
+    moved = Path(shutil.copytree(shards, tmp_path / "moved"))
+    assert open_stream(str(moved)).fingerprint == mark
+    last = moved / f"train-{len(SHARDS) - 1:05d}-of-{len(SHARDS):05d}.parquet"
+    marks = {mark}
+    for rows, fill in ((290, 9), (289, 0)):  # other pictures of as many rows; a row less
+        cells = [numbered(2000 + fill * n) for n in range(rows)]
+        table = datasets.Dataset.from_dict({"image": cells, "label": [0] * rows}, features=FEATURES)
+        table.to_parquet(last)
+        marks.add(open_stream(str(moved)).fingerprint)
+    last.rename(moved / "train-another.parquet")
+    marks.add(open_stream(str(moved)).fingerprint)
+    assert len(marks) == 4
+
+
+def test_a_file_elsewhere_has_a_name_alone_and_a_local_one_bytes_and_rows(shards: str, tmp_path: Path) -> None:
+    local = Path(shards) / "train-00003-of-00007.parquet"
+    assert file_mark(str(local)) == (local.name, len(local.read_bytes()), SHARDS[3])
+    assert file_mark("hf://datasets/user/set@main/data/train-0.parquet") == ("train-0.parquet", None, None)
+    (tmp_path / "cut.parquet").write_bytes(local.read_bytes()[:-9])
+    assert file_mark(str(tmp_path / "cut.parquet")) == ("cut.parquet", local.stat().st_size - 9, None)
+
+
+def test_a_folder_of_pictures_is_known_by_its_files(tmp_path: Path) -> None:
+    def mark(names: str) -> str:
+        folder = tmp_path / names
+        folder.mkdir()
+        for number, name in enumerate(names):
+            numbered(min(number, 17)).save(folder / f"{name}.png")  # alike beyond those that are read for the mark
+        return open_stream(str(folder)).fingerprint
+
+    assert mark("abcdefghijklmnopqrstu") != mark("abcdefghijklmnopqrstv")
 
 
 def test_what_cannot_be_streamed_is_refused(shards: str, tmp_path: Path) -> None:

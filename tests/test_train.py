@@ -16,7 +16,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, on_main_process
+from accelerate.utils import DistributedType
 from diffusers import DDPMPipeline, UNet2DModel
 from diffusers.optimization import get_scheduler
 from PIL import Image
@@ -43,7 +45,7 @@ from ddpm_ext.progress import Meter
 from ddpm_ext.randomness import draw
 from ddpm_ext.run_dir import RunDir, RunError
 from ddpm_ext.signals import PREEMPTED, explained
-from ddpm_ext.train import Trainer
+from ddpm_ext.train import Trainer, by_number
 
 
 def trainer(folder: Path, scaler: Any = None, **changes: Any) -> Trainer:
@@ -251,6 +253,39 @@ def test_the_process_that_alone_has_met_an_error_says_so(
         monkeypatch.setenv("RANK", rank)
         assert [explained(shared), explained(alone)] == [1, 1]
     assert capsys.readouterr().err.splitlines() == ["error: all know", "error: mine", "error of process 1: mine"]
+
+
+BROKEN = "row 5 of train-00001-of-00002.parquet"
+
+
+def test_a_corrupt_picture_of_a_stream_is_told_when_met_counted_once_and_written_down(
+    broken_pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"train_data_dir": broken_pictures, "resolution": "8", "streaming": True, "train_batch_size": 8}
+    update = Trainer.update
+
+    def stopping(self: Trainer) -> None:
+        update(self)
+        if self.update_count == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "update", stopping)
+    assert run_here(tmp_path / "run", **given) == PREEMPTED
+    monkeypatch.setattr(Trainer, "update", update)
+    assert capsys.readouterr().err.count(BROKEN) == 1
+    assert run_here(tmp_path / "run", **given) == 0  # 12 updates of 8: four epochs
+    assert BROKEN not in capsys.readouterr().err  # the checkpoint knows it
+    assert [record["unreadable_images"] for record in log_without_speed(tmp_path / "run")] == [1, 1, 1, 1]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["skipped_images"] == [BROKEN]
+
+
+@pytest.mark.slow
+def test_corrupt_pictures_of_all_processes_are_counted_together(broken_pictures: Path, tmp_path: Path) -> None:
+    given = {"train_data_dir": broken_pictures, "resolution": "8", "streaming": True}
+    code, output = finish(start(options(tmp_path / "run", **given, train_batch_size=4), [*TORCHRUN, "2"]))
+    assert code == 0 and output.count(BROKEN) == 1, output
+    assert log_without_speed(tmp_path / "run")[-1]["unreadable_images"] == 1
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["skipped_images"] == [BROKEN]
 
 
 @pytest.mark.slow
@@ -480,6 +515,32 @@ def test_what_cannot_be_trained_is_said_before_the_first_step(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_several_sizes_are_refused_on_the_command_line_before_the_first_step(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0)
+    (tmp_path / "mixed").mkdir()
+    for name, width in (("a", 10), ("b", 12)):
+        picture = numbers.integers(0, 256, (10, width, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / "mixed" / f"{name}.png")
+    words = ["--train_data_dir", str(tmp_path / "mixed"), "--output_dir", str(tmp_path / "run"), "--cpu"]
+    for more, sentence in (([], "several sizes"), (["--streaming", "--max_train_steps", "1"], "needs --resolution")):
+        config = parse_train_config([*words, *more])
+        with pytest.raises(ValueError, match=sentence):
+            assemble.build_data(config, assemble.network_config(config))
+    config = parse_train_config([*words, "--resolution", "16"])
+    assert assemble.build_data(config, assemble.network_config(config)).shape == (3, 16, 16)
+    for picture in (tmp_path / "mixed").iterdir():
+        Image.new("RGB", (12, 10)).save(picture)
+    config = parse_train_config(words)  # one size, which is scaled to the default of Diffusers' script
+    assert assemble.build_data(config, assemble.network_config(config)).shape == (3, 64, 64)
+
+
+def test_without_xformers_its_option_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = parse_train_config(["--enable_xformers_memory_efficient_attention"])
+    with pytest.raises(RunError, match="needs xformers, which is not installed"):
+        assemble.speed_up(config, UNet2DModel(**TINY_UNET))
+
+
 def test_without_a_network_option_the_network_is_that_of_diffusers_script() -> None:
     config = assemble.network_config(parse_train_config(["--dataset_name", "x", "--resolution", "128"]))
     assert tuple(config["block_out_channels"]) == (128, 128, 256, 256, 512, 512)
@@ -502,6 +563,37 @@ def test_the_power_functions_snapshots_say_what_they_are(tmp_path: Path) -> None
     last = load_file(tmp_path / "run" / "snapshots" / names[-2])
     averaged = weights(tmp_path / "run", 12, "ema")
     assert all(torch.equal(last[name], averaged[name]) for name in last)
+
+
+@pytest.mark.parametrize(("count", "processes"), [(7, 3), (2, 4), (6, 2)])
+def test_the_pictures_of_a_grid_lie_in_order_whatever_the_number_of_processes(
+    count: int, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[list[int]] = []
+    for rank in range(processes):
+        forget_accelerator()
+        state = PartialState(cpu=True)
+        state.num_processes, state.process_index = processes, rank
+        monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.MULTI_CPU)
+        with state.split_between_processes(list(range(count)), apply_padding=True) as share:
+            shares.append(share)
+    forget_accelerator()
+    numbers = torch.tensor([number for share in shares for number in share])
+    assert len(set(map(len, shares))) == 1
+    assert by_number(numbers[:, None], numbers).flatten().tolist() == list(range(count))
+
+
+@pytest.mark.slow
+def test_a_grid_of_three_processes_is_that_of_one(tmp_path: Path) -> None:
+    given = {"max_train_steps": 2, "global_batch_size": 6, "eval_batch_size": 7, "double": True}
+    assert run_here(tmp_path / "one", **given) == 0
+    code, output = finish(start(options(tmp_path / "three", **given), [*TORCHRUN, "3"]))
+    assert code == 0, output
+    grids = []
+    for name in ("one", "three"):
+        with Image.open(tmp_path / name / "samples" / "step-00000002.png") as grid:
+            grids.append(np.asarray(grid).astype(int))
+    assert np.abs(grids[0] - grids[1]).max() <= 1  # rounding to grey levels
 
 
 # Launching ------------------------------------------------------------------------------------------------------------
