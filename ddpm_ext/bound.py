@@ -267,8 +267,9 @@ class Bound:
             return x_0.new_zeros(t.shape), x_0.new_zeros(t.shape)
         shape, dtype = x_0.shape, torch.promote_types(self.dtype, torch.float32)
         found: list[tuple[Tensor, Tensor]] = []
+        source = list(generator) if isinstance(generator, Sequence) else generator
         for some in t.T.split(max(1, self.batch_size // len(x_0))):
-            eps = [randn_tensor(shape, generator=generator, device=x_0.device, dtype=dtype) for _ in some]
+            eps = [randn_tensor(shape, generator=source, device=x_0.device, dtype=dtype) for _ in some]
             pairs = [x_0.repeat(len(some), 1, 1, 1), some.reshape(-1), torch.cat(eps)]
             pairs += [] if self.labels is None else [self.labels.repeat(len(some))]
             for pair in zip(*(part.split(self.batch_size) for part in pairs), strict=True):

@@ -92,7 +92,7 @@ def make_scheduler(
         config[EXTENSION_KEY] = {k: v for k, v in (config.get(EXTENSION_KEY) or {}).items() if k != "trajectory"}
     if sampler == "ddpm":
         return DDPMExtScheduler.from_config(
-            config, **({} if variance_type is None else {"variance_type": variance_type})
+            config if variance_type is None else {**config, "variance_type": variance_type}
         )
     if variance_type is not None:
         raise ValueError(

@@ -51,7 +51,7 @@ def of_newest_weights(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def groups_of_scores(figures: list[dict[str, Any]]) -> list[Group]:
     """Scores of generated images by what a table's title says."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, int, str, str | None], list[dict[str, Any]]] = {}
     for figure in figures:
         if "num_samples" in figure:
             reference = None if figure["metric"] == "is" else data_words(figure["reference"])
