@@ -8,6 +8,8 @@ Channels are the network's: 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha; an
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +17,10 @@ from PIL import Image, ImageOps
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 # What Pillow raises for a file that is no picture, is cut short, or claims to be absurdly large.
-UNREADABLE = (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError)
+UNREADABLE = (
+    *(OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError),
+    *(TypeError, IndexError, KeyError, OverflowError, struct.error, zlib.error),  # its parsers, on damaged headers
+)
 
 
 class PictureFormat(NamedTuple):

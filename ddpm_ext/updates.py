@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -76,19 +77,20 @@ class Updates(RunState):
 
     def update(self) -> None:
         """One optimiser update on the next global batch; a non-finite one is skipped and counted."""
-        loss = torch.zeros(())
+        mean = torch.zeros((), device=self.accelerator.device)  # loss of this process's pictures
         for micro in range(self.plan.accumulation):
             with self.accelerator.accumulate(self.unet):
                 loss = self.loss(next(self.batches), micro)
                 # A loss that overflowed may have finite gradients: make them nan, so that every process sees it.
                 self.accelerator.backward(loss * (1 + 0 * loss.detach()))
+                mean += loss.detach() / self.plan.accumulation
         self.timesteps.learn(self.accelerator)
         norm = self.clip()
         self.step += 1
         if math.isfinite(norm):
             self.apply()
         else:
-            self.skip(float(loss.detach()))
+            self.skip(mean)
         self.optimizer.zero_grad()
 
     def loss(self, batch: Batch, micro: int) -> Tensor:
@@ -141,8 +143,8 @@ class Updates(RunState):
         self.update_count += 1
         self.bad_in_a_row = 0
 
-    def skip(self, loss: float) -> None:
-        """Count a non-finite step; too many in a row end the run.
+    def skip(self, loss: Tensor) -> None:
+        """Count a non-finite step, whose mean loss on this process is given; too many in a row end the run.
 
         Raises:
             RunError: `max_bad_steps` in a row.
@@ -152,10 +154,11 @@ class Updates(RunState):
         self.skipped += 1
         self.bad_in_a_row += 1
         if self.bad_in_a_row >= self.config.max_bad_steps:
+            mean: Any = self.accelerator.reduce(loss, reduction="mean")  # over the processes
             last = next(reversed(list_checkpoints(self.run.checkpoints)), None)
             raise RunError(
                 f"{self.bad_in_a_row} steps in a row had a non-finite loss or gradient, the last at step {self.step} "
-                f"(update {self.update_count}, loss {loss}, learning rate {self.learning_rate:.3g}). Last good "
+                f"(update {self.update_count}, loss {float(mean)}, learning rate {self.learning_rate:.3g}). Last good "
                 f"checkpoint: {last or 'none'}. Lower --learning_rate, or train with --mixed_precision no."
             )
 

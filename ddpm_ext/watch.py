@@ -6,6 +6,9 @@ best/       the pipeline that was best by --eval_metric, and best.json: its upda
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from diffusers import UNet2DModel
@@ -19,6 +22,7 @@ from .features import make_extractor
 from .pipeline import DDPMExtPipeline
 from .resume import on_main
 from .run_dir import RunDir, read_json, write_json
+from .sample import POLL_EVERY, SamplingStopped
 from .small_evaluation import SmallEvaluation
 
 
@@ -40,9 +44,13 @@ class Watch:
         )
 
     def __call__(self) -> dict[str, float]:
-        """Measure the averaged weights, log the scores, keep the weights if they are the best so far."""
+        """Measure the averaged weights, log the scores, keep the weights if they are the best so far.
+
+        Raises:
+            SamplingStopped: a stop was asked for.
+        """
         trainer = self.trainer
-        with swapped(trainer.parameters, trainer.averages[0] if trainer.averages else None):
+        with swapped(trainer.parameters, trainer.averages[0] if trainer.averages else None), self.heard():
             scores = self.measure(trainer.network, trainer.scheduler)
         record = {f"eval/{name}": value for name, value in scores.items()}
         trainer.accelerator.log(record, step=trainer.update_count)
@@ -51,6 +59,27 @@ class Watch:
         if on_main(trainer.accelerator, lambda: is_better(trainer.run, scores, trainer.config.eval_metric)):
             self.keep(scores)
         return scores
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Look at the stop flag while the network is used, in steps that every process makes."""
+        trainer, config, calls = self.trainer, self.trainer.config, 0
+        world = trainer.accelerator.num_processes
+        # With several processes a look is an all-reduce: only generation surely takes as many calls on each of them.
+        batches = -(-(config.eval_samples // world) // config.train_batch_size)
+        last = math.inf if world == 1 else batches * self.measure.num_inference_steps
+
+        def look(*_: Any) -> None:
+            nonlocal calls
+            if calls < last and calls % POLL_EVERY == 0 and trainer.must_stop():
+                raise SamplingStopped
+            calls += 1
+
+        handle = trainer.network.register_forward_pre_hook(look)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def keep(self, scores: dict[str, float]) -> None:
         """best/ and best.json; every process must call this."""

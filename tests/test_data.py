@@ -408,6 +408,17 @@ def test_the_picture_that_stands_in_brings_its_own_label(parquet: str, tmp_path:
     assert labels.tolist() == [6, 12, 4]
 
 
+def test_a_damaged_tiff_at_which_pillow_raises_a_type_error_is_a_corrupt_picture(tmp_path: Path) -> None:
+    damaged = bytearray(encode(Image.new("RGB", (8, 8)), "tiff"))
+    damaged[72] = 12  # the type of a tag's number becomes float64
+    with pytest.raises(TypeError):
+        decode_picture(bytes(damaged), fit(8, 8, 3))
+    cells = [{"bytes": bytes(damaged), "path": "damaged.tiff"}, {"bytes": encode(random_picture(8, 8)), "path": "b"}]
+    picture_table(cells).to_parquet(tmp_path / "train.parquet")
+    images = load_images(str(tmp_path), resolution=8, channels=3)
+    assert len(images) == 1 and "damaged.tiff" in images.skipped[0]
+
+
 @pytest.mark.parametrize("how", ["memory", "file", "asked"])
 def test_strict_stops_at_the_first_corrupt_picture(parquet: str, tmp_path: Path, how: str) -> None:
     with pytest.raises(ValueError, match=r"The picture broken\.png .* cannot be read"):

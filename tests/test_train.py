@@ -41,7 +41,7 @@ from ddpm_ext.arguments import parse_train_config
 from ddpm_ext.config import TrainConfig
 from ddpm_ext.data import load_images
 from ddpm_ext.launch import check_world, make_accelerator
-from ddpm_ext.progress import Meter
+from ddpm_ext.progress import Meter, Progress
 from ddpm_ext.randomness import draw
 from ddpm_ext.run_dir import RunDir, RunError
 from ddpm_ext.signals import PREEMPTED, explained
@@ -175,6 +175,17 @@ def test_too_many_bad_steps_stop_the_run_with_what_one_must_know(
     assert "3 steps in a row had a non-finite loss or gradient, the last at step 9 (update 6, loss nan" in text
     assert "learning rate 0.001" in text and "checkpoints/step-00000004" in text
     assert status(tmp_path / "run")["status"] == "failed" and status(tmp_path / "run")["update"] == 6
+
+
+def test_the_loss_of_a_bad_step_is_the_mean_of_all_its_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = Trainer.loss
+
+    def first_pass_overflows(self: Trainer, batch: Any, micro: int) -> torch.Tensor:
+        return loss(self, batch, micro) + (float("inf") if micro == 0 else 0)
+
+    monkeypatch.setattr(Trainer, "loss", first_pass_overflows)
+    with pytest.raises(RunError, match=r"loss inf, learning rate"):
+        run_here(tmp_path / "run", max_bad_steps=1, train_batch_size=4, gradient_accumulation_steps=2)
 
 
 # Failures -------------------------------------------------------------------------------------------------------------
@@ -326,6 +337,17 @@ def test_the_log_holds_every_scalar_by_update(finished: Path) -> None:
     assert all({"loss", "grad_norm", "skipped"} <= record.keys() and 0.5 < record["loss"] < 1.5 for record in records)
 
 
+def test_a_checkpoints_state_has_these_fields(finished: Path) -> None:
+    state = json.loads((finished / "checkpoints" / "step-00000012" / "state.json").read_text())
+    assert sorted(state) == [
+        *("averages", "bad_in_a_row", "config", "course", "data", "epoch", "format", "global_batch", "global_position"),
+        *("meter", "network", "numerics", "scaler", "seed", "skipped", "step", "unreadable", "update", "updates"),
+        "versions",
+    ]
+    assert (state["update"], state["epoch"], state["global_batch"], state["global_position"]) == (12, 0, 8, 96)
+    assert len(state["data"]["fingerprint"]) == 32 and "torch" in state["versions"]
+
+
 def test_the_run_folder_is_complete(finished: Path) -> None:
     record = json.loads((finished / "config.json").read_text())
     assert record["config"]["train_batch_size"] == 8 and record["global_batch"] == 8 and record["images"] == 1500
@@ -447,6 +469,39 @@ def test_a_tracker_that_is_not_installed_is_an_error(tmp_path: Path, monkeypatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RunError, match=r"--report_to wandb needs the package: pip install 'ddpm-ext\[wandb\]'"):
         launch.tracker("wandb")
+
+
+def test_the_progress_line_shows_step_loss_images_per_second_and_time_left(tmp_path: Path) -> None:
+    progress = Progress(trainer(tmp_path / "run").accelerator, updates=100, done=40, global_batch=8)
+    for _ in range(20):
+        progress.advance()
+    progress.since -= 2
+    rate = progress.images_per_second()
+    assert 20 < rate <= 80  # 20 updates of 8 pictures in 2 seconds and a bit, on a machine that may be busy
+    progress.show({"loss": 0.5, "images_per_second": rate})
+    progress.bar.start_t -= 10  # 2 updates a second, so 40 more take 20
+    line = str(progress.bar)
+    progress.close()
+    assert re.search(r" 60/100 \[00:\d\d<00:[2-5]\d, .*step.*, loss=0\.5000, \d\d images/s\]", line), line
+
+
+def test_a_stop_is_heard_during_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddpm_ext.reference.default_cache", lambda: tmp_path / "references")
+    update = Trainer.update
+
+    def stopping(self: Trainer) -> None:
+        update(self)
+        if self.update_count == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "update", stopping)
+    watched = {"eval_steps": 3, "eval_samples": 6, "eval_num_inference_steps": 3, "eval_max_images": 40}
+    assert run_here(tmp_path / "run", **watched) == PREEMPTED
+    assert not any("eval/fid" in record for record in log_without_speed(tmp_path / "run"))
+    assert status(tmp_path / "run")["update"] == 3 and (tmp_path / "run" / "checkpoints" / "step-00000003").exists()
+    monkeypatch.setattr(Trainer, "update", update)
+    assert run_here(tmp_path / "run", **watched, max_train_steps=6) == 0
+    assert [r["update"] for r in log_without_speed(tmp_path / "run") if "eval/fid" in r] == [6]
 
 
 # Data and networks ----------------------------------------------------------------------------------------------------
@@ -596,6 +651,18 @@ def test_a_grid_of_three_processes_is_that_of_one(tmp_path: Path) -> None:
     assert np.abs(grids[0] - grids[1]).max() <= 1  # rounding to grey levels
 
 
+def test_a_tracked_width_is_reconstructed_by_the_script(tmp_path: Path) -> None:
+    assert run_here(tmp_path / "run", ema="power_function", ema_snapshot_steps=3) == 0
+    words = ["scripts/reconstruct_ema.py", "--run", str(tmp_path / "run"), "--sigma_rel", "0.1"]
+    code, output = finish(start(words))
+    assert code == 0 and str(tmp_path / "run" / "pipeline-0.1") in output, output
+    tracked = weights(tmp_path / "run", 12, "ema-1")
+    for name, tensor in DDPMPipeline.from_pretrained(tmp_path / "run" / "pipeline-0.1").unet.state_dict().items():
+        torch.testing.assert_close(tensor, tracked[name], rtol=0, atol=1e-5)  # float32 sums of eight snapshots
+    code, output = finish(start([*words[:-1], "0.5"]))
+    assert code == 1 and "sigma_rel must lie in (0, 0.28), got 0.5" in output and "Traceback" not in output, output
+
+
 # Launching ------------------------------------------------------------------------------------------------------------
 
 
@@ -632,6 +699,22 @@ def test_under_fp16_an_overflow_lowers_the_scale_and_advances_nothing(tmp_path: 
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters, before, strict=True))
     ours.update()
     assert ours.update_count == 2
+
+
+@pytest.mark.parametrize("switch", ["gradient_checkpointing", "channels_last"])
+def test_switches_of_speed_and_memory_give_the_plain_runs_weights(switch: str, tmp_path: Path) -> None:
+    dropout = 0.1 if switch == "gradient_checkpointing" else 0.0  # a mask is drawn in the order of memory
+    plain = trainer(tmp_path / "plain", double=True, dropout=dropout)
+    other = trainer(tmp_path / "other", double=True, dropout=dropout, **{switch: True})
+    if switch == "gradient_checkpointing":
+        assert other.network.is_gradient_checkpointing
+    else:
+        assert other.network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    for _ in range(4):
+        plain.update()
+        other.update()
+    for a, b in zip(plain.parameters, other.parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)  # float64; Adam divides by roots near 0
 
 
 @pytest.mark.slow
