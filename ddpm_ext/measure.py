@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from torch import Tensor
 
-from .bound import BitsPerDim, Bound, Sweep, full_sweep, grid_images, make_bound, rate_distortion_rows, sampled_bound
+from .bound import BitsPerDim, Bound, Sweep, full_sweep, make_bound, rate_distortion_rows, sampled_bound
+from .bound_input import grid_images
 from .data import ImageSet
 from .features import Extractor, Features, HandOff, extract, hand_off
 from .likelihood import Cdf, gaussian_kl

@@ -13,7 +13,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from .bound import PILOT_IMAGES, Bound, full_sweep, grid_images, make_bound, pilot_distribution, sampled_bound
+from .bound import PILOT_IMAGES, Bound, full_sweep, make_bound, pilot_distribution, sampled_bound
+from .bound_input import grid_images
 from .data import ImageSet
 from .features import Extractor, HandOff, extract
 from .measure import generate, images_and_labels

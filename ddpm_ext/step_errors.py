@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from .bound import Bound, evaluating, grid_images, make_bound
+from .bound import Bound, evaluating, make_bound
+from .bound_input import grid_images
 from .data import ImageSet
 from .likelihood import mean_over_dims
 from .measure import SWEEP_SHARD, images_and_labels

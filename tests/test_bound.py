@@ -29,12 +29,12 @@ from ddpm_ext.bound import (
     BitsPerDim,
     bits_per_dim,
     full_sweep,
-    grid_images,
     make_bound,
     pilot_distribution,
     rate_distortion,
     sampled_bound,
 )
+from ddpm_ext.bound_input import grid_images
 from ddpm_ext.data import load_images
 from ddpm_ext.features import make_extractor
 from ddpm_ext.images import to_x_0

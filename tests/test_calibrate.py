@@ -16,7 +16,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ddpm_ext import calibrate as module
 from ddpm_ext import metrics
-from ddpm_ext.bound import bits_per_dim, grid_images, make_bound
+from ddpm_ext.bound import bits_per_dim, make_bound
+from ddpm_ext.bound_input import grid_images
 from ddpm_ext.calibrate import calibrate, markdown
 from ddpm_ext.data import load_images
 from ddpm_ext.evaluate_options import CalibrateConfig

@@ -24,7 +24,8 @@ from PIL import Image
 from ddpm_ext import evaluate as evaluation
 from ddpm_ext import metrics
 from ddpm_ext.arguments import parse_options
-from ddpm_ext.bound import bits_per_dim, grid_images, make_bound, rate_distortion
+from ddpm_ext.bound import bits_per_dim, make_bound, rate_distortion
+from ddpm_ext.bound_input import grid_images
 from ddpm_ext.calibrate import calibrate
 from ddpm_ext.data import load_images
 from ddpm_ext.evaluate import evaluate, merge

@@ -24,6 +24,7 @@ DIFFUSERS_SHAPE = [
     "hub",
     "pull",
     "pipeline",
+    "bound_input",
     "bound",
 ]
 WORK = [
