@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -200,6 +201,42 @@ def test_a_failure_reaches_the_page_as_its_sentence(model: str, other: str) -> N
     with pytest.raises(Told, match="knows no classes, got class 1: leave the field empty"):
         buttons.bits(grey, 1)
     assert buttons.bits(None, None) == "Upload a picture." and buttons.interpolate(None, grey, 1, 0.5, 0, None) is None
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """scripts/demo.py in this process, without Gradio: its exit code."""
+    monkeypatch.setattr(sys, "argv", ["scripts/demo.py", *words])
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    return runpy.run_path(str(ROOT / "scripts" / "demo.py"))["main"]()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--model {model}", "pip install 'ddpm-ext[demo]'"),
+        ("--model nosuch/dir/here", "There is no folder nosuch/dir/here, and a model of the Hub is named user/model"),
+        ("--model {tmp}", "a folder with model_index.json, and {tmp} holds none. Give {tmp}/pipeline."),
+        ("--model {model} --push_to_space a/b", "named user/model, and {model} is a path on this machine"),
+        ("--model here/too --push_to_space a/b", "named user/model, and here/too is a path on this machine"),
+        ("--model runs/no/pipeline --push_to_space a/b", "and runs/no/pipeline is no such name. Push it first"),
+        ("--model digits --push_to_space a/b", "named user/model, and digits is no such name"),
+        ("--modle {model}", "There is no option --modle. Did you mean --model?"),
+        ("--port many", "Argument --port: invalid int value: 'many'"),
+    ],
+)
+def test_the_script_says_what_is_wrong(
+    words: str,
+    sentence: str,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "here" / "too").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert run_script(monkeypatch, *words.format(model=model, tmp=tmp_path).split()) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and sentence.format(model=model, tmp=tmp_path) in said
 
 
 @pytest.mark.slow
