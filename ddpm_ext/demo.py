@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from .bound import bits_per_dim
+from .convert import is_hub_name, open_pipeline
 from .images import to_uint8
 from .measure import make_scheduler
-from .patience import HubError
 from .pipeline import DDPMExtPipeline
 
 Shown = Literal["ddpm", "ddim"]  # the samplers whose steps tell x̂_0
@@ -28,6 +29,9 @@ SHOWN_STEPS = 25  # at most so many pictures of a chain are sent to the browser
 
 class Studio:
     """A model, and what the page does with it.
+
+    Every visitor may load another model at any time: what runs goes on with the model that it began with, and with a
+    scheduler of its own.
 
     Args:
         model: Folder or Hub name of a pipeline.
@@ -41,70 +45,122 @@ class Studio:
     def load(self, model: str) -> str:
         """Take another model; a sentence that says which, or why not, in which case the former stays."""
         try:
-            self._open(model)
-        except (HubError, OSError, ValueError) as error:
+            pipeline = self._open(model)
+        except (OSError, ValueError) as error:  # HubError with them
             return f"{model} cannot be loaded: {error}"
-        size = self.pipeline.unet.config["sample_size"]
-        return f"{model}: pictures of {size}, {len(self.pipeline.scheduler)} steps of training."
+        size = pipeline.unet.config["sample_size"]
+        return f"{model}: pictures of {size}, {len(pipeline.scheduler)} steps of training."
 
-    def _open(self, model: str) -> None:
-        pipeline: Any = DDPMExtPipeline.from_pretrained(model)
-        pipeline.set_progress_bar_config(disable=True)
+    def _open(self, model: str) -> DDPMExtPipeline:
+        pipeline: Any = open_pipeline(model)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self.pipeline = pipeline.to(device or torch.device("cpu"))
+        self.pipeline = pipeline = pipeline.to(device or torch.device("cpu"))
+        return pipeline
 
-    def generate(self, steps: int, sampler: Shown, seed: int, count: int = 4) -> Iterator[tuple[Image.Image, str]]:
-        """The predicted pictures x̂_0 as the chain runs, the finished ones last, each with a line about it."""
-        own = self.pipeline.scheduler
-        self.pipeline.register_modules(scheduler=make_scheduler(own, sampler))
-        try:
-            generator = [torch.Generator().manual_seed(int(seed) + i) for i in range(int(count))]
-            chain = self.pipeline.progressive(int(count), generator, int(steps), class_labels=self._labels(int(count)))
-            every = max(1, int(steps) // SHOWN_STEPS)
-            for i, progress in enumerate(chain, start=1):
-                if progress.x_0 is not None and (i % every == 0 or i == int(steps)):
-                    yield in_a_row(progress.x_0), f"t = {progress.t}, step {i} of {int(steps)}"
-        finally:
-            self.pipeline.register_modules(scheduler=own)
+    def generate(
+        self, steps: int, sampler: Shown, seed: int | None, label: int | None = None, count: int = 4
+    ) -> Iterator[tuple[Image.Image, str]]:
+        """The predicted pictures x̂_0 as the chain runs, the finished ones last, each with a line about it.
 
-    def interpolate(self, a: Image.Image, b: Image.Image, timestep: int, weight: float, seed: int) -> Image.Image:
+        Args:
+            steps: Length of the chain, at most T.
+            sampler: One of the words.
+            seed: Picture i is drawn from seed + i; None is 0.
+            label: Class of every picture; None: all classes in turn.
+            count: How many pictures.
+        """
+        pipeline = with_own_scheduler(self.pipeline, sampler)
+        generator = [torch.Generator().manual_seed(int(seed or 0) + i) for i in range(int(count))]
+        labels = labels_of(pipeline, label, int(count))
+        chain = pipeline.progressive(int(count), generator, int(steps), class_labels=labels)
+        every = max(1, int(steps) // SHOWN_STEPS)
+        for i, progress in enumerate(chain, start=1):
+            if progress.x_0 is not None and (i % every == 0 or i == int(steps)):
+                yield in_a_row(progress.x_0), f"t = {progress.t}, step {i} of {int(steps)}"
+
+    def interpolate(
+        self,
+        a: Image.Image,
+        b: Image.Image,
+        timestep: int,
+        weight: float,
+        seed: int | None,
+        label: int | None = None,
+    ) -> Image.Image:
         """A picture between two, mixed after `timestep` forward steps; 0 is a, 1 is b."""
-        images: Any = self.pipeline.interpolate(
-            self._fitted(a),
-            self._fitted(b),
+        pipeline = with_own_scheduler(self.pipeline, "ddpm")
+        images: Any = pipeline.interpolate(
+            fitted(pipeline, a),
+            fitted(pipeline, b),
             int(timestep),
             [float(weight)],
-            torch.Generator().manual_seed(int(seed)),
+            torch.Generator().manual_seed(int(seed or 0)),
             num_inference_steps=min(int(timestep) + 1, 50),
             output_type="latent",
-            class_labels=self._labels(1),
+            class_labels=labels_of(pipeline, label, 1),
         )
         return in_a_row(images.images)
 
-    def bits(self, image: Image.Image, num_timesteps_sampled: int = 20) -> str:
+    def bits(self, image: Image.Image, label: int | None = None, num_timesteps_sampled: int = 20) -> str:
         """Bits/dim of a picture in words: the bound, estimated from some of the steps."""
-        pixels = torch.from_numpy(np.array(self._fitted(image), ndmin=3))
+        pipeline = self.pipeline
+        pixels = torch.from_numpy(np.array(fitted(pipeline, image), ndmin=3))
         pixels = pixels.permute(2, 0, 1) if pixels.shape[-1] == 3 else pixels
+        labels = labels_of(pipeline, label, 1)
         found = bits_per_dim(
-            self.pipeline.unet,
-            self.pipeline.scheduler,
-            pixels.unsqueeze(0).to(self.pipeline.device),
+            pipeline.unet,
+            pipeline.scheduler,  # is copied there
+            pixels.unsqueeze(0).to(pipeline.device),
             num_timesteps_sampled=num_timesteps_sampled,
-            generator=torch.Generator(self.pipeline.device).manual_seed(0),
+            generator=torch.Generator(pipeline.device).manual_seed(0),
+            class_labels=labels,
         )
         error = "" if found.standard_error is None else f" ± {found.standard_error.item():.2g}"
-        return f"at most {found.total.item():.3f}{error} bits/dim ({num_timesteps_sampled} steps sampled)"
+        given = "" if labels is None else f" given class {labels[0]}"
+        return f"at most {found.total.item():.3f}{error} bits/dim{given} ({num_timesteps_sampled} steps sampled)"
 
-    def _labels(self, count: int) -> list[int] | None:
-        classes = self.pipeline.unet.config.get("num_class_embeds")
+    def ranges(self, steps: int, timestep: int, label: int | None = None) -> tuple[dict[str, Any], ...]:
+        """Properties of the page's fields that fit the model: steps, timestep, class. Values stay where they fit."""
+        pipeline = self.pipeline
+        T, classes = len(pipeline.scheduler), number_of_classes(pipeline)
+        about = f"Class, 0 to {(classes or 1) - 1}; empty: all in turn (an interpolation's and bits/dim's is 0)"
+        fits = label is not None and 0 <= label < (classes or 0)
+        return (
+            {"maximum": T, "value": min(steps, T)},
+            {"maximum": T - 1, "value": min(timestep, T - 1)},
+            {"visible": classes is not None, "label": about, "value": label if fits else None},
+        )
+
+
+def with_own_scheduler(pipeline: DDPMExtPipeline, sampler: Shown) -> DDPMExtPipeline:
+    """The same network under a scheduler of its own, so that two chains at once do not disturb each other."""
+    own = DDPMExtPipeline(pipeline.unet, make_scheduler(pipeline.scheduler, sampler))
+    own.set_progress_bar_config(disable=True)
+    return own
+
+
+def number_of_classes(pipeline: DDPMExtPipeline) -> int | None:
+    return pipeline.unet.config.get("num_class_embeds")
+
+
+def labels_of(pipeline: DDPMExtPipeline, label: int | None, count: int) -> list[int] | None:
+    """The class of each of `count` pictures, for a class-conditional network: `label`, or 0, 1, 2, ... in turn."""
+    classes = number_of_classes(pipeline)
+    if label is None:
         return None if classes is None else [i % classes for i in range(count)]
+    if classes is None:
+        raise ValueError(f"This network knows no classes, got class {label}: leave the field empty.")
+    if not 0 <= label < classes:
+        raise ValueError(f"The class must be a whole number from 0 to {classes - 1}, or empty, got {label}.")
+    return [int(label)] * count
 
-    def _fitted(self, image: Image.Image) -> Image.Image:
-        """An uploaded picture at the network's size and channels."""
-        size = self.pipeline.unet.config["sample_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        mode = "L" if self.pipeline.unet.config["in_channels"] == 1 else "RGB"
-        return image.convert(mode).resize((width, height), Image.Resampling.BOX)
+
+def fitted(pipeline: DDPMExtPipeline, image: Image.Image) -> Image.Image:
+    """An uploaded picture at the network's size and channels."""
+    size = pipeline.unet.config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    mode = "L" if pipeline.unet.config["in_channels"] == 1 else "RGB"
+    return image.convert(mode).resize((width, height), Image.Resampling.BOX)
 
 
 def in_a_row(x_0: Tensor) -> Image.Image:
@@ -115,43 +171,97 @@ def in_a_row(x_0: Tensor) -> Image.Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def make_page(studio: Studio, model: str) -> Any:
-    """The Gradio page of a studio."""
-    import gradio as gr  # pyright: ignore[reportMissingImports]
+class Buttons:
+    """What the page calls. Failures become Gradio's kind of error, whose sentence reaches the browser.
 
+    Args:
+        studio: The model behind the page.
+        error: The exception whose message is shown (`gradio.Error`); of others the browser says no more than "Error".
+        update: Makes the change of a field of the page of its new properties (`gradio.update`).
+    """
+
+    def __init__(self, studio: Studio, error: type[Exception], update: Callable[..., Any]) -> None:
+        self.studio, self.error, self.update = studio, error, update
+
+    def load(self, model: str, steps: int, timestep: int, label: int | None) -> tuple[Any, ...]:
+        """The line about a new model, and the fields whose ranges it sets: steps, timestep, class."""
+        with self._told():
+            status = self.studio.load(model)
+            return status, *(self.update(**properties) for properties in self.studio.ranges(steps, timestep, label))
+
+    def generate(self, steps: int, sampler: Shown, seed: int | None, label: int | None) -> Iterator[tuple[Any, str]]:
+        with self._told():
+            yield from self.studio.generate(steps, sampler, seed, label)
+
+    def interpolate(
+        self, a: Any, b: Any, timestep: int, weight: float, seed: int | None, label: int | None
+    ) -> Image.Image | None:
+        """None until there are two pictures."""
+        with self._told():
+            return None if a is None or b is None else self.studio.interpolate(a, b, timestep, weight, seed, label)
+
+    def bits(self, image: Any, label: int | None) -> str:
+        with self._told():
+            return "Upload a picture." if image is None else self.studio.bits(image, label)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise self.error(str(error) or type(error).__name__) from error
+
+
+def import_gradio() -> Any:
+    """Gradio, or a sentence that says how to get it."""
+    try:
+        import gradio  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"The page needs Gradio ({error}): pip install 'ddpm-ext[demo]'") from error
+    return gradio
+
+
+def make_page(studio: Studio, model: str) -> Any:
+    """The Gradio page of a studio.
+
+    Raises:
+        ModuleNotFoundError: Gradio is not installed.
+    """
+    gr = import_gradio()
     T = len(studio.pipeline.scheduler)
+    for_steps, for_timestep, for_label = studio.ranges(100, T // 2)
     with gr.Blocks(title="ddpm_ext") as page:
         gr.Markdown("# Denoising diffusion, step by step")
         with gr.Row():
             name = gr.Textbox(model, label="Folder or Hub name", scale=4)
             load = gr.Button("Load")
         status = gr.Markdown(f"{model}")
+        with gr.Row():
+            seed = gr.Number(0, precision=0, label="Seed; empty: 0")
+            label = gr.Number(precision=0, **for_label)
         with gr.Tab("Generate"):
             with gr.Row():
-                steps = gr.Slider(1, T, value=min(100, T), step=1, label="Steps")
+                steps = gr.Slider(1, step=1, label="Steps", **for_steps)
                 sampler = gr.Dropdown(list(get_args(Shown)), value="ddpm", label="Sampler")
-                seed = gr.Number(0, precision=0, label="Seed")
             start = gr.Button("Generate", variant="primary", elem_id="generate")
             picture = gr.Image(label="x̂_0", elem_id="generated", type="pil", format="png")
             line = gr.Markdown()
         with gr.Tab("Interpolate"):
             with gr.Row():
-                a, b = (gr.Image(label=label, type="pil") for label in ("a", "b"))
-            timestep = gr.Slider(0, T - 1, value=T // 2, step=1, label="Mixed after t forward steps")
+                a, b = (gr.Image(label=side, type="pil") for side in ("a", "b"))
+            timestep = gr.Slider(0, step=1, label="Mixed after t forward steps", **for_timestep)
             weight = gr.Slider(0, 1, value=0.5, label="From a to b", elem_id="weight")
             between = gr.Image(label="between", type="pil", format="png")
         with gr.Tab("Bits/dim"):
             judged = gr.Image(label="A picture", type="pil")
             measure, bits = gr.Button("Measure"), gr.Markdown()
 
-        def move(a: Any, b: Any, timestep: int, weight: float, seed: int) -> Any:
-            return None if a is None or b is None else studio.interpolate(a, b, timestep, weight, seed)
-
-        load.click(studio.load, name, status)
-        start.click(studio.generate, [steps, sampler, seed], [picture, line])
+        buttons, fields = Buttons(studio, gr.Error, gr.update), [steps, timestep, label]
+        load.click(buttons.load, [name, *fields], [status, *fields])
+        start.click(buttons.generate, [steps, sampler, seed, label], [picture, line])
         for slider in (timestep, weight):
-            slider.release(move, [a, b, timestep, weight, seed], between)
-        measure.click(lambda image: "Upload a picture." if image is None else studio.bits(image), judged, bits)
+            slider.release(buttons.interpolate, [a, b, timestep, weight, seed, label], between)
+        measure.click(buttons.bits, [judged, label], bits)
     return page
 
 
@@ -175,7 +285,17 @@ Pictures of [{model}](https://huggingface.co/{model}) as they appear, step by st
 
 
 def space_files(model: str, repo_id: str, staging: Path) -> dict[str, Path]:
-    """The files of a Space that shows a model of the Hub: the page, this package, and what it needs."""
+    """The files of a Space that shows a model of the Hub: the page, this package, and what it needs.
+
+    Raises:
+        ValueError: the model is none of the Hub: a Space reads no folder of this machine.
+    """
+    if Path(model).exists() or not is_hub_name(model):
+        here = "a path on this machine" if Path(model).exists() else "no such name"
+        raise ValueError(
+            f"A Space shows a model of the Hub, named user/model, and {model} is {here}. Push it first "
+            f"(scripts/push_to_hub.py --model {model} --hub_model_id user/model), then give that name."
+        )
     try:
         needed = [need.split(";")[0].strip() for need in requires("ddpm-ext") or () if "extra ==" not in need]
     except PackageNotFoundError:

@@ -12,11 +12,10 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
+from ddpm_ext.arguments import parse_options
 from ddpm_ext.demo import Studio, make_page, space_files
 from ddpm_ext.hub import push_space
-from ddpm_ext.patience import HubError
+from ddpm_ext.signals import explained
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,10 @@ class Options:
     hub_private_repo: bool | None = field(default=None, metadata={"help": "Make a new Space private."})
 
 
-def main(options: Options) -> int:
+def main() -> int:
     """Serve the page until it is interrupted, or upload it."""
     try:
+        options = parse_options(Options, "Look at a model in the browser.")
         if options.push_to_space is None:
             make_page(Studio(options.model), options.model).launch(server_name="127.0.0.1", server_port=options.port)
             return 0
@@ -40,11 +40,10 @@ def main(options: Options) -> int:
             files = space_files(options.model, options.push_to_space, Path(staging))
             push = push_space(files, options.push_to_space, private=options.hub_private_repo, token=options.hub_token)
         print(f"The page lies at {push.url}.")
-    except (HubError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (ModuleNotFoundError, OSError, ValueError) as error:  # HubError with them
+        return explained(error)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(HfArgumentParser(Options).parse_args_into_dataclasses()[0]))  # pyright: ignore[reportArgumentType]
+    sys.exit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -18,12 +19,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 from hub_server import Hub
 from hub_worker import Client, fixture_client, fixture_hub  # noqa: F401
 from PIL import Image
 
 from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
-from ddpm_ext.demo import SHOWN_STEPS, SIDE, Studio, in_a_row, space_files
+from ddpm_ext.bound import bits_per_dim
+from ddpm_ext.demo import SHOWN_STEPS, SIDE, Buttons, Studio, in_a_row, make_page, space_files
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,6 +36,25 @@ def model(tiny_unet: Any, tmp_path: Path) -> str:
     scheduler = DDPMExtScheduler(num_train_timesteps=100, beta_start=1e-3, beta_end=0.2)
     DDPMExtPipeline(tiny_unet, scheduler).save_pretrained(tmp_path / "pipeline")
     return str(tmp_path / "pipeline")
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> str:
+    """A class-conditional model of fewer steps."""
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        num_class_embeds=3,
+    )
+    scheduler = DDPMExtScheduler(num_train_timesteps=40, beta_start=1e-3, beta_end=0.4)
+    DDPMExtPipeline(unet, scheduler).save_pretrained(tmp_path / "other")
+    return str(tmp_path / "other")
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
@@ -54,6 +76,55 @@ def test_generate_ends_with_what_the_pipeline_draws(model: str, sampler: Any) ->
     assert isinstance(studio.pipeline.scheduler, DDPMExtScheduler)
 
 
+def drawn(model: str, sampler: Any, seed: int, steps: int, **labels: Any) -> Image.Image:
+    """Two pictures that a pipeline of its own draws, side by side."""
+    from ddpm_ext.measure import make_scheduler
+
+    pipe: Any = DDPMExtPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_scheduler(pipe.scheduler, sampler)
+    generator = [torch.Generator().manual_seed(seed + i) for i in range(2)]
+    return in_a_row(pipe(2, generator, num_inference_steps=steps, output_type="latent", **labels).images)
+
+
+def test_two_generations_at_once_do_not_disturb_each_other(model: str) -> None:
+    studio = Studio(model)
+    runs = [studio.generate(steps, sampler, 3, count=2) for sampler, steps in (("ddim", 20), ("ddpm", 60))]
+    last: list[Any] = [next(run) for run in runs]
+    for _ in range(60):  # in turn, so that the first ends within the second
+        last = [next(run, former) for run, former in zip(runs, last, strict=True)]
+    assert np.array_equal(last[0][0], drawn(model, "ddim", 3, 20))
+    assert np.array_equal(last[1][0], drawn(model, "ddpm", 3, 60))
+    assert type(studio.pipeline.scheduler) is DDPMExtScheduler
+    assert len(studio.pipeline.scheduler.timesteps) == 100  # the studio's own was never set to a chain
+
+
+def test_a_model_loaded_during_a_generation_keeps_its_scheduler(model: str, other: str) -> None:
+    studio = Studio(model)
+    run = studio.generate(20, "ddim", 3, count=2)
+    next(run)
+    studio.load(other)
+    shown = list(run)
+    assert np.array_equal(shown[-1][0], drawn(model, "ddim", 3, 20))  # goes on with the model that it began with
+    assert (type(studio.pipeline.scheduler), len(studio.pipeline.scheduler)) == (DDPMExtScheduler, 40)
+
+
+def test_an_interpolation_leaves_the_scheduler(model: str) -> None:
+    studio = Studio(model)
+    grey = Image.fromarray(np.full((8, 8), 99, np.uint8))
+    studio.interpolate(grey, grey, 50, 0.5, seed=0)
+    assert len(studio.pipeline.scheduler.timesteps) == 100
+
+
+def test_an_empty_seed_is_0(model: str) -> None:
+    studio = Studio(model)
+    shown = [list(studio.generate(5, "ddpm", seed, count=1))[-1][0] for seed in (None, 0, 1)]
+    assert np.array_equal(shown[0], shown[1]) and not np.array_equal(shown[0], shown[2])
+    grey = Image.fromarray(np.full((8, 8), 99, np.uint8))
+    between = [studio.interpolate(grey, grey, 5, 0.5, seed) for seed in (None, 0)]
+    assert np.array_equal(between[0], between[1])
+
+
 def test_an_interpolation_ends_at_its_pictures(model: str) -> None:
     studio = Studio(model)
     a, b = (Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (0, 255))
@@ -64,7 +135,7 @@ def test_an_interpolation_ends_at_its_pictures(model: str) -> None:
 
 
 def test_bits_of_an_uploaded_picture(model: str) -> None:
-    words = Studio(model).bits(Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)), 5)
+    words = Studio(model).bits(Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)), num_timesteps_sampled=5)
     assert words.startswith("at most ") and "±" in words and words.endswith("bits/dim (5 steps sampled)")
 
 
@@ -75,6 +146,124 @@ def test_loading_another_model(model: str) -> None:
     assert studio.pipeline is former
     assert studio.load(model).endswith("pictures of 8, 100 steps of training.")
     assert studio.pipeline is not former
+
+
+def test_a_class_conditional_model(other: str) -> None:
+    studio = Studio(other)
+    in_turn = list(studio.generate(10, "ddpm", 3, count=2))[-1][0]
+    chosen = list(studio.generate(10, "ddpm", 3, 2, count=2))[-1][0]
+    assert np.array_equal(in_turn, drawn(other, "ddpm", 3, 10, class_labels=[0, 1]))
+    assert np.array_equal(chosen, drawn(other, "ddpm", 3, 10, class_labels=[2, 2]))
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    for label, said in ((None, 0), (0, 0), (2, 2)):
+        found = bits_per_dim(
+            studio.pipeline.unet,
+            studio.pipeline.scheduler,
+            torch.from_numpy(pixels)[None, None],
+            num_timesteps_sampled=20,
+            generator=torch.Generator().manual_seed(0),
+            class_labels=[said],
+        )
+        words = studio.bits(Image.fromarray(pixels), label)
+        assert words.startswith(f"at most {found.total.item():.3f} ") and f"bits/dim given class {said} (" in words
+    a, b = (Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (0, 255))
+    mixed = [np.asarray(studio.interpolate(a, b, 30, 0.5, 0, label)) for label in (None, 0, 2)]
+    assert np.array_equal(mixed[0], mixed[1]) and not np.array_equal(mixed[0], mixed[2])
+    with pytest.raises(ValueError, match="whole number from 0 to 2, or empty, got 3"):
+        studio.bits(a, 3)
+
+
+class Told(Exception):
+    """In place of gradio.Error."""
+
+
+def test_loading_sets_the_ranges_of_the_fields(model: str, other: str) -> None:
+    buttons = Buttons(Studio(model), Told, dict)
+    status, steps, timestep, label = buttons.load(other, 100, 50, None)
+    assert status.endswith("40 steps of training.")
+    assert (steps, timestep) == ({"maximum": 40, "value": 40}, {"maximum": 39, "value": 39})
+    assert label["visible"] and label["value"] is None and label["label"].startswith("Class, 0 to 2")
+    status, steps, timestep, label = buttons.load(f"{other}/no", 30, 20, 2)  # the former one stays
+    assert "cannot be loaded: There is no folder" in status
+    assert (steps["value"], timestep["value"], label["value"]) == (30, 20, 2)
+    _, steps, timestep, label = buttons.load(model, 30, 20, 2)
+    assert (steps, timestep) == ({"maximum": 100, "value": 30}, {"maximum": 99, "value": 20})
+    assert not label["visible"] and label["value"] is None
+
+
+def test_a_failure_reaches_the_page_as_its_sentence(model: str, other: str) -> None:
+    buttons = Buttons(Studio(model), Told, dict)
+    grey = Image.fromarray(np.full((8, 8), 99, np.uint8))
+    with pytest.raises(Told, match="= 100, got 101"):
+        list(buttons.generate(101, "ddpm", 0, None))
+    with pytest.raises(Told, match=r"timestep must be an int in 0\.\.99, got 200"):
+        buttons.interpolate(grey, grey, 200, 0.5, 0, None)
+    with pytest.raises(Told, match="knows no classes, got class 1: leave the field empty"):
+        buttons.bits(grey, 1)
+    assert buttons.bits(None, None) == "Upload a picture." and buttons.interpolate(None, grey, 1, 0.5, 0, None) is None
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """scripts/demo.py in this process, without Gradio: its exit code."""
+    monkeypatch.setattr(sys, "argv", ["scripts/demo.py", *words])
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    return runpy.run_path(str(ROOT / "scripts" / "demo.py"))["main"]()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--model {model}", "pip install 'ddpm-ext[demo]'"),
+        ("--model nosuch/dir/here", "There is no folder nosuch/dir/here, and a model of the Hub is named user/model"),
+        ("--model {tmp}", "a folder with model_index.json, and {tmp} holds none. Give {tmp}/pipeline."),
+        ("--model {model} --push_to_space a/b", "named user/model, and {model} is a path on this machine"),
+        ("--model here/too --push_to_space a/b", "named user/model, and here/too is a path on this machine"),
+        ("--model runs/no/pipeline --push_to_space a/b", "and runs/no/pipeline is no such name. Push it first"),
+        ("--model digits --push_to_space a/b", "named user/model, and digits is no such name"),
+        ("--modle {model}", "There is no option --modle. Did you mean --model?"),
+        ("--port many", "Argument --port: invalid int value: 'many'"),
+    ],
+)
+def test_the_script_says_what_is_wrong(
+    words: str,
+    sentence: str,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "here" / "too").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert run_script(monkeypatch, *words.format(model=model, tmp=tmp_path).split()) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and sentence.format(model=model, tmp=tmp_path) in said
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # Gradio's sockets, left to the collector
+def test_the_buttons_of_the_real_page(model: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gradio", reason="no gradio (pip install ddpm-ext[demo])")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    from gradio_client import Client as PageClient  # pyright: ignore[reportMissingImports]
+
+    page = make_page(Studio(other), other)
+    page.launch(server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True, quiet=True)
+    try:
+        client: Any = PageClient(page.local_url, verbose=False)
+        assert client.predict(40, "ddim", None, 2, api_name="/generate")[1] == "t = 0, step 40 of 40"
+        with pytest.raises(Exception, match="whole number from 0 to 2, or empty, got 7"):
+            client.predict(40, "ddpm", 3, 7, api_name="/generate")
+        with pytest.raises(Exception, match="greater than maximum value 40"):  # Gradio's own
+            client.predict(100, "ddpm", 3, None, api_name="/generate")
+        status, steps, timestep, label = client.predict(model, 40, 20, 2, api_name="/load")
+        assert status.endswith("100 steps of training.")
+        assert (steps["maximum"], steps["value"], timestep["maximum"]) == (100, 40, 99)
+        assert not label["visible"] and label["value"] is None
+        assert client.predict(100, "ddpm", 3, None, api_name="/generate")[1] == "t = 0, step 100 of 100"
+    finally:
+        page.close()
 
 
 def push_page(repo_id: str, staging: str) -> tuple[str, bool]:
