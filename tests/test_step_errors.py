@@ -46,12 +46,16 @@ def wrong_by(distance: float, prediction_type: PredictionType) -> Callable[[Tens
         signal, spread = column(SHORT.alpha_bar.sqrt(), t), column(SHORT.one_minus_alpha_bar.sqrt(), t)
         eps = (x_t - signal * GREY) / spread
         right = {"epsilon": eps, "sample": torch.full_like(x_t, GREY), "v_prediction": signal * eps - spread * GREY}
+        before = torch.cat([torch.ones(1, dtype=torch.float64), SHORT.alpha_bar[:-1]])  # ᾱ_{t-1}; DDPM Eq. (7)
+        c1 = before.sqrt() * SHORT.beta / (1 - SHORT.alpha_bar)
+        c2 = SHORT.alpha.sqrt() * (1 - before) / (1 - SHORT.alpha_bar)
+        right["posterior_mean"] = column(c1, t) * GREY + column(c2, t) * x_t
         return right[prediction_type] + distance
 
     return model
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction", "posterior_mean"])
 @pytest.mark.parametrize("batch_size", [3, 1024])
 def test_a_known_error_is_measured_as_that_of_eps_whatever_is_predicted(
     prediction_type: PredictionType, batch_size: int
@@ -61,12 +65,18 @@ def test_a_known_error_is_measured_as_that_of_eps_whatever_is_predicted(
     bound = make_bound(wrong_by(0.1, prediction_type), scheduler, images, clip_sample=False, batch_size=batch_size)
     found = step_errors(bound, images, seeded(2))
     snr = SHORT.alpha_bar / SHORT.one_minus_alpha_bar
-    expected = {"epsilon": torch.ones_like(snr), "sample": snr, "v_prediction": SHORT.alpha_bar}[prediction_type] * 0.01
+    # How much ε̂ moves with the output: 1, -√SNR, √ᾱ, and -√SNR / c1 = -√(α_t (1-ᾱ_t)) / β_t.
+    slope = {
+        "epsilon": torch.ones_like(snr),
+        "sample": -snr.sqrt(),
+        "v_prediction": SHORT.alpha_bar.sqrt(),
+        "posterior_mean": -(SHORT.alpha * SHORT.one_minus_alpha_bar).sqrt() / SHORT.beta,
+    }[prediction_type]
+    expected = (0.1 * slope) ** 2
     assert_close(found.mse_eps, expected.expand(2, -1), rtol=1e-6, atol=0)
     # What is drawn first belongs to the last step: ε̂ there is that noise and the shift.
     drawn = torch.cat([torch.randn(1, 1, 4, 4, generator=g, dtype=torch.float64) for g in seeded(2)])
-    shift = {"epsilon": 0.1, "sample": -0.1 * snr[-1].sqrt(), "v_prediction": 0.1 * SHORT.alpha_bar[-1].sqrt()}
-    assert_close(found.ms_eps[:, -1], (drawn + shift[prediction_type]).square().mean((1, 2, 3)), rtol=1e-6, atol=0)
+    assert_close(found.ms_eps[:, -1], (drawn + 0.1 * slope[-1]).square().mean((1, 2, 3)), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("count", [1, 3])
