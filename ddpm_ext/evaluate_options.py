@@ -227,7 +227,7 @@ def check_numbers(config: EvalConfig) -> None:
         )
     if "rate_distortion" in config.of_bound and config.num_timesteps_sampled is not None:
         raise ValueError("rate_distortion needs every step: leave num_timesteps_sampled out.")
-    needs = {"fid": 2, "kid": config.kid_subset_size, "cmmd": 2, "is": 10, "prdc": 6}
+    needs = {"fid": 2, "kid": config.kid_subset_size, "cmmd": 2, "is": 20, "prdc": 6}
     for metric in config.of_samples:
         if config.num_samples < needs[metric]:
             raise ValueError(

@@ -92,9 +92,8 @@ def make_scheduler(
         config["timestep_spacing"] = timestep_spacing
         config[EXTENSION_KEY] = {k: v for k, v in (config.get(EXTENSION_KEY) or {}).items() if k != "trajectory"}
     if sampler == "ddpm":
-        return DDPMExtScheduler.from_config(
-            config if variance_type is None else {**config, "variance_type": variance_type}
-        )
+        changes: dict[str, Any] = {} if variance_type is None else {"variance_type": variance_type}
+        return DDPMExtScheduler.from_config(config, **changes)
     if variance_type is not None:
         raise ValueError(
             f'variance_type is an option of the sampler "ddpm"; "{sampler}" has none, got {variance_type!r}.'
@@ -105,7 +104,7 @@ def make_scheduler(
         config.pop(name, None)
     if sampler == "ddim":
         return DDIMScheduler.from_config(config)
-    return DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
+    return DPMSolverMultistepScheduler.from_config({**config, "algorithm_type": "dpmsolver++"})
 
 
 def chain_of(scheduler: Any) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def groups_of_scores(figures: list[dict[str, Any]]) -> list[Group]:
                 reference,
             )
             groups.setdefault(title, []).append(figure)
-    return [Group(*title, members) for title, members in groups.items()]
+    return [Group(*title, figures=members) for title, members in groups.items()]
 
 
 def conditions(figure: dict[str, Any]) -> dict[str, str]:
