@@ -92,8 +92,8 @@ def _check_trajectories(trajectories: Any, T: int) -> None:
     if not isinstance(trajectories, Mapping):
         raise ValueError(f"trajectories must map a number of steps to its steps, got {trajectories!r}.")
     for K, times in trajectories.items():
-        fits = isinstance(times, list | tuple) and len(times) > 0 and K == str(len(times)) and _are(int, times)
-        if not fits or list(times) != sorted(set(times)) or times[0] < 0 or times[-1] >= T:
+        fits = isinstance(times, list | tuple) and K == str(len(times)) and _are(int, times)
+        if not fits or list(times) != sorted(set(times)) or min(times, default=-1) < 0 or max(times) >= T:
             raise ValueError(
                 f'trajectories must map "K" to K strictly ascending steps from 0 to {T - 1}, as "3": [0, 5, {T - 1}], '
                 f"got {K!r}: {times!r}. Calibrate again."
