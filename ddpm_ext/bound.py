@@ -224,7 +224,14 @@ class Bound:
             nats = step_kl(x_0, x_0_hat, c1, log_posterior_var, reverse.log_var)
         return mean_over_dims(nats), mean_over_dims((x_0 - x_0_hat) ** 2)
 
-    def columns(self, x_0: Tensor, t: Tensor, generator: Generators, *, decoder: bool = False) -> tuple[Tensor, Tensor]:
+    def columns(
+        self,
+        x_0: Tensor,
+        t: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+        *,
+        decoder: bool = False,
+    ) -> tuple[Tensor, Tensor]:
         """`terms` of every image at its own t in each column, a fresh noise each, batched over all pairs.
 
         Args:
