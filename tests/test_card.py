@@ -20,6 +20,7 @@ from ddpm_ext.features import weights_hash
 from ddpm_ext.repository import collect
 from ddpm_ext.run_dir import environment
 
+ROOT = Path(__file__).resolve().parent.parent
 CONFIG: dict[str, Any] = {
     "config": {
         "dataset_name": "uoft-cs/cifar10",
@@ -198,7 +199,7 @@ def test_a_calibration_has_its_table_plot_and_certificate(run: Path, tmp_path: P
     (run / "calibrated" / "calibration.json").write_text(json.dumps({"format": 1, "figures": [*rows, other]}))
     assert "bpd_against_steps" not in str(render_card(run))
     Image.new("RGB", (8, 8)).save(run / "calibrated" / "plots" / "bpd_against_steps.png")
-    section = str(render_card(run)).split("## Fewer steps")[1].split("## Intended use")[0]
+    _, section = str(render_card(run)).split("## Intended use")[0].split("## Fewer steps")  # once
     assert "bits/dim of 10,000 images of uoft-cs/cifar10 test" in section
     assert "| fixed_small, even | 24.0732 |" in section and "| analytic, optimal | **4.5646** |" in section
     assert "1.2345" not in section  # measured on other weights
@@ -268,6 +269,20 @@ def test_hours_by_hand() -> None:
     log = [{"update": 10, "images_per_second": 1.0}, {"update": 20}, {"update": 30, "images_per_second": 2.0}]
     assert training_hours(log, 360) == pytest.approx((10 * 360 / 1 + 20 * 360 / 2) / 3600)
     assert training_hours([], 360) is None and training_hours(log, None) is None
+
+
+def test_the_cards_of_the_repository_show_the_numbers_of_the_files_beside_them() -> None:
+    for card in (ROOT / "model_cards").glob("*/README.md"):
+        text = card.read_text()
+        for name in re.findall(r"\]\(([\w./-]+\.png)\)", text):
+            assert (card.parent / name).is_file(), name
+        figures = json.loads((card.parent / "eval.json").read_text())["figures"]
+        figures += json.loads((card.parent / "calibrated" / "calibration.json").read_text())["figures"]
+        assert len(figures) > 20
+        for one in figures:
+            assert re.search(rf"[| *]({one['value']:.4f}|{one['value']:.4g})[ *|]", text), one["value"]
+            assert one["certificate"]["commit"] in text and not one["certificate"]["commit"].endswith("dirty")
+            assert one["weights"] in text
 
 
 def validate(folder: str) -> None:
