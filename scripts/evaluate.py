@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 from ddpm_ext.arguments import parse_options
 from ddpm_ext.evaluate import evaluate
 from ddpm_ext.evaluate_options import EvalConfig
+from ddpm_ext.hub import open_repository
 from ddpm_ext.patience import HubError
 from ddpm_ext.publish import publish
 from ddpm_ext.run_dir import RunError
@@ -25,10 +27,14 @@ def main() -> int:
     """Options -> eval.json."""
     try:
         config = parse_options(EvalConfig, "Measure a DDPM: eval.json, tables, plots.")
+        pushes = config.push_to_hub and os.environ.get("RANK", "0") == "0"
+        name = config.hub_model_id or config.folder.resolve().name
+        access: dict[str, Any] = {"token": config.hub_token, "private": config.hub_private_repo or None}
+        if pushes:
+            open_repository(name, **access)  # what forbids the upload is told before hours of measuring
         figures = evaluate(config)
-        if config.push_to_hub and os.environ.get("RANK", "0") == "0":
-            name = config.hub_model_id or config.folder.resolve().name
-            print(publish(config.folder, name, token=config.hub_token, private=config.hub_private_repo or None).url)
+        if pushes:
+            print(publish(config.folder, name, **access).url)
     except (ValueError, RunError, HubError) as error:
         return explained(error)
     if os.environ.get("RANK", "0") == "0":
