@@ -219,6 +219,7 @@ def allow_none(action: Action) -> None:
 
 
 def train_help() -> str:
+    """The description above the options of --help: how they go over one another, and what each preset reaches."""
     presets = "; ".join(f"{name}: {preset.expected}" for name, preset in PRESETS.items())
     return f"Train a DDPM. --preset NAME and --config FILE.yaml come first, flags go over both. {presets}".replace(
         "%", "%%"

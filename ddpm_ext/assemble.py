@@ -129,6 +129,7 @@ def lr_factor(config: TrainConfig, updates: int) -> Callable[[int], float]:
 
 
 def build_scheduler(config: TrainConfig) -> DDPMExtScheduler:
+    """The noise schedule, prediction and variance that the options name."""
     return DDPMExtScheduler(
         num_train_timesteps=config.ddpm_num_steps,
         beta_start=config.beta_start,

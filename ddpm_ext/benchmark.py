@@ -87,6 +87,7 @@ def by_turns(calls: Sequence[Call], turns: int) -> list[float]:
 
 
 def seconds(call: Call, repeats: int) -> float:
+    """Mean seconds of a call."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()

@@ -303,6 +303,7 @@ class Work:
 
 
 def named(words: str, when: str | None, K: int) -> dict[str, Any]:
+    """The fields by which a figure of a way of sampling is known."""
     return {"sampler": words, "when": when, "num_inference_steps": K}
 
 

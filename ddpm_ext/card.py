@@ -136,10 +136,12 @@ def own_figures(run: Path, name: str) -> list[dict[str, Any]]:
 
 
 def pipeline_of(run: Path) -> Path:
+    """The folder of the pipeline: the run's, or the folder itself where it is one."""
     return run if (run / INDEX).is_file() else run / "pipeline"
 
 
 def network_config(run: Path) -> dict[str, Any]:
+    """The configuration of the run's network; empty where there is none."""
     path = pipeline_of(run) / "unet" / "config.json"
     return read_json(path) if path.is_file() else {}
 
@@ -164,6 +166,7 @@ def data_of(record: Mapping[str, Any]) -> str | None:
 
 
 def size_words(network: Mapping[str, Any]) -> str | None:
+    """Size and channels of the pictures in words; None where the network does not say."""
     size = network.get("sample_size")
     if size is None:
         return None
@@ -200,6 +203,7 @@ def gallery(run: Path) -> list[dict[str, str]]:
 
 
 def sample_caption(name: str) -> str:
+    """What a grid of samples is called, by the update in its name."""
     update = re.search(r"step-0*(\d+)", name)
     return f"Samples after update {int(update[1]):,}" if update else "Samples"
 

@@ -39,6 +39,7 @@ class BrokenCheckpoint(RunError):
 
 
 def checkpoint_name(update: int) -> str:
+    """The folder's name: update 12 is step-00000012."""
     return f"step-{update:08d}"
 
 
@@ -106,6 +107,7 @@ def write_sums(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
+    """Have the disk hold what was written to a file or a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -114,6 +116,7 @@ def flush(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(1 << 20):
@@ -122,11 +125,13 @@ def sha256(path: Path) -> str:
 
 
 def refuse_full_disk(path: Path, needed: int) -> None:
+    """Raise RunError where the disk has no room for so many bytes."""
     if shutil.disk_usage(path.parent).free < needed:
         raise full_disk(path, needed)
 
 
 def full_disk(path: Path, needed: int) -> RunError:
+    """The error that says which path needs how many bytes."""
     free = shutil.disk_usage(path.parent).free
     return RunError(
         f"The disk is full: {path} needs {needed:,} bytes and {free:,} are free. The checkpoints before it are intact; "
@@ -135,6 +140,7 @@ def full_disk(path: Path, needed: int) -> RunError:
 
 
 def disk_is_full(error: BaseException) -> bool:
+    """Whether an error, also one of safetensors' own words, says that no room or no quota is left."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return "os error 28" in str(error) or "os error 122" in str(error)  # the same two, as safetensors says them
@@ -155,6 +161,7 @@ def verify(folder: Path) -> None:
 
 
 def compare_with_sums(folder: Path) -> None:
+    """Raise BrokenCheckpoint unless the folder holds the files of its list, each with its checksum."""
     listed = {}
     for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
         digest, _, name = line.partition("  ")
@@ -189,6 +196,7 @@ def newest_intact(folder: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
+    """The counters and conditions of a checkpoint; RunError where a later version wrote it."""
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if state["format"] != FORMAT:
         raise RunError(f"{folder} has format {state['format']}, this version reads {FORMAT}.")
@@ -196,6 +204,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+    """The tensors of one file of a checkpoint, by name."""
     return load_file(folder / f"{stem}.safetensors")
 
 
@@ -211,6 +220,7 @@ def set_aside(paths: Sequence[Path]) -> list[Path]:
 
 
 def delete(paths: Sequence[Path]) -> None:
+    """Remove files and folders."""
     for path in paths:
         if path.is_dir():
             shutil.rmtree(path)

@@ -225,6 +225,7 @@ def head_dim(shape: Shape, num_heads: int) -> int:
 
 
 def is_rescaled(code: Code, options: ConvertOptions, T: int) -> bool:
+    """Whether the code feeds its time embedding 1000 t / T in place of t."""
     return not code.has_table and options.rescale_timesteps and T != 1000
 
 

@@ -140,6 +140,7 @@ def with_own_scheduler(pipeline: DDPMExtPipeline, sampler: Shown) -> DDPMExtPipe
 
 
 def number_of_classes(pipeline: DDPMExtPipeline) -> int | None:
+    """Classes of a class-conditional network; None for any other."""
     return pipeline.unet.config.get("num_class_embeds")
 
 

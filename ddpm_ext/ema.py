@@ -88,6 +88,7 @@ def swapped(parameters: Sequence[nn.Parameter], average: EMAModel | None) -> Ite
 
 @torch.no_grad()
 def exchange(parameters: Sequence[nn.Parameter], average: EMAModel | None) -> None:
+    """Swap weights and averages in place; without an average nothing moves."""
     for weight, averaged in zip(parameters, average.shadow_params if average else (), strict=average is not None):
         kept = weight.detach().clone()
         weight.copy_(averaged)

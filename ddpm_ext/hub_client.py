@@ -115,5 +115,6 @@ class Client:
 
 
 def error_code(error: BaseException) -> str | None:
+    """The word by which the Hub names a failure, as RevisionNotFound; None without one."""
     found = answer(error)
     return found.headers.get("X-Error-Code") if found is not None else None

@@ -197,6 +197,7 @@ class Place(NamedTuple):
 
 
 def same(weight: Tensor) -> Tensor:
+    """The weight as it is."""
     return weight
 
 

@@ -112,6 +112,7 @@ def answer(error: BaseException) -> Any:
 
 
 def is_offline(error: BaseException) -> bool:
+    """Whether the client was forbidden to ask the Hub."""
     return any(isinstance(cause, OfflineModeIsEnabled) for cause in causes(error))
 
 
@@ -252,11 +253,7 @@ def explain_status(error: BaseException, found: Any, errand: Errand) -> str:
     if status == 403:
         return explain_403(said, errand)
     if status == 400 and str(found.url).endswith("/validate-yaml"):
-        errors = next((str(cause) for cause in causes(error) if isinstance(cause, ValueError)), said)
-        return (
-            f"The Hub does not accept the card of {errand.repo_id}: {errors.strip()} {kept(errand)}Mend the front "
-            f"matter of README.md (https://huggingface.co/docs/hub/model-cards), then: {errand.again}"
-        )
+        return explain_card(error, said, errand)
     if status == 400 and str(found.url).endswith("/repos/create"):
         return illegal_name(errand, said)
     if status in (409, 412):
@@ -276,7 +273,17 @@ def explain_status(error: BaseException, found: Any, errand: Errand) -> str:
     return f"The Hub refused to {errand.purpose} {errand.repo_id}: {said} for {found.url}. {kept(errand)}{errand.again}"
 
 
+def explain_card(error: BaseException, said: str, errand: Errand) -> str:
+    """The sentence for a card whose front matter the Hub does not take."""
+    errors = next((str(cause) for cause in causes(error) if isinstance(cause, ValueError)), said)
+    return (
+        f"The Hub does not accept the card of {errand.repo_id}: {errors.strip()} {kept(errand)}Mend the front matter "
+        f"of README.md (https://huggingface.co/docs/hub/model-cards), then: {errand.again}"
+    )
+
+
 def explain_403(said: str, errand: Errand) -> str:
+    """The sentence for a token that may not do this."""
     whose = f"The token of {errand.user}" if errand.user else "This token"
     if errand.purpose == "pull":
         return (
@@ -293,6 +300,7 @@ def explain_403(said: str, errand: Errand) -> str:
 
 
 def no_token(errand: Errand) -> str:
+    """The sentence for a missing token."""
     return (
         f"To {errand.purpose} {errand.repo_id} needs a token, and there is none. {kept(errand)}Make one with write "
         f"right at {constants.ENDPOINT}/settings/tokens and run `hf auth login`, or set HF_TOKEN, then: {errand.again}"
@@ -300,6 +308,7 @@ def no_token(errand: Errand) -> str:
 
 
 def illegal_name(errand: Errand, said: str) -> str:
+    """The sentence for a name that the Hub does not take."""
     return (
         f"The Hub does not take {errand.repo_id!r} as it is: {said}. {kept(errand)}A repository is named "
         "<user>/<model>, at most 96 letters, digits, '-', '_' and '.', without '--' or '..', and with neither '-' nor "
@@ -308,6 +317,7 @@ def illegal_name(errand: Errand, said: str) -> str:
 
 
 def conflict(errand: Errand, said: str) -> str:
+    """The sentence for a repository that someone else changed meanwhile."""
     return (
         f"{errand.repo_id} was changed by someone else during this push ({said}); nothing of theirs was overwritten. "
         f"{kept(errand)}Look at {constants.ENDPOINT}/{errand.repo_id}/commits/{errand.revision or 'main'}, then push "
@@ -316,4 +326,5 @@ def conflict(errand: Errand, said: str) -> str:
 
 
 def kept(errand: Errand) -> str:
+    """That nothing local is lost, where something local could be."""
     return "The local files are as they were. " if errand.purpose == "push" else ""

@@ -169,6 +169,7 @@ def variant_files(files: Files, variant: str, staging: Path) -> Files:
 
 
 def write_half(full: Path, half: Path, dtype: torch.dtype) -> None:
+    """Write weights of another precision; what is not floating-point stays."""
     weights = load_file(full)
     half.parent.mkdir(parents=True, exist_ok=True)
     halved = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
@@ -270,6 +271,7 @@ def git_sha1(path: Path) -> str:
 
 
 def digest(path: Path, state: "hashlib._Hash") -> str:  # noqa: UP037 (a name of the type stubs alone)
+    """A file's content through a hash, in hexadecimal."""
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             state.update(block)

@@ -101,6 +101,7 @@ def find(config: TrainConfig, run: RunDir, accelerator: Accelerator) -> Found | 
 
 
 def choose(config: TrainConfig, run: RunDir) -> Found | None:
+    """The checkpoint to go on from, on the main process; None for a run that begins."""
     wanted = config.resume_from_checkpoint
     if config.dry_run and config.overwrite_output_dir:
         return None  # as if the folder had been emptied
@@ -295,6 +296,7 @@ def gather(trainer: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
 
 
 def state_of(trainer: RunState) -> dict[str, Any]:
+    """What state.json of a checkpoint holds."""
     scaler = trainer.accelerator.scaler
     return {
         "seed": trainer.config.seed,
@@ -355,6 +357,7 @@ def restore(trainer: RunState, found: Found) -> None:
 
 
 def restore_tensors(targets: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    """Fill weights from a checkpoint's; RunError where it is of another network."""
     if targets.keys() != saved.keys():
         names = sorted(targets.keys() ^ saved.keys())
         raise RunError(f"The checkpoint is of another network: {len(names)} weights differ by name, as {names[0]}.")
@@ -363,6 +366,7 @@ def restore_tensors(targets: dict[str, Tensor], saved: dict[str, Tensor]) -> Non
 
 
 def restore_optimizer(trainer: RunState, names: list[str], moments: dict[str, dict[str, Tensor]]) -> None:
+    """Put Adam's moments back."""
     inner = trainer.optimizer.optimizer
     state: dict[int, dict[str, Tensor]] = {}
     for i, (name, parameter) in enumerate(zip(names, trainer.parameters, strict=True)):

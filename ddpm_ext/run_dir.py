@@ -149,10 +149,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a record as indented JSON, whole or not at all."""
     write_atomically(path, json.dumps(record, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A record from JSON."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -181,6 +183,7 @@ def without_token(words: list[str]) -> list[str]:
 
 
 def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
     found = {}
     for name in VERSIONED:
         try:
@@ -204,6 +207,7 @@ def commit() -> str | None:
 
 
 def processor() -> str:
+    """The processor's name, as the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -176,6 +176,7 @@ def claim(folder: Path, config: SampleConfig, accelerator: Accelerator) -> None:
 
 
 def image_path(folder: Path, i: int) -> Path:
+    """The file of image i."""
     return folder / f"{i:06d}.png"
 
 

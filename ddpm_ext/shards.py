@@ -31,6 +31,7 @@ def key_hash(key: dict[str, Any]) -> str:
 
 
 def key_text(key: dict[str, Any]) -> str:
+    """A key as text that is the same in every process."""
     return json.dumps(key, sort_keys=True, allow_nan=False)
 
 
@@ -72,6 +73,7 @@ def run_shards(
 
 
 def shard_path(place: Path, piece: range) -> Path:
+    """The file of a piece."""
     return place / f"{piece.start:06d}-{piece.stop:06d}.safetensors"
 
 

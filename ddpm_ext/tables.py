@@ -171,10 +171,12 @@ def tables_of_rows(figures: list[dict[str, Any]]) -> list[str]:
 
 
 def data_words(dataset: dict[str, Any]) -> str:
+    """Images in words: how many, of which set and split."""
     return f"{dataset['num_images']:,} images of {dataset['name']} {dataset['split']}"
 
 
 def sampler_words(figure: dict[str, Any]) -> str:
+    """A sampler in words, with its variance where it has one to choose."""
     return figure["sampler"] if figure["variance_type"] is None else f"{figure['sampler']}, {figure['variance_type']}"
 
 
