@@ -164,6 +164,12 @@ def load_network_config(source: str, cache_dir: str | None) -> dict[str, Any]:
     return cast(dict[str, Any], UNet2DModel.load_config(source, cache_dir=cache_dir))
 
 
+def named_data(config: TrainConfig) -> tuple[str | None, str | None, str | None, str, str | None, str | None]:
+    """Where the pictures come from, as `load_images` and `stream_images` take it: their first six arguments."""
+    place = config.dataset_name, config.dataset_config_name, config.train_data_dir
+    return *place, config.train_split, config.image_column, config.label_column
+
+
 def build_data(config: TrainConfig, network: dict[str, Any]) -> ImageSet | ImageStream:
     """The pictures at the network's size and channels.
 
@@ -175,12 +181,7 @@ def build_data(config: TrainConfig, network: dict[str, Any]) -> ImageSet | Image
         refuse_several_sizes(config, network["in_channels"])
     open_set = stream_images if config.streaming else load_images
     return open_set(
-        config.dataset_name,
-        config.dataset_config_name,
-        config.train_data_dir,
-        config.train_split,
-        config.image_column,
-        config.label_column,
+        *named_data(config),
         tuple(size) if isinstance(size, (list, tuple)) else size,
         network["in_channels"],
         center_crop=config.center_crop,
@@ -199,12 +200,7 @@ def refuse_several_sizes(config: TrainConfig, channels: int) -> None:
     if config.streaming:
         raise ValueError("A stream needs --resolution: the sizes of what has not been read are not known.")
     load_images(
-        config.dataset_name,
-        config.dataset_config_name,
-        config.train_data_dir,
-        config.train_split,
-        config.image_column,
-        config.label_column,
+        *named_data(config),
         resolution=None,
         channels=channels,
         cache_dir=config.cache_dir,
