@@ -2,11 +2,11 @@
 
 __version__ = "0.1.0"
 
-from .bound import BitsPerDim, RateDistortion, bits_per_dim, rate_distortion
-from .denoise_diffusion import DenoiseDiffusion
-from .hub import push_to_hub
-from .pipeline import DDPMExtPipeline
-from .scheduler import DDPMExtScheduler
+from .diffusion.textbook import DenoiseDiffusion
+from .evaluation.bits_per_dim import BitsPerDim, RateDistortion, bits_per_dim, rate_distortion
+from .hub.upload import push_to_hub
+from .pipelines.ddpm import DDPMExtPipeline
+from .schedulers.ddpm import DDPMExtScheduler
 
 __all__ = [
     "BitsPerDim",

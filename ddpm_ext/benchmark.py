@@ -19,17 +19,17 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from .config import TrainConfig
-from .data import ImageSet
-from .images import to_uint8
-from .launch import make_accelerator
-from .pipeline import DDPMExtPipeline
-from .presets import PRESETS
+from .data.dataset import ImageSet
+from .diffusion.images import to_uint8
+from .distributed import make_accelerator
+from .models.unet import build_unet, unet_config
+from .pipelines.ddpm import DDPMExtPipeline
+from .pipelines.sampling import save_png
 from .run_dir import RunDir, environment
-from .sample import save_png
-from .scheduler import DDPMExtScheduler
-from .train import Trainer
-from .unet import build_unet, unet_config
+from .schedulers.ddpm import DDPMExtScheduler
+from .training.config import TrainConfig
+from .training.presets import PRESETS
+from .training.run import Trainer
 
 SHAPES = ((1, 3, 32, 32), (64, 3, 32, 32), (16, 3, 256, 256))
 MIDDLE = 500  # the timestep of the single steps: what happens there happens everywhere but at the last

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .bound import bits_per_dim
-from .convert import is_hub_name, open_pipeline
-from .images import to_uint8
-from .measure import make_scheduler
-from .pipeline import DDPMExtPipeline
+from .conversion.convert import is_hub_name, open_pipeline
+from .diffusion.images import to_uint8
+from .evaluation.bits_per_dim import bits_per_dim
+from .evaluation.measure import make_scheduler
+from .pipelines.ddpm import DDPMExtPipeline
 
 Shown = Literal["ddpm", "ddim"]  # the samplers whose steps tell x̂_0
 SIDE = 384  # of a shown picture, in screen pixels
@@ -311,4 +311,7 @@ def space_files(model: str, repo_id: str, staging: Path) -> dict[str, Path]:
         files[name] = staging / name
         files[name].write_text(text, encoding="utf-8")
     package = Path(__file__).parent
-    return files | {f"ddpm_ext/{path.name}": path for path in (*package.glob("*.py"), package / "template.md")}
+    sources = (
+        path for path in package.rglob("*") if path.suffix in {".py", ".md", ".parquet"} or path.name == "py.typed"
+    )
+    return files | {path.relative_to(package.parent).as_posix(): path for path in sources}

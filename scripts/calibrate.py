@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 import sys
 
-from ddpm_ext.arguments import parse_options
-from ddpm_ext.calibrate import calibrate
-from ddpm_ext.evaluate_options import CalibrateConfig
-from ddpm_ext.patience import HubError
+from ddpm_ext.cli.arguments import parse_options
+from ddpm_ext.evaluation.calibrate import calibrate
+from ddpm_ext.evaluation.config import CalibrateConfig
+from ddpm_ext.hub.retry import HubError
 from ddpm_ext.run_dir import RunError
 from ddpm_ext.signals import explained, leave
 

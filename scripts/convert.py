@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import sys
 
-from ddpm_ext.arguments import parse_options
-from ddpm_ext.convert import ConvertOptions, convert
+from ddpm_ext.cli.arguments import parse_options
+from ddpm_ext.conversion.convert import ConvertOptions, convert
 from ddpm_ext.signals import explained
 
 

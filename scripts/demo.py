@@ -12,9 +12,9 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ddpm_ext.arguments import parse_options
+from ddpm_ext.cli.arguments import parse_options
 from ddpm_ext.demo import Studio, make_page, space_files
-from ddpm_ext.hub import push_space
+from ddpm_ext.hub.upload import push_space
 from ddpm_ext.signals import explained
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from ddpm_ext import DDPMExtPipeline
-from ddpm_ext.data import load_images
-from ddpm_ext.images import to_uint8, to_x_0
-from ddpm_ext.process import q_sample
-from ddpm_ext.schedules import make_tables
+from ddpm_ext.data.dataset import load_images
+from ddpm_ext.diffusion.images import to_uint8, to_x_0
+from ddpm_ext.diffusion.process import q_sample
+from ddpm_ext.diffusion.schedules import make_tables
 
 STEPS = (0, 50, 100, 200, 300, 500, 700, 999)
 

@@ -13,12 +13,12 @@ import os
 import sys
 from typing import Any
 
-from ddpm_ext.arguments import parse_options
-from ddpm_ext.evaluate import evaluate
-from ddpm_ext.evaluate_options import EvalConfig
-from ddpm_ext.hub import open_repository
-from ddpm_ext.patience import HubError
-from ddpm_ext.publish import publish
+from ddpm_ext.cli.arguments import parse_options
+from ddpm_ext.evaluation.config import EvalConfig
+from ddpm_ext.evaluation.evaluate import evaluate
+from ddpm_ext.hub.retry import HubError
+from ddpm_ext.hub.upload import open_repository
+from ddpm_ext.publishing.publisher import publish
 from ddpm_ext.run_dir import RunError
 from ddpm_ext.signals import explained, leave
 

@@ -1,6 +1,6 @@
 """Write the built-in data set: the 1,797 handwritten digits of the UCI set, 8×8, 1,500 to train and 297 to test.
 
-    python scripts/make_digits.py                     # writes ddpm_ext/digits/{train,test}.parquet
+    python scripts/make_digits.py                     # writes ddpm_ext/data/digits/{train,test}.parquet
     python scripts/make_digits.py --output_dir DIR    # the same files elsewhere
 
 Needs scikit-learn (extra `test`), which carries the set; a few seconds on one core. Run once; its result
@@ -25,7 +25,9 @@ SEED = 0
 def main() -> None:
     """Read the set, permute it once with a fixed seed, write two parquet files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent.parent / "ddpm_ext" / "digits")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path(__file__).parent.parent / "ddpm_ext" / "data" / "digits"
+    )
     output_dir: Path = parser.parse_args().output_dir
 
     source: Any = load_digits()

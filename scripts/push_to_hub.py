@@ -13,10 +13,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ddpm_ext.arguments import parse_options
-from ddpm_ext.card import export_card
-from ddpm_ext.patience import HubError
-from ddpm_ext.publish import publish
+from ddpm_ext.cli.arguments import parse_options
+from ddpm_ext.hub.retry import HubError
+from ddpm_ext.publishing.model_card import export_card
+from ddpm_ext.publishing.publisher import publish
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sys
 
-from ddpm_ext.arguments import parse_options
-from ddpm_ext.export import ReconstructConfig, reconstruct
+from ddpm_ext.cli.arguments import parse_options
 from ddpm_ext.run_dir import RunError
 from ddpm_ext.signals import explained
+from ddpm_ext.training.export import ReconstructConfig, reconstruct
 
 
 def main() -> int:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import sys
 
-from ddpm_ext.arguments import parse_options
+from ddpm_ext.cli.arguments import parse_options
+from ddpm_ext.pipelines.sampling import SampleConfig, sample_to_folder
 from ddpm_ext.run_dir import RunError
-from ddpm_ext.sample import SampleConfig, sample_to_folder
 from ddpm_ext.signals import explained
 
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import sys
 
-from ddpm_ext.arguments import parse_train_config
+from ddpm_ext.cli.arguments import parse_train_config
 from ddpm_ext.run_dir import RunError
 from ddpm_ext.signals import explained
-from ddpm_ext.train import train
+from ddpm_ext.training.run import train
 
 
 def main() -> int:

@@ -49,7 +49,7 @@ def make_impatient() -> None:
 
     from huggingface_hub.utils import _http
 
-    from ddpm_ext import patience
+    from ddpm_ext.hub.upload import retry
 
     def nap(seconds: float) -> None:
         waits.append(seconds)
@@ -57,7 +57,7 @@ def make_impatient() -> None:
 
     quick: Any = SimpleNamespace(sleep=nap, monotonic=time.monotonic)
     _http.time = quick
-    patience.time = quick
+    retry.time = quick
     os.environ.pop("HF_TOKEN", None)
 
 
@@ -139,8 +139,8 @@ def make_run(folder: str, seed: int = 0, widths: tuple[int, ...] = (8, 16)) -> N
 
 def push(folder: str, repo_id: str, token: str | None = "tok-alice", **options: Any) -> dict[str, Any]:
     """What `push_to_hub` returns, or its sentence under "error"; under "waits" the seconds that it waited."""
-    from ddpm_ext.hub import push_to_hub
-    from ddpm_ext.patience import HubError
+    from ddpm_ext.hub.retry import HubError
+    from ddpm_ext.hub.upload import push_to_hub
 
     waits.clear()
     try:
@@ -152,7 +152,7 @@ def push(folder: str, repo_id: str, token: str | None = "tok-alice", **options: 
 def pull(repo_id: str, cache_dir: str, token: str | bool | None = None, **options: Any) -> dict[str, Any]:
     """The weights that `DDPMExtPipeline.from_pretrained` loads, or its sentence under "error"."""
     from ddpm_ext import DDPMExtPipeline
-    from ddpm_ext.patience import HubError
+    from ddpm_ext.hub.retry import HubError
 
     waits.clear()
     try:

@@ -15,7 +15,7 @@ import torch
 
 from ddpm_ext import benchmark
 from ddpm_ext.benchmark import BenchmarkOptions, Row, by_turns, markdown, scheduler_rows, shown
-from ddpm_ext.presets import PRESETS
+from ddpm_ext.training.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 

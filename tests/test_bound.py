@@ -24,7 +24,10 @@ from diffusers import (
 from torch import Tensor
 from torch.testing import assert_close
 
-from ddpm_ext.bound import (
+from ddpm_ext.data.dataset import load_images
+from ddpm_ext.diffusion.images import to_x_0
+from ddpm_ext.diffusion.schedules import kept_times
+from ddpm_ext.evaluation.bits_per_dim import (
     PILOT_FLOOR,
     BitsPerDim,
     bits_per_dim,
@@ -34,13 +37,10 @@ from ddpm_ext.bound import (
     rate_distortion,
     sampled_bound,
 )
-from ddpm_ext.bound_input import grid_images
-from ddpm_ext.data import load_images
-from ddpm_ext.features import make_extractor
-from ddpm_ext.images import to_x_0
-from ddpm_ext.scheduler import DDPMExtScheduler
-from ddpm_ext.schedules import kept_times
-from ddpm_ext.small_evaluation import SmallEvaluation
+from ddpm_ext.evaluation.checks import grid_images
+from ddpm_ext.evaluation.features import make_extractor
+from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
+from ddpm_ext.training.small_evaluation import SmallEvaluation
 from tests import oracles
 
 SHORT = {"num_train_timesteps": 20, "beta_start": 1e-3, "beta_end": 0.6}

@@ -14,17 +14,17 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from ddpm_ext import calibrate as module
-from ddpm_ext import metrics
-from ddpm_ext.bound import bits_per_dim, make_bound
-from ddpm_ext.bound_input import grid_images
-from ddpm_ext.calibrate import calibrate, markdown
-from ddpm_ext.data import load_images
-from ddpm_ext.evaluate_options import CalibrateConfig
-from ddpm_ext.optimal import optimal_trajectory
-from ddpm_ext.pipeline import DDPMExtPipeline
-from ddpm_ext.scheduler import DDPMExtScheduler
-from ddpm_ext.step_errors import drop_variance_head, step_errors
+from ddpm_ext.data.dataset import load_images
+from ddpm_ext.diffusion.analytic import optimal_trajectory
+from ddpm_ext.evaluation import calibrate as module
+from ddpm_ext.evaluation import metrics
+from ddpm_ext.evaluation.bits_per_dim import bits_per_dim, make_bound
+from ddpm_ext.evaluation.calibrate import calibrate, markdown
+from ddpm_ext.evaluation.checks import grid_images
+from ddpm_ext.evaluation.config import CalibrateConfig
+from ddpm_ext.evaluation.denoising_errors import drop_variance_head, step_errors
+from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
+from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 from tests.training import TORCHRUN, finish, start
 
 T = 20

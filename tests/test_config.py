@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_ext.arguments import parse_train_config, to_yaml
-from ddpm_ext.config import NEUTRAL, TrainConfig, config_changes, recorded
-from ddpm_ext.presets import PRESETS
-from ddpm_ext.unet import UNET_PRESETS
+from ddpm_ext.cli.arguments import parse_train_config, to_yaml
+from ddpm_ext.models.unet import UNET_PRESETS
+from ddpm_ext.training.config import NEUTRAL, TrainConfig, config_changes, recorded
+from ddpm_ext.training.presets import PRESETS
 
 # Flags of Diffusers 0.42.1's examples/unconditional_image_generation/train_unconditional.py, but for those of its
 # launcher (local_rank) and of 16-bit pictures (preserve_input_precision).

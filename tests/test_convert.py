@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpm_ext import DDPMExtPipeline
-from ddpm_ext.convert import ConvertOptions, convert, convert_weights, read_weights, sinusoids
-from ddpm_ext.other_codes import ConvertError
+from ddpm_ext.conversion.convert import ConvertOptions, convert, convert_weights, read_weights, sinusoids
+from ddpm_ext.conversion.state_dict_maps import ConvertError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,9 +18,18 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from ddpm_ext import data, decoded
-from ddpm_ext.data import Batch, ImageSet, epoch_order, load_images, positions_to_indices, prefetch, random_flip
-from ddpm_ext.pictures import PictureFormat, decode_picture
+from ddpm_ext.data.dataset import (
+    Batch,
+    ImageSet,
+    dataset,
+    epoch_order,
+    load_images,
+    pixels,
+    positions_to_indices,
+    prefetch,
+    random_flip,
+)
+from ddpm_ext.data.decoding import PictureFormat, decode_picture
 
 
 def random_picture(height: int, width: int, mode: str = "RGB") -> Image.Image:
@@ -254,7 +263,7 @@ def test_the_built_in_digits_are_those_of_scikit_learn() -> None:
 
 
 def test_the_digits_name_their_source_and_licence() -> None:
-    text = (Path(data.__file__).parent / "digits" / "SOURCE.md").read_text(encoding="utf-8")
+    text = (Path(dataset.__file__).parent / "digits" / "SOURCE.md").read_text(encoding="utf-8")
     assert "Alpaydin" in text
     assert "CC BY 4.0" in text
 
@@ -435,7 +444,7 @@ def test_the_file_is_written_once_and_read_by_the_others(
     parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = open_kept(parquet, "file", tmp_path)
-    monkeypatch.setattr(decoded, "decode_picture", None)  # nobody decodes again
+    monkeypatch.setattr(pixels, "decode_picture", None)  # nobody decodes again
     second = open_kept(parquet, "file", tmp_path)
     assert second.fingerprint == first.fingerprint
     assert torch.equal(second.batch([1, 2]).pixels, first.batch([1, 2]).pixels)
@@ -448,7 +457,7 @@ def test_an_interrupted_write_leaves_nothing_that_counts(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(decoded.np, "save", stop)
+        patched.setattr(pixels.np, "save", stop)
         with pytest.raises(KeyboardInterrupt):
             open_kept(parquet, "file", tmp_path)
     assert len(open_kept(parquet, "file", tmp_path)) == 18
@@ -457,7 +466,7 @@ def test_an_interrupted_write_leaves_nothing_that_counts(
 def test_a_full_disk_is_said_before_anything_is_written(
     parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoded.shutil, "disk_usage", lambda _: _Usage)
+    monkeypatch.setattr(pixels.shutil, "disk_usage", lambda _: _Usage)
     with pytest.raises(ValueError, match=r"needs 3,840 bytes .* and has 100: set cache_dir"):
         open_kept(parquet, "file", tmp_path)
 
@@ -469,13 +478,13 @@ class _Usage:
 def test_several_who_start_at_once_write_one_file(
     parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode, calls = decoded.decode_picture, []
+    decode, calls = pixels.decode_picture, []
 
     def counted(*arguments: Any) -> np.ndarray:
         calls.append(1)
         return decode(*arguments)
 
-    monkeypatch.setattr(decoded, "decode_picture", counted)
+    monkeypatch.setattr(pixels, "decode_picture", counted)
     load_images(parquet, resolution=8, channels=3)  # datasets' own cache is made
     calls.clear()
     with ThreadPoolExecutor(4) as pool:
@@ -495,7 +504,7 @@ def test_a_cache_beside_the_folder_does_not_grow_into_it(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_several_processes_may_start_at_once(parquet: str, tmp_path: Path) -> None:
     code = (
-        "import sys; from ddpm_ext.data import load_images\n"
+        "import sys; from ddpm_ext.data.dataset import load_images\n"
         "s = load_images(sys.argv[1], resolution=8, channels=3, cache_dir=sys.argv[2], memory_bytes=0)\n"
         "print(s.fingerprint, s.batch(range(len(s))).pixels.long().sum().item())"
     )

@@ -25,8 +25,8 @@ from hub_worker import Client, fixture_client, fixture_hub  # noqa: F401
 from PIL import Image
 
 from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
-from ddpm_ext.bound import bits_per_dim
 from ddpm_ext.demo import SHOWN_STEPS, SIDE, Buttons, Studio, in_a_row, make_page, space_files
+from ddpm_ext.evaluation.bits_per_dim import bits_per_dim
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,7 +59,7 @@ def other(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_generate_ends_with_what_the_pipeline_draws(model: str, sampler: Any) -> None:
-    from ddpm_ext.measure import make_scheduler
+    from ddpm_ext.evaluation.measure import make_scheduler
 
     studio = Studio(model)
     shown = list(studio.generate(60, sampler, seed=3, count=2))
@@ -78,7 +78,7 @@ def test_generate_ends_with_what_the_pipeline_draws(model: str, sampler: Any) ->
 
 def drawn(model: str, sampler: Any, seed: int, steps: int, **labels: Any) -> Image.Image:
     """Two pictures that a pipeline of its own draws, side by side."""
-    from ddpm_ext.measure import make_scheduler
+    from ddpm_ext.evaluation.measure import make_scheduler
 
     pipe: Any = DDPMExtPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
@@ -267,7 +267,7 @@ def test_the_buttons_of_the_real_page(model: str, other: str, monkeypatch: pytes
 
 
 def push_page(repo_id: str, staging: str) -> tuple[str, bool]:
-    from ddpm_ext.hub import push_space
+    from ddpm_ext.hub.upload import push_space
 
     Path(staging).mkdir(exist_ok=True)
     push = push_space(space_files("alice/digits", repo_id, Path(staging)), repo_id, token="tok-alice")
@@ -281,7 +281,7 @@ def test_the_page_is_pushed_as_a_space(hub: Hub, client: Client, tmp_path: Path)
     assert b"sdk: gradio" in files["README.md"] and b"app_file: app.py" in files["README.md"]
     assert b"Studio('alice/digits')" in files["app.py"]
     assert {"gradio"} < {line.split(">")[0] for line in files["requirements.txt"].decode().split()}
-    assert {f"ddpm_ext/{path.name}" for path in (ROOT / "ddpm_ext").glob("*.py")} < files.keys()
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "ddpm_ext").rglob("*.py")} < files.keys()
     assert hub.requests("POST", "/api/spaces/alice/digits-demo/commit")
     assert client(push_page, "alice/digits-demo", str(tmp_path / "staging"))[1] is False
     assert len(hub.history("alice/digits-demo")) == 2

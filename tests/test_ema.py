@@ -10,8 +10,8 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from ddpm_ext.config import TrainConfig
-from ddpm_ext.ema import (
+from ddpm_ext.training.config import TrainConfig
+from ddpm_ext.training.ema import (
     PowerFunctionEMA,
     gamma_of,
     make_averages,

@@ -21,24 +21,24 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from PIL import Image
 
-from ddpm_ext import evaluate as evaluation
-from ddpm_ext import metrics
-from ddpm_ext.arguments import parse_options
-from ddpm_ext.bound import bits_per_dim, make_bound, rate_distortion
-from ddpm_ext.bound_input import grid_images
-from ddpm_ext.calibrate import calibrate
-from ddpm_ext.data import load_images
-from ddpm_ext.evaluate import evaluate, merge
-from ddpm_ext.evaluate_options import CalibrateConfig, EvalConfig
-from ddpm_ext.features import Extractor, Features, make_extractor, weights_hash
-from ddpm_ext.measure import dict_of, make_scheduler, network_hash, set_bound
-from ddpm_ext.pipeline import DDPMExtPipeline
-from ddpm_ext.reference import load_reference, make_reference
-from ddpm_ext.scheduler import DDPMExtScheduler
-from ddpm_ext.shards import load_checked, run_shards, save_whole
-from ddpm_ext.small_evaluation import SmallEvaluation
-from ddpm_ext.step_errors import drop_variance_head, set_errors, step_errors
-from ddpm_ext.tables import markdown
+from ddpm_ext.cli.arguments import parse_options
+from ddpm_ext.data.dataset import load_images
+from ddpm_ext.evaluation import evaluate as evaluation
+from ddpm_ext.evaluation import metrics
+from ddpm_ext.evaluation.bits_per_dim import bits_per_dim, make_bound, rate_distortion
+from ddpm_ext.evaluation.calibrate import calibrate
+from ddpm_ext.evaluation.checks import grid_images
+from ddpm_ext.evaluation.config import CalibrateConfig, EvalConfig
+from ddpm_ext.evaluation.denoising_errors import drop_variance_head, set_errors, step_errors
+from ddpm_ext.evaluation.evaluate import evaluate, merge
+from ddpm_ext.evaluation.features import Extractor, Features, make_extractor, weights_hash
+from ddpm_ext.evaluation.measure import dict_of, make_scheduler, network_hash, set_bound
+from ddpm_ext.evaluation.reference import load_reference, make_reference
+from ddpm_ext.evaluation.report import markdown
+from ddpm_ext.evaluation.sharded import load_checked, run_shards, save_whole
+from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
+from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
+from ddpm_ext.training.small_evaluation import SmallEvaluation
 from tests.training import ROOT, TORCHRUN, finish, start
 
 
@@ -603,8 +603,8 @@ def test_a_piece_of_something_else_is_refused(tmp_path: Path) -> None:
 
 KEY_OF_A_SPARSE_CONFIG = """
 from diffusers import DDPMScheduler
-from ddpm_ext.measure import dict_of, make_scheduler
-from ddpm_ext.shards import key_hash
+from ddpm_ext.evaluation.measure import dict_of, make_scheduler
+from ddpm_ext.evaluation.sharded import key_hash
 
 sparse = DDPMScheduler.from_config({"num_train_timesteps": 50, "beta_end": 0.3, "clip_sample": False})
 for sampler in ("ddpm", "ddim", "dpm++"):

@@ -13,8 +13,16 @@ import transformers
 from torch import Tensor
 from torch.testing import assert_close
 
-from ddpm_ext import features
-from ddpm_ext.features import Features, Preprocessing, extract, hand_off, inception, make_extractor, weights_hash
+from ddpm_ext.evaluation import features
+from ddpm_ext.evaluation.features import (
+    Features,
+    Preprocessing,
+    extract,
+    hand_off,
+    inception,
+    make_extractor,
+    weights_hash,
+)
 
 
 def images(n: int = 6, channels: int = 3, size: int = 8) -> Tensor:

@@ -12,8 +12,8 @@ import pytest
 from hub_server import Hub
 from hub_worker import Client, fixture_client, fixture_hub, fixture_run, make_run, push, tree  # noqa: F401
 
-from ddpm_ext.patience import HubError
-from ddpm_ext.repository import collect, git_sha1, minimal_card
+from ddpm_ext.hub.files import collect, git_sha1, minimal_card
+from ddpm_ext.hub.retry import HubError
 
 PUSHED = {
     ".gitattributes",
@@ -269,7 +269,7 @@ def background(folder: str, times: int) -> dict[str, Any]:
     import threading
     import time
 
-    from ddpm_ext import hub
+    from ddpm_ext.hub import upload as hub
 
     gate, real, pushed, blocked = threading.Event(), hub.push_to_hub, [], []
 
@@ -306,8 +306,8 @@ def test_a_push_in_the_background_blocks_nothing_and_the_newest_wins(hub: Hub, c
 
 
 def failing_background(folder: str) -> str:
-    from ddpm_ext.hub import BackgroundPush
-    from ddpm_ext.patience import HubError
+    from ddpm_ext.hub.retry import HubError
+    from ddpm_ext.hub.upload import BackgroundPush
 
     push = BackgroundPush("bob/digits", token="tok-alice")
     push.push(folder)
@@ -325,7 +325,7 @@ def test_a_failed_push_in_the_background_is_told_at_the_end(hub: Hub, client: Cl
 
 
 def train_and_publish(folder: str, pushes: int) -> dict[str, Any]:
-    from ddpm_ext.publish import Publisher
+    from ddpm_ext.publishing.publisher import Publisher
 
     publisher = Publisher(folder, "digits", token="tok-alice", license="mit")
     (Path(folder) / "README.md").unlink()
@@ -351,8 +351,8 @@ def test_a_training_publishes_its_card_each_time_and_awaits_the_last(hub: Hub, c
 
 
 def refused_publisher(folder: str, repo_id: str, token: str | None) -> str:
-    from ddpm_ext.patience import HubError
-    from ddpm_ext.publish import Publisher
+    from ddpm_ext.hub.retry import HubError
+    from ddpm_ext.publishing.publisher import Publisher
 
     try:
         Publisher(folder, repo_id, token=token)
@@ -377,8 +377,8 @@ def test_what_cannot_be_pushed_is_told_before_the_training(
 
 
 def publish_run(folder: str, repo_id: str, **options: Any) -> str:
-    from ddpm_ext.patience import HubError
-    from ddpm_ext.publish import publish
+    from ddpm_ext.hub.retry import HubError
+    from ddpm_ext.publishing.publisher import publish
 
     try:
         publish(folder, repo_id, token="tok-alice", **options)

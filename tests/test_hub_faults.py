@@ -10,7 +10,7 @@ import pytest
 from hub_server import Hub
 from hub_worker import Client, fixture_client, fixture_hub, fixture_run, push, tree  # noqa: F401
 
-from ddpm_ext.patience import Errand, HubError, Patience, in_sentences, patiently
+from ddpm_ext.hub.retry import Errand, HubError, Patience, in_sentences, patiently
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -235,7 +235,7 @@ def test_a_card_that_the_hub_does_not_accept_stops_before_any_upload(hub: Hub, c
 
 def test_waits_double_up_to_the_longest_and_end_with_the_tries(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("ddpm_ext.patience.time.sleep", slept.append)
+    monkeypatch.setattr("ddpm_ext.hub.retry.time.sleep", slept.append)
 
     def fails() -> None:
         raise TimeoutError("slow")
@@ -266,7 +266,7 @@ def test_an_error_of_ours_is_neither_retried_nor_renamed(monkeypatch: pytest.Mon
 
 def test_a_push_offline_is_told(tmp_path: Path) -> None:
     """In this process the Hub is offline, as conftest.py has it."""
-    from ddpm_ext.hub import push_to_hub
+    from ddpm_ext.hub.upload import push_to_hub
 
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(HubError, match=r"^HF_HUB_OFFLINE forbids to ask the Hub\. The local files are as they were"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ddpm_ext.images import to_uint8, to_x_0
+from ddpm_ext.diffusion.images import to_uint8, to_x_0
 
 LEVELS = torch.arange(256, dtype=torch.uint8)
 

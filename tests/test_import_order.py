@@ -1,4 +1,4 @@
-"""The order of the house: a file imports only files above it, scripts import the package and never each other."""
+"""The layers of the package: a folder imports only folders before it, files import each other without a circle."""
 
 from __future__ import annotations
 
@@ -6,197 +6,175 @@ import ast
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "ddpm_ext"
 
-# The road of a picture, top to bottom. `__init__` stands last; its `__version__` alone may be read by everyone.
-MATHEMATICS = ["images", "schedules", "process", "reverse", "likelihood", "losses", "optimal", "denoise_diffusion"]
-DIFFUSERS_SHAPE = [
-    "unet",
-    "step_input",
-    "scheduler_options",
-    "chain",
-    "scheduler",
-    "patience",
-    "repository",
-    "hub_client",
-    "hub",
-    "pull",
-    "pipeline",
-    "bound_input",
-    "bound",
+# Lowest first. What stands between two commas may import everything before it; neighbours in one entry, each other.
+LAYERS: list[set[str]] = [
+    {"errors"},
+    {"run_dir"},
+    {"distributed", "signals"},
+    {"diffusion"},
+    {"hub"},
+    {"models", "schedulers", "pipelines"},
+    {"data"},
+    {"evaluation"},
+    {"publishing"},
+    {"training"},
+    {"conversion", "demo", "benchmark", "cli"},
+    {"__init__", "__main__"},
 ]
-WORK = [
-    "config",
-    "presets",
-    "arguments",
-    "pictures",
-    "sources",
-    "decoded",
-    "data",
-    "stream",
-    "ema",
-    "run_dir",
-    "signals",
-    "checkpoint",
-    "launch",
-    "randomness",
-    "timesteps",
-    "sample",
-    "features",
-    "metrics",
-    "shards",
-    "reference",
-    "measure",
-    "plots",
-    "tables",
-    "figures",
-    "evaluate_options",
-    "evaluate",
-    "small_evaluation",
-    "step_errors",
-    "calibrate",
-    "other_codes",
-    "convert",
-    "card",
-    "publish",
-    "demo",
-    "assemble",
-    "progress",
-    "resume",
-    "updates",
-    "dry_run",
-    "export",
-    "watch",
-    "train",
-    "benchmark",
-]
-ORDER = [*MATHEMATICS, *DIFFUSERS_SHAPE, *WORK, "__init__"]
-# Mathematics opens no file, starts no process and draws no hidden number.
-IMPURE = {
-    "os",
-    "io",
-    "pathlib",
-    "shutil",
-    "subprocess",
-    "tempfile",
-    "random",
-    "secrets",
-    "threading",
-    "multiprocessing",
-}
+# Diffusion draws no hidden number and touches no file: torch, numpy and these of the standard library.
+PURE = {"__future__", "collections", "dataclasses", "enum", "functools", "itertools", "math", "operator", "typing"}
 
 
-def imported(source: str) -> set[tuple[str, str]]:
-    """Every import of a file, also inside functions: (module, name), name "" for a plain `import module`."""
-    found: set[tuple[str, str]] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {(alias.name, "") for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if node.level:
-                module = f"ddpm_ext.{module}" if module else "ddpm_ext"
-            found |= {(module, alias.name) for alias in node.names}
-    return found
-
-
-def files_of_package(source: str) -> set[str]:
-    """The files of ddpm_ext that a source imports, by their names in ORDER."""
-    names = set()
-    for module, name in imported(source):
-        if module == "ddpm_ext":
-            if name != "__version__":
-                names.add(name if name in ORDER else "__init__")
-        elif module.startswith("ddpm_ext."):
-            names.add(module.split(".")[1])
+def _modules() -> dict[str, Path]:
+    """Dotted name below ddpm_ext -> file; the package of a folder has the folder's name."""
+    names = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
+        if parts[-1] == "__init__" and len(parts) > 1:
+            parts.pop()
+        names[".".join(parts)] = path
     return names
 
 
-def broken_order(name: str, source: str) -> list[str]:
-    """What a file of the package imports from itself or from below, in sentences."""
-    if name not in ORDER:
-        return [
-            f"ddpm_ext/{name}.py is not in the order: put it into tests/test_import_order.py and the README's list."
-        ]
-    above = set(ORDER[: ORDER.index(name)])
+MODULES = _modules()
+
+
+def imported(module: str, source: str, *, at_import: bool = False) -> set[str]:
+    """The modules of ddpm_ext that a source imports, by dotted name; `at_import`: outside functions only."""
+    package = MODULES[module].name == "__init__.py" and module != "__init__"
+    here = [] if module == "__init__" else module.split(".") if package else module.split(".")[:-1]
+    found: set[str] = set()
+    for node in _imports(ast.parse(source), at_import):
+        if isinstance(node, ast.Import):
+            targets = [(alias.name, None) for alias in node.names]
+        else:
+            base = here[: len(here) - node.level + 1] if node.level else []
+            prefix = ".".join((["ddpm_ext", *base] if node.level else []) + ([node.module] if node.module else []))
+            targets = [(prefix, alias.name) for alias in node.names]
+        for target, name in targets:
+            if target.split(".")[0] != "ddpm_ext":
+                continue
+            inner = target.removeprefix("ddpm_ext").lstrip(".")
+            whole = f"{inner}.{name}".lstrip(".") if name else inner
+            if whole != "__version__":
+                found.add(whole if whole in MODULES else inner or "__init__")
+    return found
+
+
+def _imports(tree: ast.AST, at_import: bool) -> list[ast.Import | ast.ImportFrom]:
+    found: list[ast.Import | ast.ImportFrom] = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found.append(node)
+        elif not (at_import and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):
+            found += _imports(node, at_import)
+    return found
+
+
+def layer(module: str) -> int:
+    """The layer of a module; an unknown folder has none."""
+    folder = module.split(".")[0]
+    return next(i for i, names in enumerate(LAYERS) if folder in names)
+
+
+def upwards(module: str, source: str) -> list[str]:
+    """The imports of a module from a layer above its own, in sentences."""
     return [
-        f"ddpm_ext/{name}.py imports ddpm_ext/{other}.py, which does not stand above it."
-        for other in sorted(files_of_package(source) - above)
+        f"{module} imports {other}, which stands above it."
+        for other in sorted(imported(module, source))
+        if layer(other) > layer(module)
     ]
 
 
-def broken_mathematics(name: str, source: str) -> list[str]:
-    """What a mathematics file imports beside torch, numpy and the pure part of the standard library, in sentences."""
-    allowed = (set(sys.stdlib_module_names) - IMPURE) | {"torch", "numpy", "ddpm_ext"}
-    roots = {module.split(".")[0] for module, _ in imported(source)}
-    return [f"ddpm_ext/{name}.py is mathematics and imports {root}." for root in sorted(roots - allowed)]
+def impure(source: str) -> set[str]:
+    """The libraries that a source imports and mathematics may not."""
+    roots: set[str] = set()
+    for node in _imports(ast.parse(source), False):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif not node.level:
+            roots.add((node.module or "").split(".")[0])
+    return roots - PURE - {"torch", "numpy", "ddpm_ext"}
 
 
-def broken_script(name: str, source: str, scripts: set[str]) -> list[str]:
-    """What is wrong with a script, in sentences."""
-    modules = {part for module, _ in imported(source) for part in (module, module.split(".")[0])}
-    wrong = [f"scripts/{name}.py imports the script {other}." for other in sorted(modules & (scripts | {"scripts"}))]
-    if (lines := len(source.splitlines())) > 60:
-        wrong.append(f"scripts/{name}.py has {lines} lines, at most 60 are allowed.")
-    return wrong
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The circles of a graph, each as the list of its modules."""
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def walk(node: str, path: list[str]) -> None:
+        if node in path:
+            found.append(path[path.index(node) :])
+        elif node not in done:
+            for other in sorted(graph.get(node, ())):
+                walk(other, [*path, node])
+            done.add(node)
+
+    for node in sorted(graph):
+        walk(node, [])
+    return found
 
 
-def sources(folder: str) -> dict[str, str]:
-    return {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / folder).glob("*.py"))}
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_nothing_from_a_layer_above(module: str) -> None:
+    assert upwards(module, MODULES[module].read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize("name", sources("ddpm_ext"))
-def test_a_file_imports_only_files_above_it(name: str) -> None:
-    assert broken_order(name, sources("ddpm_ext")[name]) == []
+def test_files_import_each_other_without_a_circle() -> None:
+    graph = {
+        module: imported(module, path.read_text(encoding="utf-8"), at_import=True) - {module}
+        for module, path in MODULES.items()
+        if path.name != "__init__.py"
+    }
+    assert circles(graph) == []
 
 
-@pytest.mark.parametrize("name", [name for name in MATHEMATICS if name in sources("ddpm_ext")])
-def test_mathematics_imports_torch_and_numpy_alone(name: str) -> None:
-    assert broken_mathematics(name, sources("ddpm_ext")[name]) == []
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if m.startswith("diffusion")))
+def test_diffusion_imports_torch_and_numpy_only(module: str) -> None:
+    assert impure(MODULES[module].read_text(encoding="utf-8")) == set()
 
 
-@pytest.mark.parametrize("name", sources("scripts"))
-def test_a_script_is_thin_and_imports_no_other_script(name: str) -> None:
-    scripts = sources("scripts")
-    # A script may have the name of a file of the package ("train"): `from ddpm_ext.train import` is then the package.
-    assert broken_script(name, scripts[name], set(scripts)) == []
+def test_no_folder_has_a_name_of_a_pipeline_of_diffusers() -> None:
+    """Diffusers would look for our classes among its own: it decides by the folder of a class."""
+    folders = {path.parent.name for path in PACKAGE.rglob("*.py")}
+    assert {name for name in folders if hasattr(diffusers.pipelines, name)} == set()
+    assert hasattr(diffusers.pipelines, "ddpm")  # the check can fail
 
 
-def test_the_package_has_no_folder_of_code() -> None:
-    folders = [path.parent.name for path in (ROOT / "ddpm_ext").glob("*/*.py")]
-    assert folders == [], f"ddpm_ext is flat: found code in {folders}."
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
+def test_a_script_imports_no_other_script(path: Path) -> None:
+    scripts = {other.stem for other in (ROOT / "scripts").glob("*.py")} - set(sys.stdlib_module_names)
+    roots = set()
+    for node in _imports(ast.parse(path.read_text(encoding="utf-8")), False):
+        roots |= {a.name.split(".")[0] for a in node.names} if isinstance(node, ast.Import) else {node.module}
+    assert roots & (scripts | {"scripts"}) == set()
 
 
 @pytest.mark.parametrize(
     "source",
     [
-        "import ddpm_ext.train",
-        "from ddpm_ext.train import train",
-        "from ddpm_ext import train",
-        "from .train import train",
-        "from . import train",
+        "import ddpm_ext.training.run",
+        "from ddpm_ext.training.run import train",
+        "from ..training.run import train",
+        "from ..training import run",
         "from ddpm_ext import DDPMExtPipeline",
-        "import ddpm_ext.process",
-        "def f():\n    from ddpm_ext.losses import training_loss",
+        "def f():\n    from ..evaluation.metrics import frechet_distance",
     ],
 )
-def test_an_import_from_below_is_seen(source: str) -> None:
-    assert len(broken_order("process", source)) == 1
+def test_an_import_from_above_is_seen(source: str) -> None:
+    assert len(upwards("diffusion.process", source)) == 1
 
 
-def test_what_is_right_passes() -> None:
-    source = "import torch\nfrom ddpm_ext import __version__\nfrom .images import to_x_0\nimport ddpm_ext.schedules"
-    assert broken_order("process", source) == []
-    assert broken_mathematics("process", source) == []
-    assert broken_script("train", "from ddpm_ext.train import train", {"train", "sample"}) == []
-
-
-def test_an_unlisted_file_impure_mathematics_and_a_wrong_script_are_seen() -> None:
-    assert "not in the order" in broken_order("helpers", "")[0]
-    assert broken_mathematics("process", "import os") == ["ddpm_ext/process.py is mathematics and imports os."]
-    assert broken_mathematics("process", "from diffusers import UNet2DModel")
-    assert "imports the script sample" in broken_script("train", "from sample import main", {"train", "sample"})[0]
-    assert broken_script("train", "import scripts.sample", {"train", "sample"})
-    assert "61 lines" in broken_script("train", "\n" * 61, {"train"})[0]
+def test_what_is_right_passes_and_circles_and_impurity_are_seen() -> None:
+    source = "import torch\nfrom ddpm_ext import __version__\nfrom .images import to_x_0\nimport ddpm_ext.run_dir"
+    assert upwards("diffusion.process", source) == []
+    assert impure(source) == set()
+    assert impure("import os\nfrom diffusers import UNet2DModel") == {"os", "diffusers"}
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == [["a", "b", "c"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}}) == []

@@ -34,10 +34,10 @@ from training import (
     weights,
 )
 
-from ddpm_ext.config import TrainConfig
-from ddpm_ext.launch import FSDP_ON_CPU, asked_of_accelerate, refuse_idle_precision
+from ddpm_ext.distributed import FSDP_ON_CPU, asked_of_accelerate, refuse_idle_precision
 from ddpm_ext.run_dir import RunError
 from ddpm_ext.signals import PREEMPTED
+from ddpm_ext.training.config import TrainConfig
 
 CONFIGS = ROOT / "accelerate_configs"
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ddpm_ext.images import HALF_RANGE
-from ddpm_ext.likelihood import (
+from ddpm_ext.diffusion.images import HALF_RANGE
+from ddpm_ext.diffusion.likelihood import (
     BoundTerms,
     decoder_nll,
     discretized_log_likelihood,

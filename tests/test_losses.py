@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from ddpm_ext.losses import bound_term, min_snr_weight, training_loss, uniform_timesteps
-from ddpm_ext.process import jump, q_sample, training_target
-from ddpm_ext.schedules import Tables, make_tables
+from ddpm_ext.diffusion.losses import bound_term, min_snr_weight, training_loss, uniform_timesteps
+from ddpm_ext.diffusion.process import jump, q_sample, training_target
+from ddpm_ext.diffusion.schedules import Tables, make_tables
 from tests import oracles
 from tests.test_process import PREDICTIONS, TABLES, images, noise
 

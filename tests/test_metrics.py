@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_ext import metrics
+from ddpm_ext.evaluation import metrics
 from tests import oracles
 
 AGREE = {"rel": 1e-6, "abs": 1e-6}

@@ -14,10 +14,10 @@ from PIL import Image
 
 pytest.importorskip("matplotlib", reason="matplotlib (extra plots) is not installed")
 
-from ddpm_ext import figures, plots
-from ddpm_ext.data import load_images
-from ddpm_ext.images import to_x_0
-from ddpm_ext.pipeline import DDPMExtPipeline
+from ddpm_ext.data.dataset import load_images
+from ddpm_ext.diffusion.images import to_x_0
+from ddpm_ext.evaluation import figures, plots
+from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from tests.test_evaluate import score, small, tiny_scheduler, tiny_unet
 
 
@@ -223,7 +223,7 @@ def test_copies_would_show_beside_their_originals(rows_of_grids: list[dict[str, 
 
 
 def test_the_command_draws_what_it_measured(tmp_path: Path) -> None:
-    from ddpm_ext.evaluate import evaluate
+    from ddpm_ext.evaluation.evaluate import evaluate
 
     DDPMExtPipeline(tiny_unet(), tiny_scheduler()).save_pretrained(tmp_path / "pipeline")
     options = {"metrics": "bpd,fid", "plots": True, "num_inference_steps": "3,5"}

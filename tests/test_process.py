@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from ddpm_ext.process import (
+from ddpm_ext.diffusion.process import (
     jump,
     predict_eps,
     predict_x_0,
@@ -18,7 +18,7 @@ from ddpm_ext.process import (
     q_step,
     training_target,
 )
-from ddpm_ext.schedules import make_tables
+from ddpm_ext.diffusion.schedules import make_tables
 from tests import oracles
 
 TABLES = make_tables()

@@ -251,7 +251,7 @@ def test_stock_diffusers_loads_and_samples_without_this_package(hub: Hub, pushed
 
 def pixels_of(name: str, cache_dir: str) -> list[Any]:
     """Number, shape and sum of a data set's pictures."""
-    from ddpm_ext.data import load_images
+    from ddpm_ext.data.dataset import load_images
 
     images = load_images(name, cache_dir=cache_dir)
     batch = images.batch(list(range(len(images)))).pixels
@@ -259,7 +259,7 @@ def pixels_of(name: str, cache_dir: str) -> list[Any]:
 
 
 def test_a_data_set_of_the_hub_is_the_one_on_disk(hub: Hub, client: Client, tmp_path: Path) -> None:
-    digits = Path(__file__).parent.parent / "ddpm_ext" / "digits"
+    digits = Path(__file__).parent.parent / "ddpm_ext" / "data" / "digits"
     hub.create("alice/digits-data")
     files = {f"data/{split}-00000-of-00001.parquet": digits / f"{split}.parquet" for split in ("train", "test")}
     hub.commit(

@@ -15,8 +15,8 @@ from test_docs import python_blocks
 from test_import_order import ORDER
 
 from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
-from ddpm_ext.arguments import parse_train_config
-from ddpm_ext.unet import build_unet
+from ddpm_ext.cli.arguments import parse_train_config
+from ddpm_ext.models.unet import build_unet
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from ddpm_ext.process import jump
-from ddpm_ext.reverse import (
+from ddpm_ext.diffusion.process import jump
+from ddpm_ext.diffusion.reverse import (
     clip_x_0,
     decoder_log_var,
     p_mean_variance,
@@ -19,7 +19,7 @@ from ddpm_ext.reverse import (
     threshold_x_0,
     variance_bounds,
 )
-from ddpm_ext.schedules import make_tables
+from ddpm_ext.diffusion.schedules import make_tables
 from tests import oracles
 from tests.test_process import BAR, PREDICTIONS, TABLES, noise
 

@@ -14,11 +14,18 @@ from PIL import Image
 from training import TORCHRUN, finish, forget_accelerator, run_here, start, weights
 
 from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
-from ddpm_ext.arguments import parse_options
-from ddpm_ext.export import ReconstructConfig, reconstruct
+from ddpm_ext.cli.arguments import parse_options
+from ddpm_ext.pipelines.sampling import (
+    SampleConfig,
+    SamplingStopped,
+    make_grid,
+    sample_images,
+    sample_to_folder,
+    save_png,
+)
 from ddpm_ext.run_dir import RunError
-from ddpm_ext.sample import SampleConfig, SamplingStopped, make_grid, sample_images, sample_to_folder, save_png
 from ddpm_ext.signals import PREEMPTED
+from ddpm_ext.training.export import ReconstructConfig, reconstruct
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.testing import assert_close
 
-from ddpm_ext.scheduler import DDPMExtScheduler
+from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 from tests import oracles
 from tests.test_process import noise
 

@@ -12,8 +12,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from ddpm_ext import DDPMExtScheduler
-from ddpm_ext.optimal import optimal_trajectory, sampling_cap
-from ddpm_ext.schedules import kept_times, make_tables
+from ddpm_ext.diffusion.analytic import optimal_trajectory, sampling_cap
+from ddpm_ext.diffusion.schedules import kept_times, make_tables
 
 TABLES = make_tables()
 GEN = torch.Generator

@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.testing import assert_close
 
-from ddpm_ext.scheduler import DDPMExtScheduler
+from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 from tests.test_process import noise
 
 SHAPE = (3, 2, 4, 4)
@@ -160,8 +160,8 @@ def test_add_noise_and_velocity_compile():
 
 
 def test_a_training_loss_compiles():
-    from ddpm_ext.losses import training_loss
-    from ddpm_ext.process import q_sample
+    from ddpm_ext.diffusion.losses import training_loss
+    from ddpm_ext.diffusion.process import q_sample
 
     tables = DDPMExtScheduler().tables
     x_0, eps, t = noise(1, SHAPE).tanh(), noise(2, SHAPE), torch.tensor([0, 5, 999])

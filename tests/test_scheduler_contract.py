@@ -21,7 +21,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 from torch.testing import assert_close
 
-from ddpm_ext.scheduler import DDPMExtScheduler
+from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 from tests.test_process import noise
 
 OPTIONS: list[dict] = [

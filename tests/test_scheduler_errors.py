@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_ext.scheduler import DDPMExtScheduler
+from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 from tests.test_process import noise
 
 X, OUTPUT = noise(0, (3, 2, 4, 4)), noise(1, (3, 2, 4, 4))

@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.testing import assert_close
 
-from ddpm_ext.schedules import kept_times, make_tables
+from ddpm_ext.diffusion.schedules import kept_times, make_tables
 from tests import oracles
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")

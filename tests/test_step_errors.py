@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from ddpm_ext.bound import BitsPerDim, bits_per_dim, full_sweep, make_bound
-from ddpm_ext.measure import SetBound, is_fixed, under_fixed_variance
-from ddpm_ext.optimal import optimal_trajectory
-from ddpm_ext.process import PredictionType
-from ddpm_ext.scheduler import DDPMExtScheduler
-from ddpm_ext.schedules import kept_times, make_tables
-from ddpm_ext.step_errors import drop_variance_head, mean_error, step_errors
-from ddpm_ext.unet import build_unet
+from ddpm_ext.diffusion.analytic import optimal_trajectory
+from ddpm_ext.diffusion.process import PredictionType
+from ddpm_ext.diffusion.schedules import kept_times, make_tables
+from ddpm_ext.evaluation.bits_per_dim import BitsPerDim, bits_per_dim, full_sweep, make_bound
+from ddpm_ext.evaluation.denoising_errors import drop_variance_head, mean_error, step_errors
+from ddpm_ext.evaluation.measure import SetBound, is_fixed, under_fixed_variance
+from ddpm_ext.models.unet import build_unet
+from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 
 TABLES = make_tables()
 SHORT = make_tables("squaredcos_cap_v2", 20)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_ext.data import Batch, load_images
-from ddpm_ext.stream import ImageStream, file_mark, stream_images
+from ddpm_ext.data.dataset import Batch, load_images
+from ddpm_ext.data.streaming import ImageStream, file_mark, stream_images
 
 SHARDS = (300, 290, 280, 310, 270, 260, 290)
 NUM_IMAGES, BATCH, BLOCK = sum(SHARDS), 48, 128  # 2,000 is a multiple of neither

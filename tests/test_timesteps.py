@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.testing import assert_close
 
-from ddpm_ext.losses import (
+from ddpm_ext.diffusion.losses import (
     REMEMBERED,
     LossHistory,
     empty_history,
@@ -20,8 +20,8 @@ from ddpm_ext.losses import (
     remember,
     weighted_timesteps,
 )
-from ddpm_ext.progress import Meter
-from ddpm_ext.timesteps import Timesteps, uniforms
+from ddpm_ext.training.monitor import Meter
+from ddpm_ext.training.timestep_samplers import Timesteps, uniforms
 from tests.training import TORCHRUN, assert_bitwise_equal, finish, forget_accelerator, options, run_here, start, weights
 
 T = 6
@@ -155,8 +155,8 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
 
 
 def test_presets_of_learned_variances_are_ready() -> None:
-    from ddpm_ext.assemble import build_scheduler, network_config
-    from ddpm_ext.presets import PRESETS
+    from ddpm_ext.training.builders import build_scheduler, network_config
+    from ddpm_ext.training.presets import PRESETS
 
     for name, channels in (("iddpm-cifar10", 6), ("digits-learned", 2)):
         config = PRESETS[name].config

@@ -36,16 +36,17 @@ from training import (
     weights,
 )
 
-from ddpm_ext import DDPMExtPipeline, assemble, launch
-from ddpm_ext.arguments import parse_train_config
-from ddpm_ext.config import TrainConfig
-from ddpm_ext.data import load_images
-from ddpm_ext.launch import check_world, make_accelerator
-from ddpm_ext.progress import Meter, Progress
-from ddpm_ext.randomness import draw
+from ddpm_ext import DDPMExtPipeline, distributed
+from ddpm_ext.cli.arguments import parse_train_config
+from ddpm_ext.data.dataset import load_images
+from ddpm_ext.distributed import check_world, make_accelerator
 from ddpm_ext.run_dir import RunDir, RunError
 from ddpm_ext.signals import PREEMPTED, explained
-from ddpm_ext.train import Trainer, by_number
+from ddpm_ext.training import builders
+from ddpm_ext.training.config import TrainConfig
+from ddpm_ext.training.monitor import Meter, Progress
+from ddpm_ext.training.rng import draw
+from ddpm_ext.training.run import Trainer, by_number
 
 
 def trainer(folder: Path, scaler: Any = None, **changes: Any) -> Trainer:
@@ -114,7 +115,7 @@ def test_the_learning_rate_is_diffusers_course_of_the_updates(name: Any) -> None
     config = TrainConfig(max_train_steps=50, lr_scheduler=name, lr_warmup_steps=10, learning_rate=0.3)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.3)
     stock = get_scheduler(name, optimizer, num_warmup_steps=10, num_training_steps=50)
-    factor = assemble.lr_factor(config, 50)
+    factor = builders.lr_factor(config, 50)
     for update in range(50):
         assert config.learning_rate * factor(update) == pytest.approx(stock.get_last_lr()[0], rel=1e-12)
         optimizer.step()
@@ -122,7 +123,7 @@ def test_the_learning_rate_is_diffusers_course_of_the_updates(name: Any) -> None
 
 
 def test_constant_warms_up_if_told_to() -> None:
-    factor = assemble.lr_factor(TrainConfig(max_train_steps=9, lr_warmup_steps=4), 9)
+    factor = builders.lr_factor(TrainConfig(max_train_steps=9, lr_warmup_steps=4), 9)
     assert [factor(update) for update in (0, 1, 4, 8)] == [0.0, 0.25, 1.0, 1.0]
 
 
@@ -409,7 +410,7 @@ class Recorder(GeneralTracker):
 
 def test_trackers_get_configuration_scalars_and_grids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
-    monkeypatch.setattr(launch, "tracker", lambda report_to: recorder)
+    monkeypatch.setattr(distributed, "tracker", lambda report_to: recorder)
     assert run_here(tmp_path / "run", max_train_steps=4, hub_token=None) == 0
     assert recorder.config["train_batch_size"] == 8 and recorder.config["snr_gamma"] == "None"
     assert [step for step, _ in recorder.scalars] == [3, 4]
@@ -468,7 +469,7 @@ def test_the_plot_is_drawn_where_matplotlib_is(finished: Path) -> None:
 def test_a_tracker_that_is_not_installed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RunError, match=r"--report_to wandb needs the package: pip install 'ddpm-ext\[wandb\]'"):
-        launch.tracker("wandb")
+        distributed.tracker("wandb")
 
 
 def test_the_progress_line_shows_step_loss_images_per_second_and_time_left(tmp_path: Path) -> None:
@@ -486,7 +487,7 @@ def test_the_progress_line_shows_step_loss_images_per_second_and_time_left(tmp_p
 
 
 def test_a_stop_is_heard_during_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddpm_ext.reference.default_cache", lambda: tmp_path / "references")
+    monkeypatch.setattr("ddpm_ext.evaluation.reference.default_cache", lambda: tmp_path / "references")
     update = Trainer.update
 
     def stopping(self: Trainer) -> None:
@@ -580,31 +581,31 @@ def test_several_sizes_are_refused_on_the_command_line_before_the_first_step(tmp
     for more, sentence in (([], "several sizes"), (["--streaming", "--max_train_steps", "1"], "needs --resolution")):
         config = parse_train_config([*words, *more])
         with pytest.raises(ValueError, match=sentence):
-            assemble.build_data(config, assemble.network_config(config))
+            builders.build_data(config, builders.network_config(config))
     config = parse_train_config([*words, "--resolution", "16"])
-    assert assemble.build_data(config, assemble.network_config(config)).shape == (3, 16, 16)
+    assert builders.build_data(config, builders.network_config(config)).shape == (3, 16, 16)
     for picture in (tmp_path / "mixed").iterdir():
         Image.new("RGB", (12, 10)).save(picture)
     config = parse_train_config(words)  # one size, which is scaled to the default of Diffusers' script
-    assert assemble.build_data(config, assemble.network_config(config)).shape == (3, 64, 64)
+    assert builders.build_data(config, builders.network_config(config)).shape == (3, 64, 64)
 
 
 def test_without_xformers_its_option_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     config = parse_train_config(["--enable_xformers_memory_efficient_attention"])
     with pytest.raises(RunError, match="needs xformers, which is not installed"):
-        assemble.speed_up(config, UNet2DModel(**TINY_UNET))
+        builders.speed_up(config, UNet2DModel(**TINY_UNET))
 
 
 def test_without_a_network_option_the_network_is_that_of_diffusers_script() -> None:
-    config = assemble.network_config(parse_train_config(["--dataset_name", "x", "--resolution", "128"]))
+    config = builders.network_config(parse_train_config(["--dataset_name", "x", "--resolution", "128"]))
     assert tuple(config["block_out_channels"]) == (128, 128, 256, 256, 512, 512)
     assert config["sample_size"] == [128, 128]
 
 
 def test_learned_variances_double_the_output() -> None:
     words = ["--preset", "cifar10", "--variance_type", "learned_range", "--loss", "hybrid"]
-    assert assemble.network_config(parse_train_config(words))["out_channels"] == 6
+    assert builders.network_config(parse_train_config(words))["out_channels"] == 6
 
 
 def test_the_power_functions_snapshots_say_what_they_are(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from ddpm_ext.unet import (
+from ddpm_ext.models.unet import (
     UNET_PRESETS,
     build_unet,
     check_resolution,

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 
-from ddpm_ext.arguments import parse_train_config
-from ddpm_ext.data import load_images
-from ddpm_ext.features import make_extractor
-from ddpm_ext.pipeline import DDPMExtPipeline
+from ddpm_ext.cli.arguments import parse_train_config
+from ddpm_ext.data.dataset import load_images
+from ddpm_ext.evaluation.features import make_extractor
+from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.run_dir import RunDir
-from ddpm_ext.small_evaluation import SmallEvaluation
-from ddpm_ext.watch import is_better
+from ddpm_ext.training.small_evaluation import SmallEvaluation
+from ddpm_ext.training.validation import is_better
 from tests.training import assert_bitwise_equal, forget_accelerator, options, run_here
 
 EVALUATED = {
@@ -28,7 +28,7 @@ EVALUATED = {
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("ddpm_ext.reference.default_cache", lambda: tmp_path / "references")
+    monkeypatch.setattr("ddpm_ext.evaluation.reference.default_cache", lambda: tmp_path / "references")
 
 
 def test_scores_are_logged_the_best_weights_kept_and_the_run_is_the_same(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddpm_ext.arguments import parse_train_config
-from ddpm_ext.checkpoint import checkpoint_name
-from ddpm_ext.train import train
+from ddpm_ext.cli.arguments import parse_train_config
+from ddpm_ext.training.checkpoint import checkpoint_name
+from ddpm_ext.training.run import train
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_UNET = {

@@ -1,0 +1,181 @@
+"""The Accelerator of a run, and the check that the processes asked for are the processes there are."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+from accelerate import Accelerator, PartialState
+from accelerate.commands.config import config_args
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType, ProjectConfiguration
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .run_dir import RunDir, RunError
+from .training.config import TrainConfig
+
+FSDP_ON_CPU = "DDPM_EXT_FSDP_ON_CPU"  # for tests: Accelerate turns FSDP on for GPU worlds only
+
+
+def make_accelerator(config: TrainConfig, run: RunDir) -> Accelerator:
+    """The Accelerator that launcher, environment and options ask for.
+
+    Raises:
+        RunError: the world is not the one that was asked for.
+    """
+    cpu = config.cpu or not torch.accelerator.is_available()
+    if os.environ.get(FSDP_ON_CPU) == "1":
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        cpu = False
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=config.mixed_precision,
+        log_with=tracker(config.report_to),
+        project_config=ProjectConfiguration(str(run.path), str(run.path / config.logging_dir)),
+    )
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise RunError("fp16 needs a GPU: on a CPU small gradients vanish unscaled. Give --mixed_precision bf16.")
+    check_world(accelerator)
+    refuse_idle_precision(config)
+    return accelerator
+
+
+def refuse_idle_precision(config: TrainConfig) -> None:
+    """The launcher's --mixed_precision would be without effect: the script's own option decides.
+
+    Raises:
+        RunError: the launcher was given one and the script another.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if asked not in ("no", config.mixed_precision):
+        raise RunError(
+            f"accelerate launch was given --mixed_precision {asked}, which has no effect here, and the script has "
+            f"{config.mixed_precision}. Give --mixed_precision {asked} behind the script's name."
+        )
+
+
+def tracker(report_to: str) -> str | None:
+    """The tracker's name for Accelerate.
+
+    Raises:
+        RunError: it is not installed; Accelerate would train without it, and say so in a log line.
+    """
+    if report_to == "none":
+        return None
+    if importlib.util.find_spec(report_to) is None:
+        raise RunError(f"--report_to {report_to} needs the package: pip install 'ddpm-ext[{report_to}]'.")
+    return report_to
+
+
+def check_world(accelerator: Accelerator) -> None:
+    """The processes asked for are there and see each other.
+
+    Two that do not would train two models into one folder, each as rank 0; one alone would take twice the time.
+
+    Raises:
+        RunError: they are not.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise RunError(
+            f"The launcher started {started} processes and this one sees {accelerator.num_processes}. Without "
+            "a GPU launch with accelerate_configs/cpu.yaml, or set ACCELERATE_USE_CPU=true."
+        )
+    asked = asked_of_accelerate(psutil.Process().parent())
+    if "WORLD_SIZE" not in os.environ and asked > 1:
+        raise RunError(
+            f"accelerate launch was asked for {asked} processes and started one, as it does without a GPU. Launch "
+            "with --config_file accelerate_configs/cpu.yaml and --cpu behind the script's name, or ask for one."
+        )
+
+
+def asked_of_accelerate(launcher: psutil.Process | None) -> int:
+    """The processes that an `accelerate launch` was asked for; else 1.
+
+    On its command line, in the file that it names, or in the one that `accelerate config` wrote.
+
+    Args:
+        launcher: The process that may be one.
+    """
+    try:
+        words = launcher.cmdline() if launcher else []
+    except psutil.Error:  # another user's, or gone
+        return 1
+    options = launch_options(words)
+    if options is None:
+        return 1
+    file = options.config_file or (None if options.cpu else config_args.default_config_file)
+    if options.num_processes is None and file is not None and Path(file).is_file():
+        return int((yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}).get("num_processes") or 1)
+    return options.num_processes or 1
+
+
+def launch_options(words: list[str]) -> argparse.Namespace | None:
+    """The options of an `accelerate launch`, without those of the script that it starts; None for another command.
+
+    `python …/bin/accelerate launch …`, `…/bin/accelerate-launch …` or `python -u -m accelerate.commands.launch …`.
+    """
+    for place, word in enumerate(words):
+        name, rest = Path(word).name, words[place + 1 :]
+        if name == "accelerate" and rest[:1] == ["launch"]:
+            rest = rest[1:]
+        elif name != "accelerate-launch" and word != "accelerate.commands.launch":
+            continue
+        with suppress(SystemExit):  # words that the launcher itself would have refused
+            return launch_command_parser().parse_known_args(rest)[0]
+    return None
+
+
+def tell_deepspeed(accelerator: Accelerator, micro_batch: int, accumulation: int, max_grad_norm: float | None) -> None:
+    """What Accelerate would read off a DataLoader or its file, before `prepare`; nothing without DeepSpeed."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = micro_batch
+        plugin.deepspeed_config["gradient_accumulation_steps"] = accumulation
+        plugin.deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
+
+
+def set_numerics(config: TrainConfig, accelerator: Accelerator, recorded_threads: int | None) -> dict[str, Any]:
+    """Set the switches that change the last digits; return what decides them beside the options, for the record.
+
+    Args:
+        config: The options.
+        accelerator: Knows device and processes.
+        recorded_threads: Thread count of the run being resumed, used where no option names one.
+    """
+    threads = config.num_threads or recorded_threads
+    if threads:
+        torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    device = accelerator.device.type
+    return {
+        "num_threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "torch": torch.__version__,
+    }
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor in full on every rank, detached. Where weights are sharded every rank must call this, in one order."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def fill(target: Tensor, value: Tensor) -> None:
+    """Copy a full tensor into a weight, sharded as the weight is."""
+    if isinstance(target, DTensor):
+        target.copy_(distribute_tensor(value.to(target.device, target.dtype), target.device_mesh, target.placements))
+    else:
+        target.copy_(value)

@@ -1,0 +1,96 @@
+"""What callers hand to the bound: images, network, classes and scheduler, checked before they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from ..diffusion.images import HALF_RANGE
+from ..models.unet import check_resolution
+from ..schedulers.ddpm import DDPMExtScheduler
+
+
+def grid_images(images: Tensor) -> Tensor:
+    """Images as float64 exactly on the 8-bit grid 2k/255 - 1, or a ValueError that says why they are not."""
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images must be a torch.Tensor, got {type(images).__name__}. See torch.from_numpy.")
+    if images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"images must have shape (B, C, H, W) and not be empty, got {tuple(images.shape)}.")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"images must be uint8 pixels or floats in [-1, 1], got {images.dtype}.")
+    if images.dtype == torch.uint8:
+        return images.double() / HALF_RANGE - 1
+    if not bool(torch.isfinite(images).all()):
+        raise ValueError("images must be finite, got NaN or infinity.")
+    low, high = images.min().item(), images.max().item()
+    if low < -1 - 1e-5 or high > 1 + 1e-5:
+        raise ValueError(f"images must lie in [-1, 1], got values from {low:.4g} to {high:.4g}. See ddpm_ext.to_x_0.")
+    level = (images.double() + 1) * HALF_RANGE
+    off = (level - level.round()).abs().max().item()
+    if off > 1e-3:  # float32 rounding is 1e-5 of a level
+        raise ValueError(
+            f"images must lie on the 8-bit grid 2k/255 - 1, got a value {off:.3f} grey levels beside it: bits/dim "
+            "counts the 256 levels. Pass uint8 pixels; images in [0, 1] or resized as floats are not on the grid."
+        )
+    return level.round() / HALF_RANGE - 1
+
+
+def as_ours(scheduler: Any) -> DDPMExtScheduler:
+    """The scheduler itself, or ours with the noise schedule of a stock one."""
+    if isinstance(scheduler, DDPMExtScheduler):
+        return scheduler
+    config = getattr(scheduler, "config", None)
+    if not isinstance(config, Mapping) or not {"num_train_timesteps", "beta_schedule"} <= set(config):
+        raise ValueError(
+            "scheduler must be a DDPMExtScheduler or a stock one with a beta schedule, as DDPM's and DDIM's are, got "
+            f"{type(scheduler).__name__}: the bound is that of a chain of betas."
+        )
+    return DDPMExtScheduler.from_config(config)
+
+
+def network_config(model: Any) -> Mapping[str, Any]:
+    """A network's configuration, empty where it has none."""
+    config = getattr(model, "config", None)
+    return config if isinstance(config, Mapping) else {}
+
+
+def check_network(model: Any, images: Tensor) -> None:
+    """Raise a ValueError unless the network is one, and takes images of this shape by what its configuration says."""
+    if isinstance(model, DiffusionPipeline) or not callable(model):
+        raise ValueError(
+            f"model must be a network or a callable (x_t, t) -> tensor, got {type(model).__name__}. Of a pipeline, "
+            "pass its unet."
+        )
+    config, (channels, *size) = network_config(model), images.shape[1:]
+    in_channels, expected = config.get("in_channels") or channels, config.get("sample_size") or size
+    expected = [expected] * 2 if isinstance(expected, int) else list(expected)
+    if (channels, size) != (in_channels, expected):
+        raise ValueError(
+            f"images must have the network's {in_channels} channels and size {expected[0]} x {expected[1]}, got shape "
+            f"{tuple(images.shape)}. See channels and resolution of ddpm_ext.data.load_images."
+        )
+    if "block_out_channels" in config:
+        check_resolution(config, (size[0], size[1]))
+
+
+def checked_labels(model: Any, class_labels: Tensor | Sequence[int] | None, count: int) -> Tensor | None:
+    """One class per image, int64, where the network asks for them.
+
+    Raises:
+        ValueError: they are missing or too many, or are none of the network's classes.
+    """
+    classes = network_config(model).get("num_class_embeds")
+    if class_labels is None:
+        if classes is not None:
+            raise ValueError(f"The network is class-conditional: pass class_labels, one of 0..{classes - 1} per image.")
+        return None
+    labels = torch.as_tensor(class_labels)
+    outside = classes is not None and bool(((labels < 0) | (labels >= classes)).any())
+    if labels.is_floating_point() or labels.shape != (count,) or outside:
+        limit = "" if classes is None else f" in 0..{classes - 1}"
+        raise ValueError(f"class_labels must be {count} ints{limit}, one per image, got {class_labels!r}.")
+    return labels.long()

@@ -1,0 +1,118 @@
+"""Features of a data set, computed once and kept: what generated images are compared with.
+
+The file's key is data set fingerprint, extractor with weights and input, resolution, pixel hand-off, number of images:
+a reference made with anything else is refused, never compared with.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from datasets.config import HF_DATASETS_CACHE
+from torch import Tensor
+
+from ..data.dataset import ImageSet
+from .features import Extractor, Features, HandOff, check_hand_off, extract
+from .metrics import FeatureStatistics, feature_statistics
+from .sharded import key_hash, load_checked, run_shards, save_whole
+
+SHARD_SIZE = 2048
+
+
+class Reference(NamedTuple):
+    """Features of the images of a data set, and what they are of."""
+
+    features: Tensor  # (N, d), float32
+    logits: Tensor | None  # (N, classes), where the extractor is a classifier
+    statistics: FeatureStatistics
+    key: dict[str, Any]
+
+
+def reference_key(images: ImageSet, extractor: Extractor, kind: HandOff, num_images: int) -> dict[str, Any]:
+    """Everything that reference features depend on."""
+    check_hand_off(extractor, kind)
+    return {
+        "dataset": images.fingerprint,
+        "extractor": extractor.description,
+        "resolution": list(images.shape),
+        "hand_off": kind,
+        "num_images": num_images,
+    }
+
+
+def default_cache() -> Path:
+    """Where references are kept when no folder is named."""
+    return Path(HF_DATASETS_CACHE) / "ddpm_ext" / "references"
+
+
+def make_reference(
+    images: ImageSet,
+    extractor: Extractor,
+    kind: HandOff,
+    accelerator: Accelerator,
+    *,
+    cache_dir: Path | str | None = None,
+    num_images: int | None = None,
+    batch_size: int = 256,
+) -> Reference:
+    """The reference of the first `num_images` pictures of a set, from the cache or computed over all processes.
+
+    Args:
+        images: The data set.
+        extractor: Makes the features.
+        kind: The pixel hand-off; it is recorded even where 8-bit pictures make no difference.
+        accelerator: Knows the processes; each of them must call.
+        cache_dir: Folder of the references; None for `default_cache()`.
+        num_images: None for all.
+        batch_size: Pictures at a time.
+    """
+    count = min(num_images or len(images), len(images))
+    if count < 2:
+        raise ValueError(
+            f"A reference needs at least 2 images for its covariance, got {count}: see max_reference_images."
+        )
+    key = reference_key(images, extractor, kind, count)
+    folder = Path(cache_dir or default_cache())
+    path = folder / f"reference-{key_hash(key)}.safetensors"
+    accelerator.wait_for_everyone()
+    there = path.exists()
+    accelerator.wait_for_everyone()
+    if not there:
+
+        def work(piece: range) -> dict[str, Tensor]:
+            batches = (images.batch(list(piece[i : i + batch_size])).pixels for i in range(0, len(piece), batch_size))
+            return as_tensors(extract(extractor, batches, kind))
+
+        tensors = run_shards(folder, "reference", key, count, SHARD_SIZE, work, accelerator)
+        if accelerator.is_main_process:
+            statistics = feature_statistics(tensors["features"])
+            save_whole({**tensors, "mean": statistics.mean, "covariance": statistics.covariance}, path, key)
+            shutil.rmtree(folder / f"reference-{key_hash({**key, 'shard_size': SHARD_SIZE})}", ignore_errors=True)
+        accelerator.wait_for_everyone()
+    return load_reference(path, key)
+
+
+def load_reference(path: Path | str, key: dict[str, Any]) -> Reference:
+    """A reference from its file, when it is the one that `key` describes.
+
+    Raises:
+        ValueError: it was made with another extractor, from other images or at another size; names what differs.
+    """
+    tensors = load_checked(Path(path), key)
+    mean, covariance = tensors.pop("mean"), tensors.pop("covariance")
+    statistics = FeatureStatistics(mean, covariance, len(tensors["features"]))
+    return Reference(*as_features(tensors), statistics, key)
+
+
+def as_tensors(found: Features) -> dict[str, Tensor]:
+    """Features as the tensors of a file: no logits, no tensor."""
+    return {name: part for name, part in found._asdict().items() if isinstance(part, torch.Tensor)}
+
+
+def as_features(tensors: dict[str, Tensor]) -> Features:
+    """The features in the tensors of a file."""
+    return Features(tensors["features"], tensors.get("logits"))

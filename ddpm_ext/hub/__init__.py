@@ -1,0 +1,1 @@
+"""Files to the Hugging Face Hub and back."""

@@ -1,0 +1,1 @@
+"""From noise to images with a UNet2DModel."""

@@ -1,0 +1,471 @@
+"""DDPMExtPipeline: noise -> images with a UNet2DModel, and the paper's views of that road.
+
+What it saves is portable: a stock `diffusers.DDPMPipeline` loads and samples it without this package.
+"""
+
+import copy
+import inspect
+import json
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from ..diffusion.checks import Generators, check_generators
+from ..diffusion.images import to_x_0
+from ..diffusion.reverse import LEARNED_VARIANCES
+from ..diffusion.schedules import check_word, kept_times
+from ..hub import download, upload
+from ..schedulers.ddpm import DDPMExtScheduler
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+Callback = Callable[["DDPMExtPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]
+HALF_VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Progress(NamedTuple):
+    """One step of the reverse process, before it is taken."""
+
+    t: int  # code index, 0 <= t < T
+    x_t: Tensor  # (B, C, H, W)
+    x_0: Tensor | None  # x̂_0(x_t), (B, C, H, W), about [-1, 1]; None where the scheduler does not tell
+
+
+class DDPMExtPipeline(DiffusionPipeline):
+    """Unconditional or class-conditional image generation by ancestral sampling.
+
+    Args:
+        unet: A `UNet2DModel` that predicts what the scheduler's `prediction_type` says.
+        scheduler: `DDPMExtScheduler`, or any Diffusers scheduler. A stock `DDPMScheduler` is turned into
+            `DDPMExtScheduler` with the same options.
+
+    Example:
+        ```py
+        from ddpm_ext import DDPMExtPipeline
+
+        pipe = DDPMExtPipeline.from_pretrained("google/ddpm-cifar10-32")
+        image = pipe(num_inference_steps=1000).images[0]
+        ```
+    """
+
+    unet: UNet2DModel
+    scheduler: Any  # SchedulerMixin declares no step: what it offers is asked of the object
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents", "pred_original_sample"]  # noqa: RUF012 (Diffusers' contract)
+
+    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin):
+        super().__init__()
+        if type(scheduler) is DDPMScheduler:
+            scheduler = DDPMExtScheduler.from_config(scheduler.config)
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self._interrupt = False
+
+    @property
+    def num_timesteps(self) -> int:
+        """Length of the chain chosen last. Diffusers' name for it, which callbacks read."""
+        return len(self.scheduler.timesteps)
+
+    # -- sampling ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
+        num_inference_steps: int = 1000,
+        timesteps: Sequence[int] | None = None,
+        latents: Tensor | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Images from noise: Algorithm 2 of DDPM.
+
+        Args:
+            batch_size: B, the number of images.
+            generator: Source of all noise; a list of B makes every image independent of its batch.
+            num_inference_steps: Length of the chain, at most T.
+            timesteps: The chain itself, strictly descending, in place of num_inference_steps.
+            latents: x_T in place of drawn noise, shape (B, C, H, W).
+            class_labels: For class-conditional networks: one label for all images or one per image.
+            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) with values in [0, 1], or "latent": x_0 itself,
+                about [-1, 1].
+            return_dict: False for the tuple (images,).
+            callback_on_step_end: Called as (pipeline, i, t, tensors) after every step; what it returns replaces them.
+                Setting `pipeline._interrupt = True` in it ends the chain there.
+            callback_on_step_end_tensor_inputs: Which tensors it gets: "latents", "pred_original_sample".
+
+        Raises:
+            ValueError: input that does not fit network or scheduler, before the first step.
+            FloatingPointError: the network's output is not finite; names the step.
+        """
+        output_type = self._checked_output_type(output_type)
+        for name in callback_on_step_end_tensor_inputs:
+            check_word("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
+        labels = self._labels(class_labels, batch_size)
+        x_T = self._prepare_latents(batch_size, generator, latents)
+        self._set_timesteps(num_inference_steps, timesteps)
+        x_T = x_T * self.scheduler.init_noise_sigma  # of these timesteps
+
+        def after_step(i: int, t: Any, x_s: Tensor, x_0: Tensor | None) -> Tensor:
+            if callback_on_step_end is None:
+                return x_s
+            tensors = {"latents": x_s, "pred_original_sample": x_0}
+            chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+            return (callback_on_step_end(self, i, t, chosen) or {}).get("latents", x_s)
+
+        images = self._run(x_T, generator, labels, output_type, after_step)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def progressive(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
+        num_inference_steps: int = 1000,
+        timesteps: Sequence[int] | None = None,
+        latents: Tensor | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        at: Collection[int] | None = None,
+    ) -> Iterator[Progress]:
+        """The chain as it runs: (t, x_t, x̂_0(x_t)) at chosen steps (DDPM Figure 6).
+
+        Args:
+            batch_size: As in calling the pipeline, and so on.
+            generator: As above.
+            num_inference_steps: As above.
+            timesteps: As above.
+            latents: As above.
+            class_labels: As above.
+            at: The steps to show, each of them in the chain; None for all. The x̂_0 of the last one is the image.
+
+        Raises:
+            ValueError: a step of `at` is not in the chain, or as in calling.
+        """
+        labels = self._labels(class_labels, batch_size)
+        x_T = self._prepare_latents(batch_size, generator, latents)
+        self._set_timesteps(num_inference_steps, timesteps)
+        x_T = x_T * self.scheduler.init_noise_sigma  # of these timesteps
+        missing = set(at or ()) - {int(t) for t in self.scheduler.timesteps}
+        if missing:
+            raise ValueError(f"at must hold steps of the chain, got {sorted(missing)}. The chain is in .timesteps.")
+        steps = self._denoise(x_T, generator, labels)
+        return (progress for progress, _ in steps if at is None or progress.t in at)
+
+    def interpolate(
+        self,
+        image_a: Tensor | Image.Image,
+        image_b: Tensor | Image.Image,
+        timestep: int,
+        weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+        generator: torch.Generator | None = None,
+        num_inference_steps: int | None = None,
+        output_type: OutputType = "pil",
+        class_labels: int | Sequence[int] | Tensor | None = None,
+    ) -> ImagePipelineOutput:
+        r"""Images between two images, mixed after `timestep` forward steps (DDPM Figure 8).
+
+            x_t = (1 - λ) (√ᾱ_t a + √(1-ᾱ_t) ε) + λ (√ᾱ_t b + √(1-ᾱ_t) ε)
+
+        The noise ε, and the noise of the way back, are shared by all λ: only the mixture differs.
+
+        Args:
+            image_a: Shape (C, H, W) in [-1, 1], or a picture of the network's size.
+            image_b: The other.
+            timestep: Where they are mixed, 0 <= t < T; large t mix coarse features.
+            weights: The λ; 0 is image_a, 1 is image_b.
+            generator: Source of the shared noise.
+            num_inference_steps: Steps of the way back; None for every step from timestep to 0.
+            output_type: As in calling the pipeline.
+            class_labels: For class-conditional networks: one label for all images or one per weight.
+
+        Returns:
+            One image per weight.
+
+        Raises:
+            ValueError: images that do not fit the network, no weights, or a timestep outside [0, T).
+        """
+        a, b = self._clean_image(image_a), self._clean_image(image_b)
+        if not len(weights):
+            raise ValueError("weights must hold at least one number, got none.")
+        times = self._times_from(timestep, num_inference_steps)
+        if generator is None:
+            generator = torch.Generator().manual_seed(int(torch.randint(2**63 - 1, ())))
+        self._set_timesteps(None, times)
+        eps = randn_tensor(a.shape, generator=generator, device=a.device, dtype=a.dtype)
+        t = torch.full((1,), timestep, device=a.device)
+        ends = [self.scheduler.add_noise(image, eps, t) for image in (a, b)]
+        mixed = torch.cat([(1 - weight) * ends[0] + weight * ends[1] for weight in weights])
+        shared = [generator.clone_state() for _ in weights]
+        return self._run_from(mixed, times, shared, class_labels, output_type)
+
+    def continue_from(
+        self,
+        x_t: Tensor,
+        timestep: int,
+        num_samples: int = 1,
+        generator: Generators = None,
+        num_inference_steps: int | None = None,
+        output_type: OutputType = "pil",
+        class_labels: int | Sequence[int] | Tensor | None = None,
+    ) -> ImagePipelineOutput:
+        """Images that share the latent x_t: p(x_0 | x_t) sampled several times (DDPM Figure 7).
+
+        Args:
+            x_t: A latent at `timestep`, shape (C, H, W) or (1, C, H, W).
+            timestep: Its step, 0 <= t < T; the images share what is decided at or above it.
+            num_samples: How many.
+            generator: One, or a list of one per sample.
+            num_inference_steps: Steps of the way back; None for every step from timestep to 0.
+            output_type: As in calling the pipeline.
+            class_labels: For class-conditional networks: one label for all images or one per sample.
+
+        Raises:
+            ValueError: a latent that does not fit the network, or a timestep outside [0, T).
+        """
+        x_t = x_t.unsqueeze(0) if x_t.ndim == 3 else x_t
+        if x_t.shape[0] != 1 or num_samples < 1:
+            raise ValueError(
+                f"continue_from expects one latent and num_samples of at least 1, got {x_t.shape[0]} and {num_samples}."
+            )
+        times = self._times_from(timestep, num_inference_steps)
+        return self._run_from(x_t.repeat(num_samples, 1, 1, 1), times, generator, class_labels, output_type)
+
+    # -- on disk ----------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *args: Any,
+        variant: str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save in the layout that stock Diffusers loads; see `diffusers.DiffusionPipeline.save_pretrained`.
+
+        Args:
+            save_directory: The folder; made if missing.
+            *args: Stock's further arguments.
+            variant: "fp16" and "bf16" write weights that really are of that precision; any other word only names
+                the files, as in stock.
+            push_to_hub: Upload the folder, and nothing else that it holds, with `ddpm_ext.push_to_hub`.
+            **kwargs: Stock's further options, and those of `ddpm_ext.push_to_hub`; `repo_id` is the folder's name.
+        """
+        if push_to_hub:
+            names = upload.PUSH_OPTIONS & kwargs.keys()
+            push = {name: kwargs.pop(name) for name in names}
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
+            self.save_pretrained(save_directory, *args, variant=variant, **kwargs)
+            upload.push_to_hub(save_directory, repo_id, variant=variant, **push)
+            return
+        unet = self.unet
+        try:
+            if variant in HALF_VARIANTS:
+                self.unet = copy.deepcopy(unet)
+                torch.nn.Module.to(self.unet, dtype=HALF_VARIANTS[variant])
+            super().save_pretrained(os.fspath(save_directory), *args, variant=variant, **kwargs)
+        finally:
+            self.unet = unet
+
+    def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, repo_id: str, commit_message: str | None = None, *, safe_serialization: bool = True, **options: Any
+    ) -> upload.Push:
+        """Upload in the portable layout; see `ddpm_ext.push_to_hub`, which takes the same options."""
+        if not safe_serialization:
+            raise ValueError("Weights are pushed as safetensors only: leave safe_serialization=False out.")
+        return upload.push_to_hub(self, repo_id, commit_message=commit_message, **options)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """The cached folder of a Hub repository, its content checked; `from_pretrained` calls this."""
+        if kwargs.pop("trust_remote_code", False):
+            raise ValueError("trust_remote_code runs code of the repository; no DDPM needs it, leave it out.")
+        return str(download.pull(super().download, pretrained_model_name, **kwargs))
+
+    def to_json_string(self) -> str:
+        """The portable index: stock's class names, so that every Diffusers installation loads the folder."""
+        text = super().to_json_string()
+        if type(self) is not DDPMExtPipeline:
+            return text
+        index = {**json.loads(text), "_class_name": "DDPMPipeline"}
+        index.pop("_name_or_path", None)  # where it was loaded from is nobody's business
+        if type(self.scheduler) is DDPMExtScheduler:
+            index["scheduler"] = ["diffusers", "DDPMScheduler"]
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _denoise(
+        self,
+        x_t: Tensor,
+        generator: Generators,
+        labels: Tensor | None,
+        after_step: Callable[[int, Any, Tensor, Tensor | None], Tensor] | None = None,
+    ) -> Iterator[tuple[Progress, Tensor]]:
+        """The one sampling loop: yields each step with x_s, the images after it."""
+        scheduler, unet = self.scheduler, self.unet
+        options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        times = scheduler.timesteps
+        on_host = times.tolist()  # the one wait; ints need none later
+        own = isinstance(scheduler, DDPMExtScheduler)
+        former_modes, self._interrupt = [(module, module.training) for module in unet.modules()], False
+        first_bad = torch.full((), len(on_host), device=x_t.device)
+        unet.eval()
+        try:
+            bar: Any = self.progress_bar
+            for i, t in enumerate(bar(times.to(x_t.device))):
+                x_in = scheduler.scale_model_input(x_t, t)
+                output = unet(x_in, t, class_labels=labels).sample if labels is not None else unet(x_in, t).sample
+                first_bad = first_bad.minimum(torch.where(output.isfinite().all(), len(on_host), i))
+                if first_bad.device.type == "cpu":
+                    self._check_finite(first_bad, on_host)
+                step = scheduler.step(self._without_head(output, x_t), on_host[i] if own else t, x_t, **options)
+                x_0 = getattr(step, "pred_original_sample", None)
+                x_s = step.prev_sample if after_step is None else after_step(i, t, step.prev_sample, x_0)
+                yield Progress(int(on_host[i]), x_t, x_0), x_s
+                x_t = x_s
+                if self._interrupt:
+                    break
+            self._check_finite(first_bad, on_host)
+            if not torch.isfinite(x_t).all():
+                raise FloatingPointError(f"The images are not finite after the last step, t = {on_host[-1]}.")
+        finally:
+            for module, training in former_modes:
+                module.training = training
+            self.maybe_free_model_hooks()
+
+    def _check_finite(self, first_bad: Tensor, times: list[int]) -> None:
+        if (i := int(first_bad)) < len(times):
+            raise FloatingPointError(
+                f"The network's output is not finite at t = {times[i]} (step {i + 1} of {len(times)}). Half precision "
+                "overflows first: try bfloat16 or float32 weights."
+            )
+
+    def _without_head(self, output: Tensor, x_t: Tensor) -> Tensor:
+        """A variance head is dropped for schedulers that know none; ours checks for itself."""
+        learned = self.scheduler.config.get("variance_type") in LEARNED_VARIANCES
+        if isinstance(self.scheduler, DDPMExtScheduler) or learned or output.shape[1] != 2 * x_t.shape[1]:
+            return output
+        return output[:, : x_t.shape[1]]
+
+    def _image_shape(self) -> tuple[int, int, int]:
+        size = self.unet.config["sample_size"]
+        if size is None:
+            raise ValueError("The network's config names no sample_size: pass latents of the size you want.")
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config["in_channels"], height, width
+
+    def _prepare_latents(self, batch_size: int, generator: Generators, latents: Tensor | None) -> Tensor:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}.")
+        generator = check_generators(generator, batch_size)
+        device, dtype = self._execution_device, self.unet.dtype
+        if latents is None:
+            shape = (batch_size, *self._image_shape())
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        elif latents.ndim != 4 or latents.shape[:2] != (batch_size, self.unet.config["in_channels"]):
+            raise ValueError(
+                f"latents must have shape ({batch_size}, {self.unet.config['in_channels']}, H, W), got "
+                f"{tuple(latents.shape)}."
+            )
+        return latents.to(device=device, dtype=dtype)
+
+    def _set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | None) -> None:
+        if timesteps is None:
+            self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        elif "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:
+            self.scheduler.set_timesteps(timesteps=timesteps, device=self._execution_device)
+        else:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} takes no custom timesteps: use num_inference_steps, or our scheduler."
+            )
+
+    def _times_from(self, timestep: int, num_inference_steps: int | None) -> list[int]:
+        T = self.scheduler.config["num_train_timesteps"]
+        if isinstance(timestep, bool) or not isinstance(timestep, int) or not 0 <= timestep < T:
+            raise ValueError(f"timestep must be an int in 0..{T - 1}, got {timestep!r}.")
+        steps = timestep + 1 if num_inference_steps is None else num_inference_steps
+        if steps == 1:
+            return [timestep]
+        return kept_times("linspace", timestep + 1, steps)[::-1]
+
+    def _run(
+        self, x_t: Tensor, generator: Generators, labels: Tensor | None, output_type: OutputType, *args: Any
+    ) -> Any:
+        for step in self._denoise(x_t, generator, labels, *args):
+            x_t = step[1]
+        return self._to_output(x_t, output_type)
+
+    def _run_from(
+        self, x_t: Tensor, times: list[int], generator: Generators, class_labels: Any, output_type: OutputType
+    ) -> ImagePipelineOutput:
+        output_type = self._checked_output_type(output_type)
+        labels = self._labels(class_labels, x_t.shape[0])
+        x_t = self._prepare_latents(x_t.shape[0], generator, x_t)
+        self._set_timesteps(None, times)
+        if float(self.scheduler.init_noise_sigma) != 1:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} keeps latents in other units than √ᾱ_t x_0 + √(1-ᾱ_t) ε "
+                f"(init_noise_sigma is {float(self.scheduler.init_noise_sigma):.4g}, not 1). Use DDPMExtScheduler here."
+            )
+        return ImagePipelineOutput(images=self._run(x_t, generator, labels, output_type))
+
+    def _clean_image(self, image: Tensor | Image.Image) -> Tensor:
+        channels, height, width = self._image_shape()
+        if isinstance(image, Image.Image):
+            pixels = np.array(image.convert("L" if channels == 1 else "RGB"), ndmin=3)
+            image = to_x_0(torch.from_numpy(pixels if channels == 1 else pixels.transpose(2, 0, 1)))
+        image = image.squeeze(0) if image.ndim == 4 else image
+        if image.shape != (channels, height, width) or image.abs().max() > 1:
+            raise ValueError(
+                f"An image must have shape {(channels, height, width)} and values in [-1, 1], got shape "
+                f"{tuple(image.shape)} and values up to {image.abs().max().item():.3g}."
+            )
+        return image.unsqueeze(0).to(device=self._execution_device, dtype=self.unet.dtype)
+
+    def _labels(self, class_labels: int | Sequence[int] | Tensor | None, batch_size: int) -> Tensor | None:
+        config = self.unet.config
+        classes = config.get("num_class_embeds")
+        conditional = classes is not None or config.get("class_embed_type") is not None
+        if conditional != (class_labels is not None):
+            raise ValueError(
+                "This network is class-conditional: pass class_labels, one per image."
+                if conditional
+                else "This network was not trained with class labels: leave class_labels out."
+            )
+        if class_labels is None:
+            return None
+        labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
+        labels = labels.expand(batch_size) if labels.numel() == 1 else labels
+        wrong = classes is not None and bool(((labels < 0) | (labels >= classes)).any())
+        if labels.is_floating_point() or labels.shape != (batch_size,) or wrong:
+            raise ValueError(
+                f"class_labels must be {batch_size} ints in 0..{(classes or 0) - 1}, got {class_labels!r}."
+            )
+        return labels
+
+    def _checked_output_type(self, output_type: str) -> Any:
+        output_type = "np" if output_type == "numpy" else output_type  # stock's older word
+        check_word("output_type", output_type, get_args(OutputType))
+        channels = self.unet.config["in_channels"]
+        if output_type == "pil" and channels > 4:
+            raise ValueError(f'output_type "pil" shows 1 to 4 channels, this network has {channels}. Use "np" or "pt".')
+        return output_type
+
+    def _to_output(self, x_0: Tensor, output_type: OutputType) -> Any:
+        if output_type == "latent":
+            return x_0
+        images = (x_0 / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        images = images.float().permute(0, 2, 3, 1).cpu().numpy()
+        return images if output_type == "np" else self.numpy_to_pil(images)

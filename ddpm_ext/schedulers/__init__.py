@@ -1,0 +1,1 @@
+"""The diffusion process behind the signatures of Diffusers."""

@@ -1,0 +1,265 @@
+"""Options -> the objects of a run: network, scheduler, data, optimiser, learning rate, and the plan of a batch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.optimization import get_scheduler
+from torch import nn
+
+from ..data.dataset import ImageSet, load_images
+from ..data.streaming import ImageStream, stream_images
+from ..diffusion.reverse import LEARNED_VARIANCES
+from ..models.unet import UNET_PRESETS, build_unet, unet_config
+from ..run_dir import RunError
+from ..schedulers.ddpm import DDPMExtScheduler
+from .config import TrainConfig
+
+
+class BatchPlan(NamedTuple):
+    """How one update's global batch is cut: by process, then by forward pass."""
+
+    global_batch: int
+    processes: int
+    accumulation: int
+
+    @property
+    def micro_batch(self) -> int:
+        return self.global_batch // (self.processes * self.accumulation)
+
+    def rows(self, rank: int, micro: int) -> range:
+        """Places in the global batch of one forward pass of one process."""
+        start = (rank * self.accumulation + micro) * self.micro_batch
+        return range(start, start + self.micro_batch)
+
+
+def plan_batch(config: TrainConfig, processes: int, global_batch: int | None = None) -> BatchPlan:
+    """Cut the global batch into equal parts of at most `train_batch_size` pictures.
+
+    Args:
+        config: The options.
+        processes: Number of processes.
+        global_batch: That of the run being resumed, which rules over the options.
+
+    Raises:
+        RunError: the global batch cannot be shared equally, or is not the one that the other options give.
+    """
+    asked = config.train_batch_size * config.gradient_accumulation_steps * processes
+    if (
+        global_batch is None
+        and config.gradient_accumulation_steps > 1
+        and config.global_batch_size not in (None, asked)
+    ):
+        raise RunError(
+            f"--global_batch_size {config.global_batch_size} contradicts --train_batch_size {config.train_batch_size} "
+            f"x --gradient_accumulation_steps {config.gradient_accumulation_steps} x {processes} processes = {asked}; "
+            "leave out the accumulation, which follows from the other two, or the global batch."
+        )
+    total = global_batch or config.global_batch_size or asked
+    if total % processes:
+        raise RunError(
+            f"A global batch of {total} cannot be shared equally among {processes} processes; choose a number of "
+            f"processes that divides it{'' if global_batch else ', or another --global_batch_size'}."
+        )
+    share = total // processes
+    accumulation = config.gradient_accumulation_steps if total == asked else math.ceil(share / config.train_batch_size)
+    fewest = accumulation
+    while share % accumulation:
+        accumulation += 1
+    if accumulation > 2 * fewest:
+        warnings.warn(
+            f"The {share} pictures of one process can be cut equally only into {accumulation} passes of "
+            f"{share // accumulation}, which is slow; choose a global batch that has {config.train_batch_size} or a "
+            "number near it among the divisors of a process's share.",
+            stacklevel=2,
+        )
+    return BatchPlan(total, processes, accumulation)
+
+
+def length(data: ImageSet | ImageStream) -> int | None:
+    """Pictures of one epoch; a stream does not know."""
+    return None if isinstance(data, ImageStream) else len(data)
+
+
+def total_updates(config: TrainConfig, num_images: int | None, plan: BatchPlan) -> int:
+    """Length of the run in updates."""
+    if config.max_train_steps is not None:
+        return config.max_train_steps
+    updates = epochs_to_updates("num_epochs", config.num_epochs, num_images, plan)
+    assert updates is not None  # TrainConfig has one of the two
+    return updates
+
+
+def epochs_to_updates(name: str, epochs: int | None, num_images: int | None, plan: BatchPlan) -> int | None:
+    """Updates of a number of epochs, rounded up; None stays None.
+
+    Raises:
+        RunError: a stream, whose epochs have no known length.
+    """
+    if epochs is None:
+        return None
+    if num_images is None:
+        other = {"num_epochs": "max_train_steps", "save_images_epochs": "save_images_steps"}.get(name, "another option")
+        raise RunError(f"A stream's length is not known, so --{name} {epochs} says nothing; give --{other} instead.")
+    return math.ceil(epochs * num_images / plan.global_batch)
+
+
+def lr_factor(config: TrainConfig, updates: int) -> Callable[[int], float]:
+    """Learning rate after n updates, as a share of `learning_rate`: a formula of n, with no state to save.
+
+    The courses are Diffusers' own. A prepared scheduler would advance once per process, and under accumulation stock's
+    script stretches it.
+    """
+    name = config.lr_scheduler
+    if name == "constant" and config.lr_warmup_steps:
+        name = "constant_with_warmup"
+    stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=config.learning_rate)
+    schedule = get_scheduler(name, stand_in, num_warmup_steps=config.lr_warmup_steps, num_training_steps=updates)
+    return schedule.lr_lambdas[0]
+
+
+def build_scheduler(config: TrainConfig) -> DDPMExtScheduler:
+    """The noise schedule, prediction and variance that the options name."""
+    return DDPMExtScheduler(
+        num_train_timesteps=config.ddpm_num_steps,
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule=config.ddpm_beta_schedule,
+        prediction_type=config.prediction_type,
+        variance_type=config.variance_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+    )
+
+
+def network_config(config: TrainConfig) -> dict[str, Any]:
+    """Arguments of UNet2DModel before the data is known."""
+    source = config.model_config_name_or_path
+    base = load_network_config(source, config.cache_dir) if source else config.unet or "train_unconditional"
+    size = None if config.size is None else list(config.size)
+    found = unet_config(base, sample_size=size, dropout=config.dropout)
+    channels = found.setdefault("in_channels", 3)
+    if config.variance_type in LEARNED_VARIANCES:
+        found["out_channels"] = 2 * channels
+    return found
+
+
+def load_network_config(source: str, cache_dir: str | None) -> dict[str, Any]:
+    """A network's configuration from a JSON file, the folder of a network or of a pipeline, or the Hub."""
+    path = Path(source)
+    for file in (path, path / "config.json", path / "unet" / "config.json"):
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+    if path.exists():
+        raise RunError(f"--model_config_name_or_path {source} holds neither config.json nor unet/config.json.")
+    return cast(dict[str, Any], UNet2DModel.load_config(source, cache_dir=cache_dir))
+
+
+def named_data(config: TrainConfig) -> tuple[str | None, str | None, str | None, str, str | None, str | None]:
+    """Where the pictures come from, as `load_images` and `stream_images` take it: their first six arguments."""
+    place = config.dataset_name, config.dataset_config_name, config.train_data_dir
+    return *place, config.train_split, config.image_column, config.label_column
+
+
+def build_data(config: TrainConfig, network: dict[str, Any]) -> ImageSet | ImageStream:
+    """The pictures at the network's size and channels.
+
+    Raises:
+        ValueError: no pictures, or none that fit the network.
+    """
+    size = network.get("sample_size")
+    if config.equal_sizes:
+        refuse_several_sizes(config, network["in_channels"])
+    open_set = stream_images if config.streaming else load_images
+    return open_set(
+        *named_data(config),
+        tuple(size) if isinstance(size, (list, tuple)) else size,
+        network["in_channels"],
+        center_crop=config.center_crop,
+        strict=config.strict_data,
+        cache_dir=config.cache_dir,
+        num_workers=config.dataloader_num_workers,
+    )
+
+
+def refuse_several_sizes(config: TrainConfig, channels: int) -> None:
+    """Read the sizes in the headers of all pictures; nothing is decoded.
+
+    Raises:
+        ValueError: there are several, or a stream's are not known.
+    """
+    if config.streaming:
+        raise ValueError("A stream needs --resolution: the sizes of what has not been read are not known.")
+    load_images(
+        *named_data(config),
+        resolution=None,
+        channels=channels,
+        cache_dir=config.cache_dir,
+        memory_bytes=0,
+        mapped_bytes=0,
+    )
+
+
+def build_network(config: TrainConfig, network: dict[str, Any], data: ImageSet | ImageStream) -> UNet2DModel:
+    """The network at the pictures' size, with first weights that the seed decides."""
+    if config.class_conditional and data.num_classes is None:
+        raise RunError("--class_conditional needs pictures with classes, this data set has none; see --label_column.")
+    _, height, width = data.shape
+    preset = None if config.model_config_name_or_path else config.unet or "train_unconditional"
+    return build_unet(
+        network,
+        seed=config.seed,
+        init=UNET_PRESETS[preset].init if preset else None,
+        sample_size=height if height == width else (height, width),
+        num_class_embeds=data.num_classes if config.class_conditional else None,
+    )
+
+
+def speed_up(config: TrainConfig, network: UNet2DModel) -> None:
+    """The switches of the network itself."""
+    if config.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if config.enable_xformers_memory_efficient_attention:
+        if importlib.util.find_spec("xformers") is None:
+            raise RunError(
+                "--enable_xformers_memory_efficient_attention needs xformers, which is not installed: pip install "
+                "xformers, or leave the option out (PyTorch's own attention is memory-efficient too)."
+            )
+        network.enable_xformers_memory_efficient_attention()
+    if config.compile:
+        compile_blocks(network)
+
+
+def compile_blocks(network: UNet2DModel) -> None:
+    """torch.compile each residual and attention block by itself; blocks of one shape share their code.
+
+    What lies between them is a few copies and resamplings; the whole network in one graph takes longer to compile
+    (docs/experiments.md).
+    """
+    blocks = [module for module in network.modules() if isinstance(module, (ResnetBlock2D, Attention))]
+    # Each shape is compiled for itself; past the limit PyTorch would go on uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(blocks))
+    for block in blocks:
+        block.compile(dynamic=False)
+
+
+def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.AdamW:
+    """AdamW; with weight decay 0 it is the paper's Adam."""
+    speed = {"fused": True} if config.fused_optimizer else {"foreach": True}
+    return torch.optim.AdamW(
+        network.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        **speed,
+    )

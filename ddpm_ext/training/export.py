@@ -1,0 +1,114 @@
+"""Weights that leave a run: pipeline/, snapshots/, the Hub."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..hub.retry import HubError
+from ..pipelines.ddpm import DDPMExtPipeline
+from ..publishing.publisher import Publisher
+from ..run_dir import RunDir, RunError
+from .checkpoint import checkpoint_name
+from .config import TrainConfig
+from .ema import reconstruction_weights, weighted_sum
+
+
+def write_snapshot(run: RunDir, weights: dict[str, Tensor], update: int, sigma_rel: float) -> None:
+    """snapshots/step-N-sigma.safetensors, whole or not at all; update and width stand in its metadata."""
+    run.snapshots.mkdir(parents=True, exist_ok=True)
+    path = run.snapshots / f"{checkpoint_name(update)}-{sigma_rel:g}.safetensors"
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(weights, temporary, metadata={"update": str(update), "sigma_rel": repr(sigma_rel)})
+    temporary.replace(path)
+
+
+def write_pipeline(run: RunDir, pipeline: DDPMExtPipeline, target: Path | None = None) -> None:
+    """pipeline/ or another folder of the run, replaced as a whole."""
+    target = target or run.pipeline
+    temporary, old = run.path / f".{target.name}.tmp", run.path / f".{target.name}.old"
+    for folder in (temporary, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    pipeline.save_pretrained(str(temporary))
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """Options of scripts/reconstruct_ema.py."""
+
+    run: str = field(metadata={"help": "Run folder trained with --ema power_function."})
+    sigma_rel: float = field(metadata={"help": "Relative width that is wanted."})
+    update: int | None = field(default=None, metadata={"help": "Update at which the average ends; none: the last."})
+    output_dir: str | None = field(default=None, metadata={"help": "Pipeline to write; none: pipeline-<width> in run."})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_rel < 0.28:
+            raise ValueError(f"sigma_rel must lie in (0, 0.28), got {self.sigma_rel}.")
+        if self.output_dir is None:
+            object.__setattr__(self, "output_dir", str(RunDir(self.run).path / f"pipeline-{self.sigma_rel:g}"))
+
+
+def reconstruct(config: ReconstructConfig) -> int:
+    """Write the pipeline of another width; the run's own pipeline gives network and scheduler.
+
+    Returns:
+        Number of snapshots used.
+
+    Raises:
+        RunError: the run has no snapshots, or no pipeline yet.
+    """
+    run = RunDir(config.run)
+    paths = sorted(run.snapshots.glob("step-*.safetensors"))
+    if not paths or not run.pipeline.exists():
+        raise RunError(f"{run.path} needs snapshots/ and pipeline/, as a finished run with --ema power_function has.")
+    marks = [read_mark(path) for path in paths]
+    end = config.update or max(update for update, _ in marks)
+    used = [(path, mark) for path, mark in zip(paths, marks, strict=True) if mark[0] <= end]
+    weights = reconstruction_weights([n for _, (n, _) in used], [s for _, (_, s) in used], end, config.sigma_rel)
+    pipeline = DDPMExtPipeline.from_pretrained(run.pipeline)
+    pipeline.unet.load_state_dict(weighted_sum((load_file(path) for path, _ in used), weights))
+    assert config.output_dir is not None  # set when the options were built
+    pipeline.save_pretrained(config.output_dir)
+    return len(used)
+
+
+def read_mark(path: Path) -> tuple[int, float]:
+    """Update and relative width of a snapshot."""
+    with safe_open(path, "pt") as file:
+        mark = file.metadata()
+    return int(mark["update"]), float(mark["sigma_rel"])
+
+
+def make_publisher(config: TrainConfig, run: RunDir) -> Publisher | None:
+    """The uploads that --push_to_hub asks for; None without it. A missing token is told here, before the training."""
+    if not config.push_to_hub:
+        return None
+    name = config.hub_model_id or run.path.name
+    try:
+        return Publisher(run.path, name, token=config.hub_token, private=config.hub_private_repo or None)
+    except HubError as error:
+        raise RunError(str(error)) from error
+
+
+def finish_upload(publisher: Publisher) -> int:
+    """The last upload, awaited. A run whose upload fails is finished all the same: the same command uploads it again.
+
+    Returns:
+        Exit code: 0, or 1 where it failed.
+    """
+    try:
+        publisher.finish()
+    except HubError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,155 @@
+"""What a run tells: losses gathered on the device, the progress line, log.jsonl, trackers, the final plot."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..run_dir import RunDir
+
+QUARTERS = 4
+
+
+class Meter:
+    """Sums of losses and gradient norms, kept on the device until they are asked for.
+
+    Row 0 holds the losses' sum by quarter of t, row 1 their number (weighted sum and weights, where t is not drawn
+    uniformly), row 2 the sum and number of gradient norms.
+    """
+
+    def __init__(self, device: torch.device, num_timesteps: int) -> None:
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(3, QUARTERS, dtype=dtype, device=device)
+        self.num_timesteps = num_timesteps
+
+    def add_losses(self, losses: Tensor, t: Tensor, weight: Tensor | None = None) -> None:
+        """Losses of some pictures, their timesteps and weights or None, each (B,); non-finite ones are left out."""
+        quarter, finite = t * QUARTERS // self.num_timesteps, losses.isfinite()
+        share = finite if weight is None else finite * weight
+        self.sums[0].index_add_(0, quarter, torch.where(finite, losses.detach() * share, 0).to(self.sums.dtype))
+        self.sums[1].index_add_(0, quarter, share.to(self.sums.dtype))
+
+    def add_grad_norm(self, norm: Tensor) -> None:
+        self.sums[2, 0] += norm
+        self.sums[2, 1] += 1
+
+    def total(self, accelerator: Accelerator) -> Tensor:
+        """The sums over all processes. Every process must call this."""
+        return accelerator.reduce(self.sums.clone(), reduction="sum")  # pyright: ignore[reportReturnType]
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means of loss, loss by quarter of t (the first has the least noise) and gradient norm; then from 0."""
+        losses, counts, norms = self.total(accelerator).tolist()
+        self.sums.zero_()
+        record = {"loss": sum(losses) / max(sum(counts), 1)}
+        for quarter, (loss, count) in enumerate(zip(losses, counts, strict=True), start=1):
+            record[f"loss_q{quarter}"] = loss / count if count else float("nan")
+        record["grad_norm"] = norms[0] / max(norms[1], 1)
+        return {name: value for name, value in record.items() if value == value}  # no nan in JSON
+
+
+class Unreadable:
+    """Names of the pictures that no process could read so far, each once."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, None] = {}
+        self.heard = 0  # names of this process that the others know
+
+    def learn(self, skipped: list[str], accelerator: Accelerator) -> list[str]:
+        """Hear what all processes met since the last call; the names that are new. Every process must call this."""
+        mine = skipped[self.heard :]
+        self.heard += len(mine)
+        met: list[str] = gather_object(mine) if accelerator.num_processes > 1 else mine
+        new = [name for name in dict.fromkeys(met) if name not in self.names]
+        self.names |= dict.fromkeys(new)
+        return new
+
+
+class Progress:
+    """The progress line on the main process: update, loss, images per second, time left."""
+
+    def __init__(self, accelerator: Accelerator, updates: int, done: int, global_batch: int) -> None:
+        self.bar = tqdm(
+            total=updates,
+            initial=done,
+            disable=not accelerator.is_main_process,
+            mininterval=0.2 if sys.stderr.isatty() else 10,  # a line now and then in a batch system's file
+            dynamic_ncols=True,
+            unit="step",
+        )
+        self.global_batch = global_batch
+        self.since, self.counted = time.perf_counter(), 0
+
+    def advance(self) -> None:
+        self.bar.update()
+        self.counted += 1
+
+    def images_per_second(self) -> float:
+        """Over the updates since the last call."""
+        now = time.perf_counter()
+        rate = self.counted * self.global_batch / max(now - self.since, 1e-9)
+        self.since, self.counted = now, 0
+        return rate
+
+    def show(self, record: dict[str, Any]) -> None:
+        self.bar.set_postfix_str(
+            f"loss={record['loss']:.4f}, {record['images_per_second']:.0f} images/s", refresh=sys.stderr.isatty()
+        )
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def start_trackers(accelerator: Accelerator, config: dict[str, Any]) -> None:
+    """Open the tracker with the configuration; values that trackers cannot hold become text."""
+    plain = {
+        name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in config.items()
+    }
+    accelerator.init_trackers("ddpm-ext", config=plain)
+
+
+def track_images(accelerator: Accelerator, grid: np.ndarray, update: int) -> None:
+    """One picture, uint8 (H, W, C), to the trackers, as RGB: TensorBoard takes nothing else."""
+    picture = grid if grid.shape[-1] == 3 else grid[..., :1].repeat(3, axis=-1)
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": picture[None]}, step=update, **layout)  # pyright: ignore
+        elif tracker.name == "trackio":
+            import trackio  # pyright: ignore[reportMissingImports]
+
+            tracker.log({"samples": trackio.Image(picture)}, step=update)
+
+
+def draw_training(run: RunDir) -> bool:
+    """training.png: loss, loss by quarter of t, and learning rate against updates, from log.jsonl.
+
+    Returns:
+        False where matplotlib (the extra `plots`) is not installed or nothing was logged.
+    """
+    try:
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return False
+    records = [record for record in run.read_log() if "loss" in record]
+    if not records:
+        return False
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    panels = (("loss",), tuple(f"loss_q{quarter}" for quarter in range(1, QUARTERS + 1)), ("learning_rate",))
+    for axis, names in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for name in names:
+            points = [(record["update"], record[name]) for record in records if name in record]
+            axis.plot(*zip(*points, strict=True), label=name)
+        axis.set_xlabel("update")
+        axis.set_yscale("linear" if names == ("learning_rate",) else "log")
+        axis.legend()
+    figure.savefig(run.plot, dpi=110)
+    return True

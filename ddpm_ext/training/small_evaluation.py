@@ -1,0 +1,111 @@
+"""A small evaluation during training: the measures of `evaluate` on few images, the same seeds every time.
+
+Seeds and images are fixed, so that two values of one run differ by the weights and not by luck. Small numbers of images
+bias a Fréchet distance upwards: its values compare within a run and with nothing else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from ..data.dataset import ImageSet
+from ..evaluation.bits_per_dim import PILOT_IMAGES, Bound, full_sweep, make_bound, pilot_distribution, sampled_bound
+from ..evaluation.checks import grid_images
+from ..evaluation.features import Extractor, HandOff, extract
+from ..evaluation.measure import generate, images_and_labels
+from ..evaluation.metrics import feature_statistics, frechet_distance
+from ..evaluation.reference import make_reference
+from ..pipelines.ddpm import DDPMExtPipeline
+
+
+class SmallEvaluation:
+    """Fréchet distance of a few generated images and bits/dim of a few real ones, as often as asked.
+
+    Args:
+        training: What generated images are compared with.
+        held_out: Images whose bits/dim are measured; None measures none.
+        extractor: Makes the features.
+        accelerator: Knows the processes; each of them must make and call this.
+        num_samples: Generated images, at least 2.
+        num_inference_steps: Their denoising steps.
+        num_held_out: Real images of the bound.
+        num_timesteps_sampled: Steps of the bound drawn per image; None for all.
+        batch_size: Images of one process at a time.
+        seed: Image i is drawn from seed + i.
+        hand_off: How generated pixels reach the extractor.
+        cache_dir: Of the reference features.
+    """
+
+    def __init__(
+        self,
+        training: ImageSet,
+        held_out: ImageSet | None,
+        extractor: Extractor,
+        accelerator: Accelerator,
+        *,
+        num_samples: int = 256,
+        num_inference_steps: int = 50,
+        num_held_out: int = 64,
+        num_timesteps_sampled: int | None = 50,
+        batch_size: int = 64,
+        seed: int = 0,
+        hand_off: HandOff = "uint8",
+        cache_dir: Path | str | None = None,
+    ) -> None:
+        if num_samples < 2:
+            raise ValueError(f"num_samples must be at least 2 for a Fréchet distance, got {num_samples}.")
+        self.reference = make_reference(training, extractor, hand_off, accelerator, cache_dir=cache_dir)
+        self.held_out, self.extractor, self.accelerator = held_out, extractor, accelerator
+        self.hand_off: HandOff = hand_off
+        self.num_samples, self.num_inference_steps, self.batch_size = num_samples, num_inference_steps, batch_size
+        self.num_timesteps_sampled, self.seed = num_timesteps_sampled, seed
+        self.num_held_out = 0 if held_out is None else min(num_held_out, len(held_out))
+
+    def __call__(self, unet: Any, scheduler: Any) -> dict[str, float]:
+        """{"fid": ..., "bits_per_dim": ...} of a network, lower is better for both; the same on every process."""
+        pipeline = DDPMExtPipeline(unet, scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        images = generate(pipeline, self.share(self.num_samples), self.seed, self.num_inference_steps, self.batch_size)
+        mine = extract(self.extractor, images, self.hand_off).features
+        features = torch.cat(self.gathered(mine))
+        found = {"fid": frechet_distance(self.reference.statistics, feature_statistics(features))}
+        if self.held_out is not None:
+            bits = self.bits(unet, scheduler, self.share(self.num_held_out))
+            found["bits_per_dim"] = torch.cat(self.gathered(bits)).mean().item()
+        return found
+
+    def bits(self, unet: Any, scheduler: Any, numbers: range) -> torch.Tensor:
+        """Bits/dim of this process's held-out images.
+
+        Where steps are sampled, the first images decide for all processes how likely each step is, so that the number
+        of processes changes nothing.
+        """
+        bound, x_0 = self.bound_of(unet, scheduler, numbers)
+        generators = [torch.Generator().manual_seed(self.seed + i) for i in numbers]
+        if self.num_timesteps_sampled is None:
+            return full_sweep(bound, x_0, generators).bits_per_dim.total.cpu()
+        pilots = range(min(PILOT_IMAGES, self.num_held_out))
+        p = pilot_distribution(*self.bound_of(unet, scheduler, pilots))
+        return sampled_bound(bound, x_0, self.num_timesteps_sampled, generators, p).total.cpu()
+
+    def bound_of(self, unet: Any, scheduler: Any, numbers: range) -> tuple[Bound, torch.Tensor]:
+        """The bound of some held-out images, and their x_0."""
+        assert self.held_out is not None
+        pixels, labels = images_and_labels(unet, self.held_out, numbers)
+        return make_bound(unet, scheduler, pixels, class_labels=labels), grid_images(pixels)
+
+    def share(self, count: int) -> range:
+        """This process's part of range(count); every process has at least one item, so that none has nothing to do."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if count < world:
+            raise ValueError(f"A small evaluation needs at least one image per process, got {count} for {world}.")
+        return range(count * rank // world, count * (rank + 1) // world)
+
+    def gathered(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """The parts of all processes, in their order."""
+        return gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
