@@ -7,7 +7,7 @@ import importlib.util
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -20,12 +20,28 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .run_dir import RunDir, RunError
-from .training.config import TrainConfig
 
 FSDP_ON_CPU = "DDPM_EXT_FSDP_ON_CPU"  # for tests: Accelerate turns FSDP on for GPU worlds only
 
 
-def make_accelerator(config: TrainConfig, run: RunDir) -> Accelerator:
+class LaunchOptions(Protocol):
+    """The options that an Accelerator and its numerics depend on."""
+
+    @property
+    def cpu(self) -> bool: ...
+    @property
+    def mixed_precision(self) -> str: ...
+    @property
+    def report_to(self) -> str: ...
+    @property
+    def logging_dir(self) -> str: ...
+    @property
+    def num_threads(self) -> int | None: ...
+    @property
+    def allow_tf32(self) -> bool: ...
+
+
+def make_accelerator(config: LaunchOptions, run: RunDir) -> Accelerator:
     """The Accelerator that launcher, environment and options ask for.
 
     Raises:
@@ -49,7 +65,7 @@ def make_accelerator(config: TrainConfig, run: RunDir) -> Accelerator:
     return accelerator
 
 
-def refuse_idle_precision(config: TrainConfig) -> None:
+def refuse_idle_precision(config: LaunchOptions) -> None:
     """The launcher's --mixed_precision would be without effect: the script's own option decides.
 
     Raises:
@@ -144,7 +160,7 @@ def tell_deepspeed(accelerator: Accelerator, micro_batch: int, accumulation: int
         plugin.deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
 
 
-def set_numerics(config: TrainConfig, accelerator: Accelerator, recorded_threads: int | None) -> dict[str, Any]:
+def set_numerics(config: LaunchOptions, accelerator: Accelerator, recorded_threads: int | None) -> dict[str, Any]:
     """Set the switches that change the last digits; return what decides them beside the options, for the record.
 
     Args:

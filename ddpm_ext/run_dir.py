@@ -29,10 +29,12 @@ from typing import IO, Any
 
 import torch
 
+from .errors import UserError
+
 VERSIONED = ("ddpm-ext", "torch", "diffusers", "transformers", "accelerate", "datasets", "safetensors", "numpy")
 
 
-class RunError(RuntimeError):
+class RunError(UserError):
     """A run cannot start or go on, and the message is the whole story: scripts print it without a traceback."""
 
     alone = False  # True: only this one of several processes knows, so it must say so itself

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ddpm_ext"
 
 # Lowest first. What stands between two commas may import everything before it; neighbours in one entry, each other.
 LAYERS: list[set[str]] = [
-    {"errors"},
+    {"errors", "options"},
     {"run_dir"},
     {"distributed", "signals"},
     {"diffusion"},
@@ -28,7 +28,18 @@ LAYERS: list[set[str]] = [
     {"__init__", "__main__"},
 ]
 # Diffusion draws no hidden number and touches no file: torch, numpy and these of the standard library.
-PURE = {"__future__", "collections", "dataclasses", "enum", "functools", "itertools", "math", "operator", "typing"}
+PURE = {
+    "__future__",
+    "collections",
+    "dataclasses",
+    "enum",
+    "functools",
+    "itertools",
+    "math",
+    "operator",
+    "typing",
+    "warnings",
+}
 
 
 def _modules() -> dict[str, Path]:

@@ -19,12 +19,12 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..diffusion.checks import Generators, check_generators
 from ..diffusion.images import HALF_RANGE
 from ..diffusion.likelihood import BoundTerms, Cdf, decoder_nll, mean_over_dims, prior_kl, step_kl
 from ..diffusion.process import jump, per_image, q_sample
 from ..diffusion.reverse import DecoderVariance
 from ..diffusion.schedules import Tables, check_word, is_whole
+from ..schedulers.checks import Generators, check_generators
 from ..schedulers.ddpm import DDPMExtScheduler
 from .checks import as_ours, check_network, checked_labels, grid_images
 

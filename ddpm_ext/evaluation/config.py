@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args, get_type_hints
 from ..diffusion.likelihood import Cdf
 from ..diffusion.reverse import DecoderVariance, VarianceType
 from ..diffusion.schedules import check_word
+from ..options import option
 from ..schedulers.config import SPACINGS, Trajectory
-from ..training.config import option
 from .features import HandOff
 from .measure import Sampler
 

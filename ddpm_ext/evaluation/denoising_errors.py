@@ -16,10 +16,10 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from ..data.dataset import ImageSet
-from ..diffusion.checks import Generators, check_generators
 from ..diffusion.likelihood import mean_over_dims
 from ..diffusion.process import eps_weights, per_image
 from ..diffusion.reverse import split_output
+from ..schedulers.checks import Generators, check_generators
 from .bits_per_dim import Bound, evaluating, make_bound
 from .checks import grid_images
 from .measure import SWEEP_SHARD, images_and_labels

@@ -21,6 +21,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
+from ..errors import UserError
+
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
@@ -28,7 +30,7 @@ TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 TRANSPORTS = frozenset({"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"})  # of the client's versions
 
 
-class HubError(OSError):
+class HubError(UserError, OSError):
     """A push or a pull failed, and the message is the whole story: scripts print it without a traceback."""
 
 

@@ -18,11 +18,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from ..diffusion.checks import Generators, check_generators
 from ..diffusion.images import to_x_0
 from ..diffusion.reverse import LEARNED_VARIANCES
 from ..diffusion.schedules import check_word, kept_times
 from ..hub import download, upload
+from ..schedulers.checks import Generators, check_generators
 from ..schedulers.ddpm import DDPMExtScheduler
 
 OutputType = Literal["pil", "np", "pt", "latent"]

@@ -17,7 +17,10 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 from ..diffusion import analytic, process, reverse
-from ..diffusion.checks import (
+from ..diffusion.process import Gaussian, PredictionType
+from ..diffusion.reverse import Clip, DecoderVariance, ReverseStep, VarianceType
+from ..diffusion.schedules import BetaSchedule, Tables, TimestepSpacing, make_tables
+from .checks import (
     Generators,
     Timesteps,
     as_int,
@@ -27,9 +30,6 @@ from ..diffusion.checks import (
     check_one_per_image,
     draw_noise,
 )
-from ..diffusion.process import Gaussian, PredictionType
-from ..diffusion.reverse import Clip, DecoderVariance, ReverseStep, VarianceType
-from ..diffusion.schedules import BetaSchedule, Tables, TimestepSpacing, make_tables
 from .config import (
     EXTENSION_KEY,
     Trajectory,

@@ -12,10 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with its help text."""
-    return field(default=default, metadata={"help": help})
+from ..options import option
 
 
 @dataclass(frozen=True, kw_only=True)
