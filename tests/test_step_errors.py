@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ddpm_ext.diffusion.analytic import optimal_trajectory
-from ddpm_ext.diffusion.process import PredictionType
 from ddpm_ext.diffusion.schedules import kept_times, make_tables
+from ddpm_ext.diffusion.words import PredictionType
 from ddpm_ext.evaluation.bits_per_dim import BitsPerDim, bits_per_dim, full_sweep, make_bound
 from ddpm_ext.evaluation.denoising_errors import drop_variance_head, mean_error, step_errors
 from ddpm_ext.evaluation.measure import SetBound, is_fixed, under_fixed_variance

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -23,9 +23,8 @@ from torch import Tensor
 
 from .images import HALF_RANGE
 from .process import Jump, jump
-from .schedules import Tables, check_word
-
-TrajectoryCost = Literal["analytic", "fixed_small", "fixed_large"]
+from .schedules import Tables
+from .words import TrajectoryCost, check_word
 
 
 def covariance(tables: Tables, mse_eps: Tensor, t: Tensor) -> Tensor:

@@ -7,15 +7,13 @@ elementwise, `mean_over_dims` turns it into nats per dimension of each image.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from .images import HALF_RANGE
-from .schedules import check_word
-
-Cdf = Literal["tanh", "exact"]
+from .words import Cdf, check_word
 
 HALF_BIN = 0.5 / HALF_RANGE  # 1/255, half the distance between two neighbours of the 8-bit grid 2k/255 - 1
 LOWEST_PROBABILITY = 1e-12  # P is held above this before its logarithm is taken, as published

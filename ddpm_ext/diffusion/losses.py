@@ -6,34 +6,17 @@ Losses come back with shape (B,); reducing them is the caller's, who knows what 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from .likelihood import decoder_nll, mean_over_dims, step_kl
-from .process import (
-    PredictionType,
-    check_range,
-    check_same_shape,
-    check_steps,
-    compute_dtype,
-    jump,
-    per_image,
-    training_target,
-)
-from .reverse import (
-    LEARNED_VARIANCES,
-    VarianceType,
-    decoder_log_var,
-    p_mean_variance,
-    split_output,
-    variance_bounds,
-)
-from .schedules import Tables, check_word
+from .process import check_range, check_same_shape, check_steps, compute_dtype, jump, per_image, training_target
+from .reverse import decoder_log_var, p_mean_variance, split_output, variance_bounds
+from .schedules import Tables
+from .words import LEARNED_VARIANCES, Loss, PredictionType, VarianceType, check_word
 
-Loss = Literal["simple", "vlb", "hybrid"]
-TimestepSampler = Literal["uniform", "loss_aware"]
 REMEMBERED = 10  # losses of each t that decide how often it is drawn
 UNIFORM_SHARE = 0.001  # of the draws, so that no t is forgotten
 

@@ -12,14 +12,13 @@ rounded once, where they meet an image; half-precision images are computed in fl
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from .schedules import Tables, check_word
-
-PredictionType = Literal["epsilon", "sample", "v_prediction", "posterior_mean"]
+from .schedules import Tables
+from .words import PredictionType, check_word
 
 
 class Gaussian(NamedTuple):

@@ -7,28 +7,16 @@ log-variances and the decoder L_0 take log β̃ of the second kept time (`decode
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from .process import (
-    Jump,
-    PredictionType,
-    compute_dtype,
-    jump,
-    per_image,
-    predict_x_0,
-    weighted_sum,
-)
-from .schedules import Tables, check_word
+from .process import Jump, compute_dtype, jump, per_image, predict_x_0, weighted_sum
+from .schedules import Tables
+from .words import LEARNED_VARIANCES, DecoderVariance, PredictionType, VarianceType, check_word
 
-VarianceType = Literal[
-    "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range", "analytic"
-]
-DecoderVariance = Literal["base", "respaced"]
 Clip = float | Callable[[Tensor], Tensor] | None
-LEARNED_VARIANCES = ("learned", "learned_range")
 
 
 class ReverseStep(NamedTuple):

@@ -10,14 +10,14 @@ import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid"]
-TimestepSpacing = Literal["leading", "trailing", "linspace", "even"]
+from .words import BetaSchedule, TimestepSpacing, check_word
+
 FAR_FROM_ZERO = 0.02  # ᾱ_T above this leaves an x_T that is visibly not standard normal
 
 
@@ -208,12 +208,6 @@ def is_whole(number: object) -> bool:
         return not isinstance(number, bool) and operator.index(number) is not None  # pyright: ignore[reportArgumentType]
     except TypeError:
         return False
-
-
-def check_word(name: str, word: object, words: Sequence[str]) -> None:
-    """Raise a ValueError that lists the allowed words when `word` is not one of them."""
-    if word not in words:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, words))}, got {word!r}.")
 
 
 def _named_betas(schedule: BetaSchedule, T: int, beta_start: float, beta_end: float) -> Tensor:

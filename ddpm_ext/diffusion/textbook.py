@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .losses import training_loss, uniform_timesteps
 from .process import Gaussian, q_marginal, q_sample
-from .reverse import VarianceType, p_mean_variance
-from .schedules import check_word, make_tables, warn_if_signal_remains
+from .reverse import p_mean_variance
+from .schedules import make_tables, warn_if_signal_remains
+from .words import VarianceType, check_word
 
 Sigma2 = Literal["beta", "posterior"]
 VARIANCES: dict[Sigma2, VarianceType] = {"beta": "fixed_large", "posterior": "fixed_small"}

@@ -21,11 +21,11 @@ import torch
 from accelerate import Accelerator
 
 from ..diffusion.analytic import optimal_trajectories
-from ..diffusion.reverse import LEARNED_VARIANCES
+from ..diffusion.words import LEARNED_VARIANCES, Trajectory
 from ..distributed import check_world
 from ..hub import upload
 from ..run_dir import write_atomically, write_json
-from ..schedulers.config import EXTENSION_KEY, Trajectory
+from ..schedulers.config import EXTENSION_KEY
 from ..schedulers.ddpm import DDPMExtScheduler
 from .config import CalibrateConfig
 from .denoising_errors import drop_variance_head, mean_error, set_errors

@@ -8,11 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from ..diffusion.likelihood import Cdf
-from ..diffusion.reverse import DecoderVariance, VarianceType
-from ..diffusion.schedules import check_word
+from ..diffusion.words import SPACINGS, Cdf, DecoderVariance, Trajectory, VarianceType, check_word
 from ..options import option
-from ..schedulers.config import SPACINGS, Trajectory
 from .features import HandOff
 from .measure import Sampler
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from ..diffusion.schedules import check_word
+from ..diffusion.words import check_word
 
 HandOff = Literal["uint8", "float"]
 HUB_NAMES = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..data.dataset import ImageSet
 from ..diffusion.analytic import optimal_variance
-from ..diffusion.likelihood import Cdf, gaussian_kl
+from ..diffusion.likelihood import gaussian_kl
 from ..diffusion.process import jump
-from ..diffusion.reverse import DecoderVariance, reverse_log_var, variance_bounds
-from ..diffusion.schedules import check_word
+from ..diffusion.reverse import reverse_log_var, variance_bounds
+from ..diffusion.words import Cdf, DecoderVariance, check_word
 from ..hub.retry import HubError
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..schedulers.config import EXTENSION_KEY, extension

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..diffusion.images import to_x_0
-from ..diffusion.reverse import LEARNED_VARIANCES
-from ..diffusion.schedules import check_word, kept_times
+from ..diffusion.schedules import kept_times
+from ..diffusion.words import LEARNED_VARIANCES, check_word
 from ..hub import download, upload
 from ..schedulers.checks import Generators, check_generators
 from ..schedulers.ddpm import DDPMExtScheduler

@@ -6,16 +6,13 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from ..diffusion.process import PredictionType
-from ..diffusion.reverse import LEARNED_VARIANCES, VarianceType
-from ..diffusion.schedules import Tables, check_word, warn_if_signal_remains
+from ..diffusion.schedules import Tables, warn_if_signal_remains
+from ..diffusion.words import LEARNED_VARIANCES, SPACINGS, PredictionType, Trajectory, VarianceType, check_word
 
 EXTENSION_KEY = "_ddpm_ext"  # the one config key of ours: stock classes neither warn about nor drop a leading "_"
 PLAIN_VARIANCE = {"fixed_small_log": "fixed_small", "fixed_large_log": "fixed_large", "analytic": "fixed_small"}
-SPACINGS = ("linspace", "leading", "trailing")
-Trajectory = Literal["even", "optimal"]
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 from ..diffusion import analytic, process, reverse
-from ..diffusion.process import Gaussian, PredictionType
-from ..diffusion.reverse import Clip, DecoderVariance, ReverseStep, VarianceType
-from ..diffusion.schedules import BetaSchedule, Tables, TimestepSpacing, make_tables
+from ..diffusion.process import Gaussian
+from ..diffusion.reverse import Clip, ReverseStep
+from ..diffusion.schedules import Tables, make_tables
+from ..diffusion.words import BetaSchedule, DecoderVariance, PredictionType, TimestepSpacing, Trajectory, VarianceType
 from .checks import (
     Generators,
     Timesteps,
@@ -32,7 +33,6 @@ from .checks import (
 )
 from .config import (
     EXTENSION_KEY,
-    Trajectory,
     check_options,
     check_terminal_snr,
     extension,

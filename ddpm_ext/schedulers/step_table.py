@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..diffusion import analytic, process, reverse
-from ..diffusion.schedules import Tables, check_word, kept_times
-from .config import Extension, Trajectory, extension
+from ..diffusion.schedules import Tables, kept_times
+from ..diffusion.words import Trajectory, check_word
+from .config import Extension, extension
 
 
 class Weights(NamedTuple):

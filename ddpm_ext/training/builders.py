@@ -19,7 +19,7 @@ from torch import nn
 
 from ..data.dataset import ImageSet, load_images
 from ..data.streaming import ImageStream, stream_images
-from ..diffusion.reverse import LEARNED_VARIANCES
+from ..diffusion.words import LEARNED_VARIANCES
 from ..models.unet import UNET_PRESETS, build_unet, unet_config
 from ..run_dir import RunError
 from ..schedulers.ddpm import DDPMExtScheduler

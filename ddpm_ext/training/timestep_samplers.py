@@ -12,14 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..diffusion.losses import (
-    LossHistory,
-    TimestepSampler,
-    empty_history,
-    loss_aware_probabilities,
-    remember,
-    weighted_timesteps,
-)
+from ..diffusion.losses import LossHistory, empty_history, loss_aware_probabilities, remember, weighted_timesteps
+from ..diffusion.words import TimestepSampler
 from .rng import BLOCK, seed_of
 
 STEM = "timesteps"  # of the file in a checkpoint
