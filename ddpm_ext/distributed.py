@@ -182,14 +182,14 @@ def set_numerics(config: LaunchOptions, accelerator: Accelerator, recorded_threa
     }
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor in full on every rank, detached. Where weights are sharded every rank must call this, in one order."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
-def fill(target: Tensor, value: Tensor) -> None:
+def copy_into(target: Tensor, value: Tensor) -> None:
     """Copy a full tensor into a weight, sharded as the weight is."""
     if isinstance(target, DTensor):
         target.copy_(distribute_tensor(value.to(target.device, target.dtype), target.device_mesh, target.placements))

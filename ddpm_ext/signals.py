@@ -49,7 +49,7 @@ def die_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def leave(code: int, num_processes: int) -> int:
+def exit_process(code: int, num_processes: int) -> int:
     """End a process of several without its destructors, whose order in gloo aborts half the runs; return code if alone.
 
     Call it after the last barrier, with every file complete.
@@ -61,7 +61,7 @@ def leave(code: int, num_processes: int) -> int:
     return code
 
 
-def explained(error: Exception) -> int:
+def report_error(error: Exception) -> int:
     """Print an error whose message is the whole story and end with code 1.
 
     Once for all processes, or by the process that alone has met it.
@@ -71,4 +71,4 @@ def explained(error: Exception) -> int:
         print(f"error: {error}", file=sys.stderr)
     elif getattr(error, "alone", False):
         print(f"error of process {rank}: {error}", file=sys.stderr)
-    return leave(1, int(os.environ.get("WORLD_SIZE", "1")))
+    return exit_process(1, int(os.environ.get("WORLD_SIZE", "1")))

@@ -17,7 +17,7 @@ from ddpm_ext.evaluation.calibrate import calibrate
 from ddpm_ext.evaluation.config import CalibrateConfig
 from ddpm_ext.hub.retry import HubError
 from ddpm_ext.run_dir import RunError
-from ddpm_ext.signals import explained, leave
+from ddpm_ext.signals import exit_process, report_error
 
 
 def main() -> int:
@@ -26,10 +26,10 @@ def main() -> int:
         config = parse_options(CalibrateConfig, "Measure a DDPM's errors and store its optimal few steps.")
         calibrate(config)
     except (ValueError, RunError, HubError) as error:
-        return explained(error)
+        return report_error(error)
     if os.environ.get("RANK", "0") == "0":
         print(f"The calibrated pipeline is {config.folder / 'pipeline'}, its scores {config.folder / 'calibration.md'}")
-    return leave(0, int(os.environ.get("WORLD_SIZE", "1")))
+    return exit_process(0, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 if __name__ == "__main__":

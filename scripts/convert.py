@@ -16,7 +16,7 @@ import sys
 
 from ddpm_ext.cli.arguments import parse_options
 from ddpm_ext.conversion.convert import ConvertOptions, convert
-from ddpm_ext.signals import explained
+from ddpm_ext.signals import report_error
 
 
 def main() -> int:
@@ -25,7 +25,7 @@ def main() -> int:
         options = parse_options(ConvertOptions, "Turn a checkpoint of another code into a pipeline.")
         print(f"The pipeline lies in {convert(options)}.")
     except (ValueError, OSError) as error:  # HubError and ConvertError with them
-        return explained(error)
+        return report_error(error)
     return 0
 
 

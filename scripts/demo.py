@@ -15,7 +15,7 @@ from pathlib import Path
 from ddpm_ext.cli.arguments import parse_options
 from ddpm_ext.demo import Studio, make_page, space_files
 from ddpm_ext.hub.upload import push_space
-from ddpm_ext.signals import explained
+from ddpm_ext.signals import report_error
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def main() -> int:
             push = push_space(files, options.push_to_space, private=options.hub_private_repo, token=options.hub_token)
         print(f"The page lies at {push.url}.")
     except (ModuleNotFoundError, OSError, ValueError) as error:  # HubError with them
-        return explained(error)
+        return report_error(error)
     return 0
 
 

@@ -20,7 +20,7 @@ from ddpm_ext.hub.retry import HubError
 from ddpm_ext.hub.upload import open_repository
 from ddpm_ext.publishing.publisher import publish
 from ddpm_ext.run_dir import RunError
-from ddpm_ext.signals import explained, leave
+from ddpm_ext.signals import exit_process, report_error
 
 
 def main() -> int:
@@ -36,10 +36,10 @@ def main() -> int:
         if pushes:
             print(publish(config.folder, name, **access).url)
     except (ValueError, RunError, HubError) as error:
-        return explained(error)
+        return report_error(error)
     if os.environ.get("RANK", "0") == "0":
         print(f"{len(figures)} figures in {config.folder / 'eval.json'}, as tables in {config.folder / 'eval.md'}")
-    return leave(0, int(os.environ.get("WORLD_SIZE", "1")))
+    return exit_process(0, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 
 from ddpm_ext.cli.arguments import parse_options
 from ddpm_ext.run_dir import RunError
-from ddpm_ext.signals import explained
+from ddpm_ext.signals import report_error
 from ddpm_ext.training.export import ReconstructConfig, reconstruct
 
 
@@ -20,7 +20,7 @@ def main() -> int:
         config = parse_options(ReconstructConfig, "Average a run's weights with another relative width.")
         number = reconstruct(config)
     except (RunError, ValueError) as error:
-        return explained(error)
+        return report_error(error)
     print(f"Average of width {config.sigma_rel:g} from {number} snapshots in {config.output_dir}.")
     return 0
 

@@ -15,7 +15,7 @@ import sys
 from ddpm_ext.cli.arguments import parse_options
 from ddpm_ext.pipelines.sampling import SampleConfig, sample_to_folder
 from ddpm_ext.run_dir import RunError
-from ddpm_ext.signals import explained
+from ddpm_ext.signals import report_error
 
 
 def main() -> int:
@@ -24,7 +24,7 @@ def main() -> int:
         config = parse_options(SampleConfig, "Make N images with a saved pipeline, each from its own seed.")
         return sample_to_folder(config)
     except (RunError, ValueError) as error:
-        return explained(error)
+        return report_error(error)
 
 
 if __name__ == "__main__":

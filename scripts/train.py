@@ -16,7 +16,7 @@ import sys
 
 from ddpm_ext.cli.arguments import parse_train_config
 from ddpm_ext.run_dir import RunError
-from ddpm_ext.signals import explained
+from ddpm_ext.signals import report_error
 from ddpm_ext.training.run import train
 
 
@@ -25,11 +25,11 @@ def main() -> int:
     try:
         config = parse_train_config()
     except ValueError as error:
-        return explained(error)
+        return report_error(error)
     try:
         return train(config)
     except RunError as error:
-        return explained(error)
+        return report_error(error)
 
 
 if __name__ == "__main__":

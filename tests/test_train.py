@@ -41,7 +41,7 @@ from ddpm_ext.cli.arguments import parse_train_config
 from ddpm_ext.data.dataset import load_images
 from ddpm_ext.distributed import check_world, make_accelerator
 from ddpm_ext.run_dir import RunDir, RunError
-from ddpm_ext.signals import PREEMPTED, explained
+from ddpm_ext.signals import PREEMPTED, report_error
 from ddpm_ext.training import builders
 from ddpm_ext.training.config import TrainConfig
 from ddpm_ext.training.monitor import Meter, Progress
@@ -257,13 +257,13 @@ def test_a_refused_option_leaves_the_status_as_it_was(tmp_path: Path) -> None:
 def test_the_process_that_alone_has_met_an_error_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ddpm_ext.signals.leave", lambda code, processes: code)
+    monkeypatch.setattr("ddpm_ext.signals.exit_process", lambda code, processes: code)
     monkeypatch.setenv("WORLD_SIZE", "2")
     shared, alone = RunError("all know"), RunError("mine")
     alone.alone = True
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        assert [explained(shared), explained(alone)] == [1, 1]
+        assert [report_error(shared), report_error(alone)] == [1, 1]
     assert capsys.readouterr().err.splitlines() == ["error: all know", "error: mine", "error of process 1: mine"]
 
 

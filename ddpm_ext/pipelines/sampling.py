@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..distributed import check_world
 from ..run_dir import RunError, read_json, write_json
-from ..signals import PREEMPTED, StopRequest, die_with_launcher, leave
+from ..signals import PREEMPTED, StopRequest, die_with_launcher, exit_process
 from .ddpm import DDPMExtPipeline
 
 Poll = Callable[[], bool]
@@ -147,7 +147,7 @@ def sample_to_folder(config: SampleConfig) -> int:
         try:
             write_images(pipeline, cast(list[int], share), folder, config, poll=lambda: bool(stop))
         except SamplingStopped:
-            return leave(PREEMPTED, accelerator.num_processes)
+            return exit_process(PREEMPTED, accelerator.num_processes)
         finally:
             stop.release()
     accelerator.wait_for_everyone()
@@ -157,7 +157,7 @@ def sample_to_folder(config: SampleConfig) -> int:
         print(f"{config.num_samples} images in {folder}, the first of them in {folder / 'grid.png'}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return leave(0, accelerator.num_processes)
+    return exit_process(0, accelerator.num_processes)
 
 
 def claim(folder: Path, config: SampleConfig, accelerator: Accelerator) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..data.dataset import ImageSet
 from ..data.streaming import ImageStream
-from ..distributed import fill, whole
+from ..distributed import copy_into, full_tensor
 from ..run_dir import RunDir, RunError, package_versions
 from . import checkpoint
 from .builders import BatchPlan, length, plan_batch
@@ -285,13 +285,13 @@ def gather(trainer: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
     """Everything of a run, in full: tensors by file, and plain JSON. Every process must call this."""
     trainer.tell_unreadable()
     names = [name for name, _ in trainer.network.named_parameters()]
-    tensors = {"model": {name: whole(p) for name, p in zip(names, trainer.parameters, strict=True)}}
+    tensors = {"model": {name: full_tensor(p) for name, p in zip(names, trainer.parameters, strict=True)}}
     for i, average in enumerate(trainer.averages):
         stem = "ema" if i == 0 else f"ema-{i}"
-        tensors[stem] = {name: whole(p) for name, p in zip(names, average.shadow_params, strict=True)}
+        tensors[stem] = {name: full_tensor(p) for name, p in zip(names, average.shadow_params, strict=True)}
     inner = trainer.optimizer.optimizer
     moments = {name: inner.state[p] for name, p in zip(names, trainer.parameters, strict=True) if p in inner.state}
-    tensors["optimizer"] = {key: whole(tensor) for key, tensor in checkpoint.flatten(moments)}
+    tensors["optimizer"] = {key: full_tensor(tensor) for key, tensor in checkpoint.flatten(moments)}
     return {**tensors, **trainer.timesteps.state()}, state_of(trainer)
 
 
@@ -362,7 +362,7 @@ def restore_tensors(targets: dict[str, Tensor], saved: dict[str, Tensor]) -> Non
         names = sorted(targets.keys() ^ saved.keys())
         raise RunError(f"The checkpoint is of another network: {len(names)} weights differ by name, as {names[0]}.")
     for name, target in targets.items():
-        fill(target, saved[name])
+        copy_into(target, saved[name])
 
 
 def restore_optimizer(trainer: RunState, names: list[str], moments: dict[str, dict[str, Tensor]]) -> None:
@@ -373,7 +373,7 @@ def restore_optimizer(trainer: RunState, names: list[str], moments: dict[str, di
         for moment, tensor in moments.get(name, {}).items():
             if tensor.shape == parameter.shape and tensor.ndim:
                 placed = torch.empty_like(parameter)
-                fill(placed, tensor)
+                copy_into(placed, tensor)
                 tensor = placed
             state.setdefault(i, {})[moment] = tensor
     inner.load_state_dict({"state": state, "param_groups": inner.state_dict()["param_groups"]})

@@ -11,12 +11,12 @@ from diffusers import UNet2DModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..distributed import make_accelerator, whole
+from ..distributed import full_tensor, make_accelerator
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.sampling import SamplingStopped, make_grid, sample_images, save_png
 from ..publishing.publisher import Publisher
 from ..run_dir import RunDir, RunError, environment, read_json, write_json
-from ..signals import PREEMPTED, StopRequest, die_with_launcher, leave
+from ..signals import PREEMPTED, StopRequest, die_with_launcher, exit_process
 from . import builders, resume
 from .checkpoint import checkpoint_name, list_checkpoints, update_of
 from .config import TrainConfig, recorded
@@ -168,7 +168,7 @@ class Trainer(Updates):
         """Weights of one average, or the network's own without any, in full. Every process must call this."""
         source = self.averages[which].shadow_params if self.averages else self.parameters
         names = [name for name, _ in self.network.named_parameters()]
-        return {name: whole(tensor).cpu().contiguous() for name, tensor in zip(names, source, strict=True)}
+        return {name: full_tensor(tensor).cpu().contiguous() for name, tensor in zip(names, source, strict=True)}
 
     def write_snapshots(self) -> None:
         """Power-function averages as they stand, from which ema.py reconstructs other widths."""
@@ -253,7 +253,7 @@ def train(config: TrainConfig) -> int:
         stop.release()
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return leave(code, accelerator.num_processes)
+    return exit_process(code, accelerator.num_processes)
 
 
 def run_to_its_end(trainer: Trainer) -> int:

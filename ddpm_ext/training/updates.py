@@ -17,7 +17,7 @@ from ..data.dataset import Batch, prefetch, random_flip
 from ..diffusion.images import to_x_0
 from ..diffusion.losses import training_loss
 from ..diffusion.process import q_sample
-from ..distributed import set_numerics, tell_deepspeed, whole
+from ..distributed import full_tensor, set_numerics, tell_deepspeed
 from ..run_dir import RunDir, RunError
 from ..signals import StopRequest
 from . import builders, resume
@@ -129,7 +129,7 @@ class Updates(RunState):
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
         assert norm is not None
-        self.last_norm = whole(norm)
+        self.last_norm = full_tensor(norm)
         return float(self.last_norm)
 
     def apply(self) -> None:
