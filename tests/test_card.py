@@ -15,8 +15,8 @@ from hub_worker import Client, fixture_client, fixture_hub  # noqa: F401
 from PIL import Image
 
 from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
-from ddpm_ext.evaluation.features import weights_hash
 from ddpm_ext.hub.files import collect
+from ddpm_ext.pipelines.identity import weights_hash
 from ddpm_ext.publishing.model_card import MARK, command_words, export_card, render_card, training_hours, write_card
 from ddpm_ext.run_dir import environment
 

@@ -31,12 +31,13 @@ from ddpm_ext.evaluation.checks import grid_images
 from ddpm_ext.evaluation.config import CalibrateConfig, EvalConfig
 from ddpm_ext.evaluation.denoising_errors import drop_variance_head, set_errors, step_errors
 from ddpm_ext.evaluation.evaluate import evaluate, merge
-from ddpm_ext.evaluation.features import Extractor, Features, make_extractor, weights_hash
-from ddpm_ext.evaluation.measure import dict_of, make_scheduler, network_hash, set_bound
+from ddpm_ext.evaluation.features import Extractor, Features, make_extractor
+from ddpm_ext.evaluation.measure import make_scheduler, set_bound
 from ddpm_ext.evaluation.reference import load_reference, make_reference
 from ddpm_ext.evaluation.report import markdown
 from ddpm_ext.evaluation.sharded import load_checked, run_shards, save_whole
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
+from ddpm_ext.pipelines.identity import network_hash, scheduler_options, weights_hash
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 from ddpm_ext.training.small_evaluation import SmallEvaluation
 from tests.training import ROOT, TORCHRUN, finish, start
@@ -603,12 +604,12 @@ def test_a_piece_of_something_else_is_refused(tmp_path: Path) -> None:
 
 KEY_OF_A_SPARSE_CONFIG = """
 from diffusers import DDPMScheduler
-from ddpm_ext.evaluation.measure import dict_of, make_scheduler
-from ddpm_ext.evaluation.sharded import key_hash
+from ddpm_ext.evaluation.measure import make_scheduler
+from ddpm_ext.pipelines.identity import key_hash, scheduler_options
 
 sparse = DDPMScheduler.from_config({"num_train_timesteps": 50, "beta_end": 0.3, "clip_sample": False})
 for sampler in ("ddpm", "ddim", "dpm++"):
-    print(key_hash(dict_of(make_scheduler(sparse, sampler))))
+    print(key_hash(scheduler_options(make_scheduler(sparse, sampler))))
 """
 
 
@@ -625,17 +626,17 @@ def test_every_process_finds_the_pieces_of_a_sparse_stock_config() -> None:
 
 
 def test_a_key_holds_every_option_that_matters_and_no_note() -> None:
-    there = dict_of(tiny_scheduler())
+    there = scheduler_options(tiny_scheduler())
     loaded = DDPMExtScheduler.from_config({**tiny_scheduler().config, "_class_name": "DDPMScheduler"})
-    assert dict_of(loaded) == there
+    assert scheduler_options(loaded) == there
     assert not any(name.startswith("_") for name in there)
     for options in ({"clip_sample": False}, {"trained_betas": [0.3] * 20}, {"prediction_type": "sample"}):
-        assert dict_of(tiny_scheduler(**options)) != there
+        assert scheduler_options(tiny_scheduler(**options)) != there
     loaded.register_to_config(_ddpm_ext={"trajectory": "even", "eta": 0.5})
     other = DDPMExtScheduler.from_config(loaded.config)
     other.register_to_config(_ddpm_ext={"eta": 0.5, "trajectory": "even"})
-    assert there != dict_of(loaded) == dict_of(other)
-    json.dumps([dict_of(make_scheduler(loaded, sampler)) for sampler in ("ddim", "dpm++")], allow_nan=False)
+    assert there != scheduler_options(loaded) == scheduler_options(other)
+    json.dumps([scheduler_options(make_scheduler(loaded, sampler)) for sampler in ("ddim", "dpm++")], allow_nan=False)
 
 
 # References -----------------------------------------------------------------------------------------------------------

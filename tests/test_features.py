@@ -21,8 +21,8 @@ from ddpm_ext.evaluation.features import (
     hand_off,
     inception,
     make_extractor,
-    weights_hash,
 )
+from ddpm_ext.pipelines.identity import weights_hash
 
 
 def images(n: int = 6, channels: int = 3, size: int = 8) -> Tensor:

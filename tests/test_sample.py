@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
 from training import TORCHRUN, finish, forget_accelerator, run_here, start, weights
 
@@ -86,6 +89,78 @@ def test_a_folder_is_filled_and_what_is_there_is_kept(saved: Path, tmp_path: Pat
         sample(saved, tmp_path / "out", seed=9)
 
 
+def test_images_of_other_weights_schedulers_or_options_are_refused(saved: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sample(saved, out)
+    before = read(out)
+    other = DDPMExtPipeline.from_pretrained(saved)
+    with torch.no_grad():
+        next(other.unet.parameters()).add_(1e-3)
+    other.save_pretrained(str(tmp_path / "other"))
+    with pytest.raises(RunError, match=r"other settings \(weights '\w{16}' -> '\w{16}'\)"):
+        sample(tmp_path / "other", out)
+    again = DDPMExtPipeline.from_pretrained(saved)
+    DDPMExtPipeline(again.unet, DDIMScheduler.from_config(again.scheduler.config)).save_pretrained(
+        str(tmp_path / "ddim")
+    )
+    with pytest.raises(RunError, match="scheduler's class DDPMExtScheduler -> DDIMScheduler"):
+        sample(tmp_path / "ddim", out)
+    with pytest.raises(RunError, match="dtype 'float32' -> 'bfloat16'"):
+        sample(saved, out, dtype="bfloat16")
+    # The same weights anew at the same path are the old path's images no longer; elsewhere they are the same.
+    shutil.rmtree(saved)
+    shutil.copytree(tmp_path / "other", saved)
+    with pytest.raises(RunError, match="weights"):
+        sample(saved, out)
+    again.save_pretrained(str(tmp_path / "renamed"))
+    assert sample(tmp_path / "renamed", out, num_samples=6, batch_size=3) == 0
+    assert all(np.array_equal(read(out)[name], image) for name, image in before.items()) and len(read(out)) == 6
+
+
+def test_a_record_that_names_no_weights_is_settled_by_its_first_image(saved: Path, tmp_path: Path) -> None:
+    """Folders of the version before samples.json held hashes: they go on, but not with another model."""
+    out = tmp_path / "out"
+    sample(saved, out, num_samples=2)
+    former = {"model": "elsewhere", "seed": 0, "num_inference_steps": 4, "class_label": None, "dtype": "float32"}
+    (out / "samples.json").write_text(json.dumps(former))
+    other = DDPMExtPipeline.from_pretrained(saved)
+    with torch.no_grad():
+        other.unet.conv_out.bias.add_(0.3)
+    other.save_pretrained(str(tmp_path / "other"))
+    with pytest.raises(RunError, match="weights None -> "):
+        sample(tmp_path / "other", out)
+    (out / "000000.png").rename(tmp_path / "kept.png")  # the first that is there decides
+    assert sample(saved, out) == 0
+    assert (out / "000000.png").read_bytes() == (tmp_path / "kept.png").read_bytes()
+    assert "weights" in json.loads((out / "samples.json").read_text())
+
+
+@pytest.mark.parametrize("changes", [{"num_inference_steps": 2000}, {"class_label": 3}])
+def test_a_start_that_fails_leaves_nothing(changes: dict[str, Any], saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        sample(saved, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises((ValueError, OSError)):
+        sample(tmp_path / "nothing", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_no_png_holds_are_arrays_beside_a_preview(tiny_unet: Any, tmp_path: Path) -> None:
+    unet = UNet2DModel(**{**tiny_unet.config, "in_channels": 6, "out_channels": 6})
+    DDPMExtPipeline(unet, DDPMExtScheduler()).save_pretrained(str(tmp_path / "six"))
+    assert sample(tmp_path / "six", tmp_path / "out", num_samples=3) == 0
+    pipe = DDPMExtPipeline.from_pretrained(tmp_path / "six")
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe(generator=torch.Generator().manual_seed(1), num_inference_steps=4, output_type="np").images[0]
+    there = np.load(tmp_path / "out" / "000001.npy")
+    assert there.dtype == np.uint8 and there.shape == (8, 8, 6)
+    assert np.abs(there - (drawn * 255).round()).max() <= 1
+    assert np.array_equal(read(tmp_path / "out")["000001.png"], there[..., 0])
+    (tmp_path / "out" / "000001.npy").unlink()  # the preview alone is no image
+    assert sample(tmp_path / "six", tmp_path / "out", num_samples=3) == 0
+    assert np.array_equal(np.load(tmp_path / "out" / "000001.npy"), there)
+
+
 def test_a_stop_keeps_what_is_done_and_the_same_command_continues(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +195,7 @@ def test_a_grid_shows_every_image_in_its_place() -> None:
     assert (grid[12:, 32:] == 128).all()
 
 
-@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "L"), (3, "RGB"), (4, "RGBA")])
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA"), (5, "L")])
 def test_a_picture_of_any_channels_is_written(channels: int, mode: str, tmp_path: Path) -> None:
     save_png(np.zeros((2, 2, channels), np.uint8), tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:

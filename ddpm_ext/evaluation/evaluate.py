@@ -20,21 +20,20 @@ from accelerate import Accelerator
 
 from ..data.dataset import ImageSet, load_images
 from ..distributed import check_world
+from ..pipelines.identity import network_hash, scheduler_options, weights_hash
 from ..run_dir import environment, read_json, write_atomically, write_json
 from .config import EvalConfig, recorded, words_of
-from .features import Extractor, make_extractor, weights_hash
+from .features import Extractor, make_extractor
 from .figures import draw_bound, draw_nearest, draw_paper, draw_quality
 from .measure import (
     Samples,
     SetBound,
     bits_of,
     chain_of,
-    dict_of,
     images_and_labels,
     is_fixed,
     load_pipeline,
     make_scheduler,
-    network_hash,
     rows_of,
     sample_features,
     set_bound,
@@ -268,7 +267,7 @@ class Session:
 
     def key(self, scheduler: Any) -> dict[str, Any]:
         """What tells this network under a scheduler from others."""
-        return {"weights": self.weights, "network": self.network, "scheduler": dict_of(scheduler)}
+        return {"weights": self.weights, "network": self.network, "scheduler": scheduler_options(scheduler)}
 
     def images(self, split: str) -> ImageSet:
         """A split at the network's size."""

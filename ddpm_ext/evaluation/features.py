@@ -12,7 +12,6 @@ codes round to 8 bits or do not, and scores differ by it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from ..diffusion.words import check_word
+from ..pipelines.identity import weights_hash
 
 HandOff = Literal["uint8", "float"]
 HUB_NAMES = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}
@@ -280,13 +280,3 @@ def with_channels(images: Tensor, channels: int) -> Tensor:
     if images.shape[1] == 1:
         return images.expand(-1, channels, -1, -1)
     raise ValueError(f"The extractor takes {channels} channels, got images with {images.shape[1]}.")
-
-
-def weights_hash(network: torch.nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and values of a network's weights, 16 hex digits."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        value = value.detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]

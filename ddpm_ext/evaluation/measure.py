@@ -6,9 +6,8 @@ change what it measures but for the last digits of the network's sums.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -25,13 +24,14 @@ from ..diffusion.reverse import reverse_log_var, variance_bounds
 from ..diffusion.words import Cdf, DecoderVariance, check_word
 from ..hub.retry import HubError
 from ..pipelines.ddpm import DDPMExtPipeline
+from ..pipelines.sampling import images_from_seeds
 from ..schedulers.config import EXTENSION_KEY, extension
 from ..schedulers.ddpm import DDPMExtScheduler
 from .bits_per_dim import BitsPerDim, Bound, Sweep, full_sweep, make_bound, rate_distortion_rows, sampled_bound
 from .checks import grid_images
 from .features import Extractor, Features, HandOff, extract, hand_off
 from .reference import as_features, as_tensors
-from .sharded import key_hash, run_shards
+from .sharded import run_shards
 
 Sampler = Literal["ddpm", "ddim", "dpm++"]
 KEPT_IMAGES = 64  # generated images that are kept for a grid
@@ -117,46 +117,10 @@ def chain_of(scheduler: Any) -> dict[str, Any]:
     return {**spacing, **chosen, "eta": extra.eta}
 
 
-def dict_of(scheduler: Any) -> dict[str, str]:
-    """A scheduler's class and options in words: the same in every process, however it was built."""
-    return {"class": type(scheduler).__name__, **words_of_options(scheduler.config)}
-
-
-def network_hash(unet: UNet2DModel) -> str:
-    """16 hex digits that stand for a network's options: weights alone do not say what function they are of."""
-    return key_hash(words_of_options(unet.config))
-
-
-def words_of_options(config: Mapping[str, Any]) -> dict[str, str]:
-    """The options of a Diffusers config in words, but for its notes on itself.
-
-    Which options were left at their defaults, for one, Diffusers lists in an order that changes with every process.
-    """
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, set | frozenset):
-            return sorted(map(str, value))
-        return value.tolist() if hasattr(value, "tolist") else str(value)
-
-    kept = {name: value for name, value in config.items() if not name.startswith("_") or name == EXTENSION_KEY}
-    return {name: json.dumps(value, sort_keys=True, default=plain) for name, value in kept.items()}
-
-
-def generate(
-    pipeline: DDPMExtPipeline, numbers: range, seed: int, num_inference_steps: int, batch_size: int
-) -> Iterator[Tensor]:
-    """Images of these numbers in batches, float in [0, 1], shape (b, C, H, W). Labels go round the classes."""
+def labels_in_turn(pipeline: DDPMExtPipeline, numbers: range) -> list[int] | None:
+    """Labels of images by number, which go round the classes; None for a network without classes."""
     classes = pipeline.unet.config.get("num_class_embeds")
-    for start in range(numbers.start, numbers.stop, batch_size):
-        some = range(start, min(start + batch_size, numbers.stop))
-        output: Any = pipeline(
-            batch_size=len(some),
-            generator=[torch.Generator().manual_seed(seed + i) for i in some],
-            num_inference_steps=num_inference_steps,
-            class_labels=None if classes is None else [i % classes for i in some],
-            output_type="pt",
-        )
-        yield output.images
+    return None if classes is None else [i % classes for i in numbers]
 
 
 def sample_features(
@@ -191,7 +155,13 @@ def sample_features(
         kept: list[Tensor] = []
 
         def batches() -> Iterator[Tensor]:
-            for images in generate(pipeline, piece, seed, num_inference_steps, batch_size):
+            for images in images_from_seeds(
+                pipeline,
+                [seed + i for i in piece],
+                batch_size=batch_size,
+                num_inference_steps=num_inference_steps,
+                class_labels=labels_in_turn(pipeline, piece),
+            ):
                 room = max(0, KEPT_IMAGES - piece.start - sum(map(len, kept)))
                 kept.append((hand_off(images[:room], "uint8") * 255).round().to(torch.uint8).cpu())
                 yield images

@@ -16,9 +16,10 @@ from datasets.config import HF_DATASETS_CACHE
 from torch import Tensor
 
 from ..data.dataset import ImageSet
+from ..pipelines.identity import key_hash
 from .features import Extractor, Features, HandOff, check_hand_off, extract
 from .metrics import FeatureStatistics, feature_statistics
-from .sharded import key_hash, load_checked, run_shards, save_whole
+from .sharded import load_checked, run_shards, save_whole
 
 SHARD_SIZE = 2048
 

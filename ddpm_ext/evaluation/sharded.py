@@ -8,7 +8,6 @@ several machines need a folder that all of them see.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -22,17 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..pipelines.identity import key_hash, key_text
+
 Work = Callable[[range], dict[str, Tensor]]
-
-
-def key_hash(key: dict[str, Any]) -> str:
-    """16 hex digits that stand for everything a measurement depends on."""
-    return hashlib.sha256(key_text(key).encode()).hexdigest()[:16]
-
-
-def key_text(key: dict[str, Any]) -> str:
-    """A key as text that is the same in every process."""
-    return json.dumps(key, sort_keys=True, allow_nan=False)
 
 
 def run_shards(

@@ -11,14 +11,29 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from torch import Tensor
 
 from ..distributed import check_world
 from ..run_dir import RunError, read_json, write_json
 from ..signals import PREEMPTED, StopRequest, die_with_launcher, exit_process
 from .ddpm import DDPMExtPipeline
+from .identity import identity
+
+__all__ = [
+    "POLL_EVERY",
+    "SampleConfig",
+    "SamplingStopped",
+    "images_from_seeds",
+    "make_grid",
+    "sample_images",
+    "sample_to_folder",
+    "save_png",
+]
 
 Poll = Callable[[], bool]
 POLL_EVERY = 10  # denoising steps between two looks at the stop flag: with several processes a look is an all-reduce
+_FREE = ("model", "output_dir", "num_samples", "batch_size", "cpu")  # options that change no image
+_IN_GRID = 64
 
 
 class SamplingStopped(Exception):
@@ -45,7 +60,7 @@ class SampleConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
-def sample_images(
+def images_from_seeds(
     pipeline: DDPMExtPipeline,
     seeds: Sequence[int],
     *,
@@ -53,8 +68,8 @@ def sample_images(
     num_inference_steps: int,
     class_labels: Sequence[int] | None = None,
     poll: Poll | None = None,
-) -> Iterator[np.ndarray]:
-    """Images in batches, uint8, shape (b, H, W, C), image i drawn from a CPU generator of seeds[i] alone.
+) -> Iterator[Tensor]:
+    """Draw images in batches, image i from a CPU generator of seeds[i] alone: the one such loop.
 
     The noise of an image does not depend on its batch; its network's sums do in their last digits, so that a pixel
     may differ by one grey level between batch sizes.
@@ -67,6 +82,9 @@ def sample_images(
         class_labels: One per image, for conditional networks.
         poll: Asked every POLL_EVERY steps whether to stop.
 
+    Yields:
+        Images of shape (b, C, H, W), values in [0, 1], on the network's device.
+
     Raises:
         SamplingStopped: poll said so.
     """
@@ -78,17 +96,22 @@ def sample_images(
 
     for start in range(0, len(seeds), batch_size):
         mine = slice(start, start + batch_size)
-        labels = None if class_labels is None else torch.tensor(class_labels[mine], device=pipeline.device)
         (images,) = pipeline(
             batch_size=len(seeds[mine]),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[mine]],
             num_inference_steps=num_inference_steps,
-            class_labels=labels,
-            output_type="np",
-            callback_on_step_end=look,
+            class_labels=None if class_labels is None else class_labels[mine],
+            output_type="pt",
+            callback_on_step_end=None if poll is None else look,
             return_dict=False,
         )
-        yield (np.asarray(images) * 255).round().astype(np.uint8)
+        yield images
+
+
+def sample_images(pipeline: DDPMExtPipeline, seeds: Sequence[int], **options: Any) -> Iterator[np.ndarray]:
+    """Draw images in batches as pixels, uint8, shape (b, H, W, C); arguments as for `images_from_seeds`."""
+    for images in images_from_seeds(pipeline, seeds, **options):
+        yield (images.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def make_grid(images: np.ndarray, min_side: int = 48) -> np.ndarray:
@@ -113,10 +136,10 @@ def make_grid(images: np.ndarray, min_side: int = 48) -> np.ndarray:
 
 
 def save_png(image: np.ndarray, path: Path) -> None:
-    """One uint8 image (H, W, C), C 1, 3 or 4, written whole or not at all; of other C the first channel."""
+    """Write one uint8 image (H, W, C) whole or not at all: C 1 to 4 as L, LA, RGB, RGBA, of more the first channel."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    flat = image[..., 0] if image.shape[-1] not in (3, 4) else image
+    flat = image if image.shape[-1] in (2, 3, 4) else image[..., 0]
     Image.fromarray(flat).save(temporary, format="png")
     temporary.replace(path)
 
@@ -124,76 +147,141 @@ def save_png(image: np.ndarray, path: Path) -> None:
 def sample_to_folder(config: SampleConfig) -> int:
     """Write `num_samples` images and their grid; images that are there already are kept.
 
+    Images of more than four channels, which no PNG holds, are 000000.npy beside a PNG of their first channel.
+
+    Args:
+        config: The options.
+
     Returns:
         Exit code: 0, or 75 when a stop was asked for; the same command continues.
 
     Raises:
-        RunError: the folder holds images of another model or other settings.
+        RunError: the folder holds images of other weights, another scheduler or other options.
     """
     stop = StopRequest()
     die_with_launcher()
     accelerator = Accelerator(cpu=config.cpu or not torch.accelerator.is_available())
     check_world(accelerator)
-    folder = Path(config.output_dir)
-    claim(folder, config, accelerator)
-    pipeline = DDPMExtPipeline.from_pretrained(config.model).to(accelerator.device)
-    if config.dtype != "float32":
-        pipeline.to(getattr(torch, config.dtype))
-    pipeline.set_progress_bar_config(disable=not accelerator.is_main_process)
-
-    missing = [i for i in range(config.num_samples) if not image_path(folder, i).exists()]
-    accelerator.wait_for_everyone()  # all have looked before the first writes
-    with accelerator.split_between_processes(missing) as share:
-        try:
-            write_images(pipeline, cast(list[int], share), folder, config, poll=lambda: bool(stop))
-        except SamplingStopped:
-            return exit_process(PREEMPTED, accelerator.num_processes)
-        finally:
-            stop.release()
+    try:
+        folder = _Folder(config, accelerator)
+        missing = [i for i in range(config.num_samples) if not folder.has(i)]
+        accelerator.wait_for_everyone()  # all have looked before the first writes
+        with accelerator.split_between_processes(missing) as share:
+            folder.fill(cast(list[int], share), poll=lambda: bool(stop))
+    except SamplingStopped:
+        if accelerator.is_main_process:
+            print(f"Stopped; the images in {config.output_dir} are kept, the same command continues.")
+        return exit_process(PREEMPTED, accelerator.num_processes)
+    finally:
+        stop.release()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        images = np.stack([np.asarray(Image.open(image_path(folder, i))) for i in range(min(config.num_samples, 64))])
-        save_png(make_grid(images[..., None] if images.ndim == 3 else images), folder / "grid.png")
-        print(f"{config.num_samples} images in {folder}, the first of them in {folder / 'grid.png'}")
+        folder.draw_grid()
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return exit_process(0, accelerator.num_processes)
 
 
-def claim(folder: Path, config: SampleConfig, accelerator: Accelerator) -> None:
-    """Record what the folder's images are made of, or compare with the record."""
-    free = ("output_dir", "num_samples", "batch_size", "cpu")
-    record = {name: value for name, value in asdict(config).items() if name not in free}
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "samples.json").exists():
-            write_json(folder / "samples.json", record)
-    accelerator.wait_for_everyone()
-    there = read_json(folder / "samples.json")
-    if there != record:
-        changed = [f"{name} {there.get(name)!r} -> {new!r}" for name, new in record.items() if there.get(name) != new]
-        raise RunError(f"{folder} holds images of other settings ({', '.join(changed)}); give another --output_dir.")
+class _Folder:
+    """The folder of one model's images: samples.json says what they are made of."""
+
+    def __init__(self, config: SampleConfig, accelerator: Accelerator) -> None:
+        self.config, self.path = config, Path(config.output_dir)
+        self.pipeline = DDPMExtPipeline.from_pretrained(config.model).to(accelerator.device)
+        options = {name: value for name, value in asdict(config).items() if name not in _FREE}
+        self.record = {"model": config.model, **options, **identity(self.pipeline)}
+        if config.dtype != "float32":
+            self.pipeline.to(getattr(torch, config.dtype))
+        self.pipeline.set_progress_bar_config(disable=not accelerator.is_main_process)
+        self.is_array = self.pipeline.unet.config["in_channels"] > 4
+        self.check()
+
+    def image(self, i: int) -> Path:
+        """Return the file of image i."""
+        return self.path / f"{i:06d}.png"
+
+    def has(self, i: int) -> bool:
+        """Return whether image i is there."""
+        return self.image(i).with_suffix(".npy" if self.is_array else ".png").exists()
+
+    def check(self) -> None:
+        """Compare the record of the images that are there with that of the images to be drawn.
+
+        Raises:
+            RunError: they are made of something else.
+        """
+        path = self.path / "samples.json"
+        if not path.exists():
+            return
+        there = read_json(path)
+        asked = {name: value for name, value in self.record.items() if name != "model"}
+        if "weights" not in there:  # a record of version 0.1.0 before it named them: an image tells
+            first = next((i for i in range(self.config.num_samples) if self.has(i)), None)
+            if first is None or self.is_same(first):
+                there = {**asked, **there}
+        changed = [_change(name, there.get(name), new) for name, new in asked.items() if there.get(name) != new]
+        if changed:
+            raise RunError(
+                f"{self.path} holds images of other settings ({', '.join(changed)}); give another --output_dir."
+            )
+
+    def is_same(self, i: int) -> bool:
+        """Draw image i again and return whether it is the one that is there, to a grey level of rounding."""
+        (drawn,) = self.draw([i], poll=None)
+        return bool(np.abs(drawn[0].astype(int) - self.read(i).astype(int)).max() <= 1)
+
+    def draw(self, numbers: Sequence[int], poll: Poll | None) -> Iterator[np.ndarray]:
+        """Draw the images of these numbers in batches, uint8, shape (b, H, W, C)."""
+        config = self.config
+        return sample_images(
+            self.pipeline,
+            [config.seed + i for i in numbers],
+            batch_size=config.batch_size,
+            num_inference_steps=config.num_inference_steps,
+            class_labels=None if config.class_label is None else [config.class_label] * len(numbers),
+            poll=poll,
+        )
+
+    def fill(self, numbers: Sequence[int], poll: Poll) -> None:
+        """Write the images of these numbers, each when its batch is done, and before the first what they are made of.
+
+        Raises:
+            SamplingStopped: poll said so.
+        """
+        done = iter(numbers)
+        for batch in self.draw(numbers, poll):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / "samples.json", self.record)
+            for image in batch:
+                self.write(image, self.image(next(done)))
+
+    def write(self, image: np.ndarray, path: Path) -> None:
+        """Write one image; of an array the preview first, since the array says that both are there."""
+        save_png(image, path)
+        if self.is_array:
+            temporary = path.with_name(f".{path.stem}.tmp.npy")
+            np.save(temporary, image)
+            temporary.replace(path.with_suffix(".npy"))
+
+    def read(self, i: int) -> np.ndarray:
+        """Return image i, uint8, shape (H, W, C)."""
+        if self.is_array:
+            return np.load(self.image(i).with_suffix(".npy"))
+        with Image.open(self.image(i)) as image:
+            pixels = np.asarray(image)
+        return pixels[..., None] if pixels.ndim == 2 else pixels
+
+    def draw_grid(self) -> None:
+        """Write grid.png of the first images, and say what is there."""
+        number = self.config.num_samples
+        save_png(make_grid(np.stack([self.read(i) for i in range(min(number, _IN_GRID))])), self.path / "grid.png")
+        images = "1 image" if number == 1 else f"{number:,} images"
+        print(f"{images} in {self.path}, the first of them in {self.path / 'grid.png'}")
 
 
-def image_path(folder: Path, i: int) -> Path:
-    """The file of image i."""
-    return folder / f"{i:06d}.png"
-
-
-def write_images(
-    pipeline: DDPMExtPipeline, numbers: Sequence[int], folder: Path, config: SampleConfig, poll: Poll
-) -> None:
-    """The images of these numbers, each written when its batch is done."""
-    labels = None if config.class_label is None else [config.class_label] * len(numbers)
-    batches = sample_images(
-        pipeline,
-        [config.seed + i for i in numbers],
-        batch_size=config.batch_size,
-        num_inference_steps=config.num_inference_steps,
-        class_labels=labels,
-        poll=poll,
-    )
-    done = iter(numbers)
-    for batch in batches:
-        for image in batch:
-            save_png(image, image_path(folder, next(done)))
+def _change(name: str, former: Any, new: Any) -> str:
+    """Return what differs in words: the scheduler by its options that do."""
+    if not (isinstance(former, dict) and isinstance(new, dict)):
+        return f"{name} {former!r} -> {new!r}"
+    names = [key for key in sorted(former.keys() | new.keys()) if former.get(key) != new.get(key)]
+    return ", ".join(f"{name}'s {key} {former.get(key)} -> {new.get(key)}" for key in names)

@@ -18,9 +18,9 @@ from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation import calibrate
-from ..evaluation.features import weights_hash
 from ..evaluation.report import NAMES, data_words, markdown, sampler_words
 from ..hub.files import INDEX, RENDERED, pictures
+from ..pipelines.identity import weights_hash
 from ..run_dir import RunDir, read_json, write_atomically
 
 logger = logging.getLogger(__name__)

@@ -17,10 +17,11 @@ from ..data.dataset import ImageSet
 from ..evaluation.bits_per_dim import PILOT_IMAGES, Bound, full_sweep, make_bound, pilot_distribution, sampled_bound
 from ..evaluation.checks import grid_images
 from ..evaluation.features import Extractor, HandOff, extract
-from ..evaluation.measure import generate, images_and_labels
+from ..evaluation.measure import images_and_labels, labels_in_turn
 from ..evaluation.metrics import feature_statistics, frechet_distance
 from ..evaluation.reference import make_reference
 from ..pipelines.ddpm import DDPMExtPipeline
+from ..pipelines.sampling import images_from_seeds
 
 
 class SmallEvaluation:
@@ -70,7 +71,14 @@ class SmallEvaluation:
         """{"fid": ..., "bits_per_dim": ...} of a network, lower is better for both; the same on every process."""
         pipeline = DDPMExtPipeline(unet, scheduler)
         pipeline.set_progress_bar_config(disable=True)
-        images = generate(pipeline, self.share(self.num_samples), self.seed, self.num_inference_steps, self.batch_size)
+        numbers = self.share(self.num_samples)
+        images = images_from_seeds(
+            pipeline,
+            [self.seed + i for i in numbers],
+            batch_size=self.batch_size,
+            num_inference_steps=self.num_inference_steps,
+            class_labels=labels_in_turn(pipeline, numbers),
+        )
         mine = extract(self.extractor, images, self.hand_off).features
         features = torch.cat(self.gathered(mine))
         found = {"fid": frechet_distance(self.reference.statistics, feature_statistics(features))}
