@@ -18,13 +18,12 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from ddpm_ext.data import dataset, pixels
 from ddpm_ext.data.dataset import (
     Batch,
     ImageSet,
-    dataset,
     epoch_order,
     load_images,
-    pixels,
     positions_to_indices,
     prefetch,
     random_flip,

@@ -83,9 +83,14 @@ def _imports(tree: ast.AST, at_import: bool) -> list[ast.Import | ast.ImportFrom
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             found.append(node)
-        elif not (at_import and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):
+        elif not (at_import and (isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or _for_types(node))):
             found += _imports(node, at_import)
     return found
+
+
+def _for_types(node: ast.AST) -> bool:
+    """Whether a statement is `if TYPE_CHECKING:`, which is never run."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def layer(module: str) -> int:

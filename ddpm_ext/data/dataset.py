@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,8 @@ from datasets.config import HF_DATASETS_CACHE
 from torch import Tensor
 
 from ddpm_ext.data.pixels import Decoder, decode_to_file, decode_to_memory, fingerprint, picture_format, source_digest
-from ddpm_ext.data.sources import Rows, find_image_column, find_label_column, open_source, read_labels
+from ddpm_ext.data.sources import DIGITS, Rows, find_image_column, find_label_column, open_source, read_labels
+from ddpm_ext.data.spec import DataSpec
 
 # Decoded pictures up to MEMORY_BYTES are held in memory, up to MAPPED_BYTES in a file that all processes map; larger
 # sets are decoded when asked for.
@@ -99,6 +101,7 @@ class ImageSet:
         shape: (C, H, W) of every picture.
         num_classes: Number of labels, or None where the set has none.
         fingerprint: Hex digest of what the set holds and how it is cut to size; equal sets have equal fingerprints.
+        spec: What names the set and what was done to it, as training records it.
         skipped: Names of the pictures that could not be read. In a set decoded when asked for, the list grows as they
             are met, and the next readable picture stands in for each.
     """
@@ -112,6 +115,7 @@ class ImageSet:
         num_classes: int | None,
         fingerprint: str,
         skipped: list[str],
+        spec: DataSpec,
     ) -> None:
         self._read = read
         self._labels = labels
@@ -120,6 +124,15 @@ class ImageSet:
         self.num_classes = num_classes
         self.fingerprint = fingerprint
         self.skipped = skipped
+        counts = None if labels is None else np.bincount(labels, minlength=num_classes or 0).tolist()
+        self.spec = replace(
+            spec,
+            resolution=shape[1:],
+            channels=shape[0],
+            class_counts=None if counts is None else tuple(counts),
+            num_images=length,
+            fingerprint=fingerprint,
+        )
 
     def __len__(self) -> int:
         """Number of pictures in one epoch."""
@@ -171,6 +184,7 @@ def load_images(
     channels: int | None = None,
     *,
     center_crop: bool = True,
+    class_names: Sequence[str] | None = None,
     strict: bool = False,
     cache_dir: str | None = None,
     max_images: int | None = None,
@@ -192,6 +206,7 @@ def load_images(
             must then be one for all.
         channels: The network's in_channels (see `pictures`); None takes the first picture's, 1 or 3.
         center_crop: Crop in the middle; False gives each picture a place of its own, drawn from its number.
+        class_names: The training's classes, whose places are the labels; None takes the set's own.
         strict: A picture that cannot be read is an error; otherwise it is skipped, counted and named.
         cache_dir: Home of downloads and of decoded pictures; None takes that of `datasets`.
         max_images: Only the first so many rows.
@@ -209,7 +224,17 @@ def load_images(
     if len(table) == 0:
         raise ValueError(f"The data set is empty: split {split!r} of {dataset_name or train_data_dir} has no rows.")
     rows = Rows(table, find_image_column(table.features, image_column))
-    labels, num_classes = read_labels(table, find_label_column(table.features, label_column))
+    labels, num_classes, names = read_labels(table, find_label_column(table.features, label_column), class_names)
+    spec = DataSpec(
+        dataset_name=dataset_name or (None if train_data_dir else DIGITS),
+        dataset_config_name=dataset_config_name,
+        data_dir=train_data_dir,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        center_crop=center_crop,
+        class_names=None if names is None else tuple(names),
+    )
     form = picture_format(rows, resolution, channels, center_crop)
     decoder = Decoder(form, strict, num_workers)
     shape = (form.channels, form.height, form.width)
@@ -218,7 +243,7 @@ def load_images(
     if num_bytes > mapped_bytes:
         mark = fingerprint(source_digest(rows, form), labels, shape)
         read = partial(decoder.nearest_readable, rows)
-        return ImageSet(read, labels, len(rows), shape, num_classes, mark, decoder.skipped)
+        return ImageSet(read, labels, len(rows), shape, num_classes, mark, decoder.skipped, spec)
     if num_bytes > memory_bytes:
         decoded = decode_to_file(decoder, rows, Path(cache_dir or HF_DATASETS_CACHE) / "ddpm_ext")
     else:
@@ -233,4 +258,5 @@ def load_images(
         num_classes,
         mark,
         decoded.skipped,
+        spec,
     )

@@ -128,10 +128,21 @@ def class_names(features: datasets.Features, column: str | None) -> list[str] | 
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
-def read_labels(table: datasets.Dataset, column: str | None) -> tuple[np.ndarray | None, int | None]:
-    """Labels, int64, shape (n,), and their number; both None without a column. Words are numbered by alphabet."""
+def read_labels(
+    table: datasets.Dataset, column: str | None, known: Sequence[str] | None = None
+) -> tuple[np.ndarray | None, int | None, list[str] | None]:
+    """Labels, int64, shape (n,), their number and their names; None without a column.
+
+    Args:
+        table: The rows.
+        column: The column of the labels; words are numbered by alphabet.
+        known: Class names whose places are the numbers, in place of the column's own order.
+
+    Raises:
+        ValueError: a row without a class, or a class that is not among the known ones.
+    """
     if column is None:
-        return None, None
+        return None, None, None
     names = class_names(table.features, column)
     values = np.asarray(table[column][:])
     if values.dtype.kind in "US":
@@ -139,8 +150,24 @@ def read_labels(table: datasets.Dataset, column: str | None) -> tuple[np.ndarray
         names = words.tolist()
     if values.dtype.kind not in "iu" or values.min() < 0:
         raise ValueError(f"label_column {column!r} must hold classes from 0 upwards in every row, got {values[:8]} …")
-    num_classes = len(names) if names is not None else int(values.max()) + 1
-    return values.astype(np.int64), num_classes
+    values = values.astype(np.int64)
+    if names is None:
+        return values, int(values.max()) + 1, None
+    if known is None:
+        return values, len(names), names
+    return renumbered(names, known)[values], len(known), list(known)
+
+
+def renumbered(names: Sequence[str], known: Sequence[str]) -> np.ndarray:
+    """The number among the known classes of each of these names, int64.
+
+    Raises:
+        ValueError: one of them is not known.
+    """
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"the classes {unknown} are none of the training's, which are {list(known)}.")
+    return np.asarray([known.index(name) for name in names], np.int64)
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from torch import Tensor
 from ddpm_ext.data.dataset import Batch
 from ddpm_ext.data.pixels import Decoder, picture_format
 from ddpm_ext.data.sources import (
+    DIGITS,
     Cell,
     class_names,
     file_bytes,
@@ -40,6 +42,7 @@ from ddpm_ext.data.sources import (
     open_source,
     undecoded,
 )
+from ddpm_ext.data.spec import DataSpec
 
 BLOCK_ROWS = 4096
 REMEMBERED_BLOCKS = 64  # block starts kept, so that a state can be asked for behind what was read ahead
@@ -97,11 +100,13 @@ class ImageStream:
         fingerprint: str,
         block_rows: int,
         shard_names: list[str],
+        spec: DataSpec,
     ) -> None:
         form = decoder.form
         self.shape = (form.channels, form.height, form.width)
         self.num_classes = num_classes
         self.fingerprint = fingerprint
+        self.spec = replace(spec, resolution=self.shape[1:], channels=self.shape[0], fingerprint=fingerprint)
         self.skipped = decoder.skipped
         self._shard_names = shard_names
         self._table, self._columns, self._decoder, self._block_rows = table, columns, decoder, block_rows
@@ -312,4 +317,14 @@ def stream_images(
         mark.update(hashlib.blake2b(file_bytes(cell)).digest())
     decoder = Decoder(form, strict, num_workers)
     num_classes = None if names is None else len(names)
-    return ImageStream(table, columns, decoder, num_classes, mark.hexdigest(), block_rows, shard_names(shards))
+    spec = DataSpec(
+        dataset_name=dataset_name or (None if train_data_dir else DIGITS),
+        dataset_config_name=dataset_config_name,
+        data_dir=train_data_dir,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        center_crop=center_crop,
+        class_names=None if names is None else tuple(names),
+    )
+    return ImageStream(table, columns, decoder, num_classes, mark.hexdigest(), block_rows, shard_names(shards), spec)

@@ -7,6 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +19,7 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 from ..data.dataset import ImageSet, load_images
+from ..data.spec import DataSpec
 from ..data.streaming import ImageStream, stream_images
 from ..diffusion.words import LEARNED_VARIANCES
 from ..models.unet import UNET_PRESETS, build_unet, unet_config
@@ -189,6 +191,11 @@ def build_data(config: TrainConfig, network: dict[str, Any]) -> ImageSet | Image
         cache_dir=config.cache_dir,
         num_workers=config.dataloader_num_workers,
     )
+
+
+def data_spec(config: TrainConfig, data: ImageSet | ImageStream) -> DataSpec:
+    """The record of the images a run is trained on, for config.json."""
+    return replace(data.spec, random_flip=config.random_flip, equal_sizes=config.equal_sizes)
 
 
 def refuse_several_sizes(config: TrainConfig, channels: int) -> None:

@@ -333,6 +333,7 @@ def record_start(trainer: Trainer) -> None:
         "global_batch": trainer.plan.global_batch,
         "images": trainer.num_images,
         "data_fingerprint": trainer.data.fingerprint,
+        "data": builders.data_spec(trainer.config, trainer.data).to_dict(),
         "skipped_images": list(trainer.unreadable.names),
         "network": dict(network.config),
         "parameters": sum(parameter.numel() for parameter in trainer.parameters),

@@ -1,0 +1,206 @@
+"""The record of the images that a run was trained on: written by training, read by whatever measures the result.
+
+run/config.json   {"config": {...}, "data": {"dataset_name": ..., "resolution": [32, 32], "class_names": [...], ...}}
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from .dataset import ImageSet
+
+__all__ = ["DataSpec"]
+
+# What follows from the files themselves: it can be compared only where both specs name the same split of the same set.
+_CONTENT = ("class_counts", "num_images", "fingerprint")
+_PLACE = ("dataset_name", "dataset_config_name", "data_dir", "split")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """Everything that says which images a run was trained on and what was done to them.
+
+    The contract:
+
+    - Training writes `to_dict()` into config.json under "data"; every image set has its own as `images.spec`.
+    - `DataSpec.from_run(folder)` takes a run folder or the pipeline folder inside one. It returns None where there is
+      no record: then the caller refuses and names the option that says what the data is, and guesses nothing.
+      A config.json without "data", as commit c2a1574 wrote it, is read from its options and its network.
+    - `load(split)` gives the images as training read them: size, channels, crop, value range and class numbers are
+      those of the record, and a class that training did not know is refused by name.
+    - `differences(other)` names in sentences what another spec has otherwise; a measurement writes them down.
+    - How a set is read (streaming, threads, caches) is no part of what it is.
+
+    Attributes:
+        dataset_name: "digits", a Hub name or a local folder; None where data_dir is given.
+        dataset_config_name: Configuration of a Hub set.
+        data_dir: Folder of images or of parquet files.
+        split: The split trained on.
+        image_column: Column of the images, None for the only one that can be meant.
+        label_column: Column of the classes, likewise.
+        resolution: (height, width) of every image.
+        channels: C, the network's in_channels.
+        center_crop: Whether crops lie in the middle; otherwise each image has a place of its own.
+        random_flip: Whether training mirrored images at random. Loading never does.
+        equal_sizes: Whether images of several sizes were refused.
+        bits: Values are levels 0 … 2^bits - 1 and x_0 = 2 · level / (2^bits - 1) - 1.
+        value_range: (lo, hi) of the stored values that became the lowest and the highest level; None: the file's own.
+        class_names: Name of each class number, None where the set has none or states no names.
+        class_counts: Images of each class, None where unknown.
+        num_images: Images of one epoch, None for a stream.
+        fingerprint: Digest of the images and labels, None where unknown.
+    """
+
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    data_dir: str | None = None
+    split: str = "train"
+    image_column: str | None = None
+    label_column: str | None = None
+    resolution: tuple[int, int] | None = None
+    channels: int | None = None
+    center_crop: bool = True
+    random_flip: bool = False
+    equal_sizes: bool = False
+    bits: int = 8
+    value_range: tuple[float, float] | None = None
+    class_names: tuple[str, ...] | None = None
+    class_counts: tuple[int, ...] | None = None
+    num_images: int | None = None
+    fingerprint: str | None = None
+
+    @property
+    def name(self) -> str:
+        """How the set is called: its Hub name or folder, "digits" for the built-in one."""
+        return self.dataset_name or self.data_dir or "digits"
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, None where the set has none or it is not known."""
+        known = self.class_names if self.class_names is not None else self.class_counts
+        return None if known is None else len(known)
+
+    # -- to and from files --------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain JSON values."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> DataSpec:
+        """Build a spec from what `to_dict` returned.
+
+        Raises:
+            UserError: the record holds a word that this version does not know: to ignore it would change the images.
+        """
+        unknown = sorted(record.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            raise UserError(
+                f"The record of the data has {', '.join(unknown)}, which this version of ddpm_ext does not know. "
+                "Read it with the version that wrote it, or a later one."
+            )
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+        return cls(**values)
+
+    @classmethod
+    def from_run(cls, folder: str | Path) -> DataSpec | None:
+        """Read the record that training left in a run folder, or beside a pipeline folder; None where there is none.
+
+        Raises:
+            UserError: a record is there and cannot be read.
+        """
+        here = Path(folder).absolute()
+        inside = (
+            here.parents[:2] if (here / "model_index.json").is_file() else ()
+        )  # run/pipeline, run/calibrated/pipeline
+        for path in (place / "config.json" for place in (here, *inside)):
+            if not path.is_file():
+                continue
+            try:
+                record = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path}, the record of the run, cannot be read: {error}") from error
+            if (
+                isinstance(record, dict) and {"config", "network"} <= record.keys()
+            ):  # a network's config.json has neither
+                return cls.from_dict(record["data"]) if "data" in record else cls._from_options(record)
+        return None
+
+    @classmethod
+    def _from_options(cls, record: dict[str, Any]) -> DataSpec:
+        """A spec from the options of a run and its network: all that config.json held before it had "data"."""
+        options, network = record["config"], record["network"]
+        size = network["sample_size"]
+        name = options["dataset_name"] or (None if options["train_data_dir"] else "digits")
+        return cls(
+            dataset_name=name,
+            dataset_config_name=options["dataset_config_name"],
+            data_dir=options["train_data_dir"],
+            split=options["train_split"],
+            image_column=options["image_column"],
+            label_column=options["label_column"],
+            resolution=(size, size) if isinstance(size, int) else tuple(size),
+            channels=network["in_channels"],
+            center_crop=options["center_crop"],
+            random_flip=options["random_flip"],
+            equal_sizes=options["equal_sizes"],
+            num_images=record.get("images"),
+            fingerprint=record.get("data_fingerprint"),
+        )
+
+    # -- use ----------------------------------------------------------------------------------------------------------
+
+    def load(self, split: str | None = None, **reading: Any) -> ImageSet:
+        """Load a split as training read its own; see `load_images`.
+
+        Args:
+            split: None for the split trained on.
+            **reading: How to read: strict, cache_dir, max_images, num_workers, memory_bytes, mapped_bytes.
+
+        Raises:
+            ValueError: the set cannot be opened, or holds classes that training did not know.
+        """
+        from .dataset import load_images
+
+        return load_images(
+            self.dataset_name,
+            self.dataset_config_name,
+            self.data_dir,
+            split or self.split,
+            self.image_column,
+            self.label_column,
+            self.resolution,
+            self.channels,
+            center_crop=self.center_crop,
+            class_names=self.class_names,
+            **reading,
+        )
+
+    def differences(self, other: DataSpec) -> list[str]:
+        """Name what `other` has otherwise than this spec, one sentence each; none where it is the same.
+
+        What follows from the files (counts, fingerprint) is compared only for the same split of the same set.
+        """
+        same_place = all(getattr(self, name) == getattr(other, name) for name in _PLACE)
+        found = []
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if mine == theirs or (field.name in _CONTENT and (not same_place or mine is None or theirs is None)):
+                continue
+            found.append(
+                f"{field.name.replace('_', ' ')} is {_shown(theirs)}; the run was trained with {_shown(mine)}."
+            )
+        return found
+
+
+def _shown(value: Any) -> str:
+    """A value in a sentence."""
+    if isinstance(value, tuple):
+        return " x ".join(map(str, value)) if len(value) == 2 else ", ".join(map(str, value))
+    return "none" if value is None else f'"{value}"' if isinstance(value, str) else str(value)
