@@ -12,9 +12,8 @@ import os
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -22,48 +21,10 @@ from torch import Tensor
 
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..schedulers.ddpm import DDPMExtScheduler
-from .state_dict_maps import CODES, Code, ConvertError, Place, Shape, all_places, find, measure
+from .config import AVERAGE, ConvertError, ConvertOptions
+from .state_dict_maps import CODES, Code, Place, Shape, all_places, find, measure
 
-Source = Literal["pytorch-ddpm", "improved-diffusion", "diffusers"]
-AVERAGE = "ema_model"
 INDEX = "model_index.json"
-# What a checkpoint of each source leaves open; the other options would have no effect.
-OPEN: dict[str, tuple[str, ...]] = {
-    "pytorch-ddpm": ("resolution", "weights"),
-    "improved-diffusion": ("resolution", "num_heads", "noise_schedule", "num_timesteps", "rescale_timesteps"),
-    "diffusers": ("token",),
-}
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """What is converted, and what its checkpoint does not tell."""
-
-    source: Source = field(metadata={"help": "The code that wrote the checkpoint."})
-    checkpoint: str = field(metadata={"help": "Its file; for diffusers a pipeline's folder or Hub name."})
-    output_dir: str = field(metadata={"help": "Folder of the new pipeline, not the checkpoint's own."})
-    resolution: int = field(default=32, metadata={"help": "Height and width of the pictures."})
-    weights: str = field(default=AVERAGE, metadata={"help": "pytorch-ddpm: ema_model, the average, or net_model."})
-    num_heads: int = field(default=4, metadata={"help": "improved-diffusion: attention heads."})
-    noise_schedule: Literal["cosine", "linear"] = field(default="cosine", metadata={"help": "improved-diffusion."})
-    num_timesteps: int = field(default=4000, metadata={"help": "improved-diffusion: T, its diffusion_steps."})
-    rescale_timesteps: bool = field(default=True, metadata={"help": "improved-diffusion: the network sees 1000 t / T."})
-    token: str | None = field(default=None, metadata={"help": "diffusers: token for a private repository."})
-
-    def __post_init__(self) -> None:
-        for name, words in (("source", get_args(Source)), ("noise_schedule", ("cosine", "linear"))):
-            if getattr(self, name) not in words:
-                raise ConvertError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}.")
-        for name in ("resolution", "num_heads", "num_timesteps"):
-            if getattr(self, name) < 1:
-                raise ConvertError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for option in fields(self)[3:]:  # behind the three that every source needs
-            if option.name not in OPEN[self.source] and getattr(self, option.name) != option.default:
-                users = " and ".join(source for source, names in OPEN.items() if option.name in names)
-                raise ConvertError(
-                    f"--{option.name} has an effect only with --source {users}, and source is {self.source!r}: leave "
-                    "it out."
-                )
 
 
 def convert(options: ConvertOptions) -> Path:

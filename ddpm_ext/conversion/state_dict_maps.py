@@ -12,16 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from .config import ConvertError
 
 Change = Callable[[Tensor], Tensor]
 CONVOLUTION = ("out", "in", "3", "3")
 GROUPS = 32  # of every norm, in both codes
 LABELS = "label_emb.weight"
-
-
-class ConvertError(UserError):
-    """A checkpoint cannot be converted; the message says which tensor or option is in the way."""
 
 
 class Code(NamedTuple):

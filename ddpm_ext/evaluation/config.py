@@ -1,20 +1,15 @@
 """Options of an evaluation and of a calibration, every word checked before anything is computed."""
 
-# ruff: noqa: RUF009
-
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from ..diffusion.words import SPACINGS, Cdf, DecoderVariance, Trajectory, VarianceType, check_word
 from ..options import option
-from .features import HandOff
-from .measure import Sampler
+from .words import HandOff, Metric, Sampler, Score
 
-Metric = Literal["bpd", "rate_distortion", "fid", "kid", "cmmd", "is", "prdc"]
-Score = Literal["bpd", "fid"]
 OF_BOUND = ("bpd", "rate_distortion")
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ from torch.nn.functional import interpolate, normalize
 
 from ..diffusion.words import check_word
 from ..pipelines.identity import weights_hash
+from .words import HandOff
 
-HandOff = Literal["uint8", "float"]
 HUB_NAMES = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}
 PIL_MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 

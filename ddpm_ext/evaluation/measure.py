@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from accelerate import Accelerator
@@ -29,11 +29,11 @@ from ..schedulers.config import EXTENSION_KEY, extension
 from ..schedulers.ddpm import DDPMExtScheduler
 from .bits_per_dim import BitsPerDim, Bound, Sweep, full_sweep, make_bound, rate_distortion_rows, sampled_bound
 from .checks import grid_images
-from .features import Extractor, Features, HandOff, extract, hand_off
+from .features import Extractor, Features, extract, hand_off
 from .reference import as_features, as_tensors
 from .sharded import run_shards
+from .words import HandOff, Sampler
 
-Sampler = Literal["ddpm", "ddim", "dpm++"]
 KEPT_IMAGES = 64  # generated images that are kept for a grid
 SAMPLE_SHARD, SWEEP_SHARD, SAMPLED_SHARD = 500, 32, 256
 

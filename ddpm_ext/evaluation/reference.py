@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..data.dataset import ImageSet
 from ..pipelines.identity import key_hash
-from .features import Extractor, Features, HandOff, check_hand_off, extract
+from .features import Extractor, Features, check_hand_off, extract
 from .metrics import FeatureStatistics, feature_statistics
 from .sharded import load_checked, run_shards, save_whole
+from .words import HandOff
 
 SHARD_SIZE = 2048
 

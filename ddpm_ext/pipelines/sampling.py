@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..distributed import check_world
 from ..run_dir import RunError, read_json, write_json
 from ..signals import PREEMPTED, StopRequest, die_with_launcher, exit_process
+from .config import SampleConfig
 from .ddpm import DDPMExtPipeline
 from .identity import identity
 
@@ -38,26 +39,6 @@ _IN_GRID = 64
 
 class SamplingStopped(Exception):
     """A stop was asked for while sampling."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Options of scripts/sample.py."""
-
-    model: str = field(metadata={"help": "Folder or Hub name of a pipeline."})
-    output_dir: str = field(default="samples", metadata={"help": "Folder for 000000.png ... and grid.png."})
-    num_samples: int = field(default=64, metadata={"help": "Number of images."})
-    batch_size: int = field(default=64, metadata={"help": "Images of one process at a time."})
-    seed: int = field(default=0, metadata={"help": "Image i is drawn from torch.Generator().manual_seed(seed + i)."})
-    num_inference_steps: int = field(default=1000, metadata={"help": "Denoising steps."})
-    class_label: int | None = field(default=None, metadata={"help": "Class of all images, for conditional networks."})
-    dtype: Literal["float32", "float16", "bfloat16"] = field(default="float32", metadata={"help": "Of the weights."})
-    cpu: bool = field(default=False, metadata={"help": "Use the CPU even where there is an accelerator."})
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
 def images_from_seeds(

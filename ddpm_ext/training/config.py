@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ..options import option
+from ..options import option, required
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +188,22 @@ class TrainConfig(
             return None
         sides = [int(side) for side in str(self.resolution).split("x")]
         return (sides[0], sides[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """Options of scripts/reconstruct_ema.py."""
+
+    run: str = required("Run folder trained with --ema power_function.")
+    sigma_rel: float = required("Relative width that is wanted.")
+    update: int | None = option(None, "Update at which the average ends; none: the last.")
+    output_dir: str | None = option(None, "Pipeline to write; none: pipeline-<width> in run.")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_rel < 0.28:
+            raise ValueError(f"sigma_rel must lie in (0, 0.28), got {self.sigma_rel}.")
+        if self.output_dir is None:
+            object.__setattr__(self, "output_dir", f"{self.run.rstrip('/')}/pipeline-{self.sigma_rel:g}")
 
 
 AT_LEAST_ONE = (

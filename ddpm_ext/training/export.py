@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import safe_open
@@ -16,7 +15,7 @@ from ..pipelines.ddpm import DDPMExtPipeline
 from ..publishing.publisher import Publisher
 from ..run_dir import RunDir, RunError
 from .checkpoint import checkpoint_name
-from .config import TrainConfig
+from .config import ReconstructConfig, TrainConfig
 from .ema import reconstruction_weights, weighted_sum
 
 
@@ -40,22 +39,6 @@ def write_pipeline(run: RunDir, pipeline: DDPMExtPipeline, target: Path | None =
         target.rename(old)
     temporary.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReconstructConfig:
-    """Options of scripts/reconstruct_ema.py."""
-
-    run: str = field(metadata={"help": "Run folder trained with --ema power_function."})
-    sigma_rel: float = field(metadata={"help": "Relative width that is wanted."})
-    update: int | None = field(default=None, metadata={"help": "Update at which the average ends; none: the last."})
-    output_dir: str | None = field(default=None, metadata={"help": "Pipeline to write; none: pipeline-<width> in run."})
-
-    def __post_init__(self) -> None:
-        if not 0 < self.sigma_rel < 0.28:
-            raise ValueError(f"sigma_rel must lie in (0, 0.28), got {self.sigma_rel}.")
-        if self.output_dir is None:
-            object.__setattr__(self, "output_dir", str(RunDir(self.run).path / f"pipeline-{self.sigma_rel:g}"))
 
 
 def reconstruct(config: ReconstructConfig) -> int:

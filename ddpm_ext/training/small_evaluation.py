@@ -16,10 +16,11 @@ from accelerate.utils import gather_object
 from ..data.dataset import ImageSet
 from ..evaluation.bits_per_dim import PILOT_IMAGES, Bound, full_sweep, make_bound, pilot_distribution, sampled_bound
 from ..evaluation.checks import grid_images
-from ..evaluation.features import Extractor, HandOff, extract
+from ..evaluation.features import Extractor, extract
 from ..evaluation.measure import images_and_labels, labels_in_turn
 from ..evaluation.metrics import feature_statistics, frechet_distance
 from ..evaluation.reference import make_reference
+from ..evaluation.words import HandOff
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.sampling import images_from_seeds
 
