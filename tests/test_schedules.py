@@ -181,7 +181,7 @@ def test_integers_of_numpy_and_torch_count():
 
 
 def test_unknown_spacing():
-    with pytest.raises(ValueError, match=r"timestep_spacing must be one of 'leading'.*got 'uniform'"):
+    with pytest.raises(ValueError, match=r"timestep_spacing must be one of 'linspace', 'leading'.*got 'uniform'"):
         kept_times("uniform", 1000, 10)  # pyright: ignore[reportArgumentType]
 
 

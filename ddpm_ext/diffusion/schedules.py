@@ -10,13 +10,13 @@ import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .words import BetaSchedule, TimestepSpacing, check_word
+from .words import SPACINGS, BetaSchedule, TimestepSpacing, check_word
 
 FAR_FROM_ZERO = 0.02  # ᾱ_T above this leaves an x_T that is visibly not standard normal
 
@@ -137,7 +137,9 @@ def rescale_zero_terminal_snr(beta: Tensor) -> Tensor:
     return 1 - alpha
 
 
-def kept_times(spacing: TimestepSpacing, num_timesteps: int, num_inference_steps: int, offset: int = 0) -> list[int]:
+def kept_times(
+    spacing: TimestepSpacing | Literal["even"], num_timesteps: int, num_inference_steps: int, offset: int = 0
+) -> list[int]:
     r"""The steps that a respaced chain of K = `num_inference_steps` visits, as ascending code indices.
 
         leading    k · (T // K) + offset,  k = 0..K-1
@@ -162,7 +164,7 @@ def kept_times(spacing: TimestepSpacing, num_timesteps: int, num_inference_steps
     Source: Lin et al. 2023, arXiv:2305.08891, Table 2; Bao et al. 2022, arXiv:2201.06503.
     """
     T, K = num_timesteps, num_inference_steps
-    check_word("timestep_spacing", spacing, get_args(TimestepSpacing))
+    check_word("timestep_spacing", spacing, (*SPACINGS, "even"))
     if not is_whole(K) or not 1 <= K <= T:
         raise ValueError(f"num_inference_steps must be an int from 1 to num_train_timesteps = {T}, got {K!r}.")
     K = operator.index(K)

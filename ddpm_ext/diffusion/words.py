@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from ..errors import UserError
 
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid"]
-TimestepSpacing = Literal["leading", "trailing", "linspace", "even"]
+TimestepSpacing = Literal["linspace", "leading", "trailing"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "posterior_mean"]
 VarianceType = Literal[
     "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range", "analytic"
@@ -37,7 +37,7 @@ Trajectory = Literal["even", "optimal"]
 TrajectoryCost = Literal["analytic", "fixed_small", "fixed_large"]
 
 LEARNED_VARIANCES = ("learned", "learned_range")
-SPACINGS = ("linspace", "leading", "trailing")
+SPACINGS = get_args(TimestepSpacing)
 
 
 def check_word(name: str, word: object, words: Sequence[str]) -> None:

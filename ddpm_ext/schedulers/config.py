@@ -1,8 +1,7 @@
-"""The scheduler's options: their words and ranges, and their portable form on disk."""
+"""The scheduler's options: their words and ranges."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -12,7 +11,6 @@ from ..diffusion.schedules import Tables, warn_if_signal_remains
 from ..diffusion.words import LEARNED_VARIANCES, SPACINGS, PredictionType, Trajectory, VarianceType, check_word
 
 EXTENSION_KEY = "_ddpm_ext"  # the one config key of ours: stock classes neither warn about nor drop a leading "_"
-PLAIN_VARIANCE = {"fixed_small_log": "fixed_small", "fixed_large_log": "fixed_large", "analytic": "fixed_small"}
 
 
 @dataclass(frozen=True)
@@ -98,54 +96,16 @@ def _check_trajectories(trajectories: Any, T: int) -> None:
             )
 
 
-def stock_words(config: dict[str, Any]) -> dict[str, str]:
-    """The config values that must read differently for a stock scheduler."""
-    words: dict[str, str] = {}
-    if config["variance_type"] in PLAIN_VARIANCE:
-        words["variance_type"] = PLAIN_VARIANCE[config["variance_type"]]
-    if config["variance_type"] == "learned":
-        # Stock would take the root of the head, which is a logarithm, and paint the NaN black; this word it refuses.
-        words["prediction_type"] = f"{config['prediction_type']} with learned log-variance"
-    return words
-
-
-def true_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config read from disk or from a stock scheduler as it is meant.
-
-    The true words that a portable config keeps in `_ddpm_ext` go back to their places, except where the word on disk
-    has been changed since: what a user of the stock class chose there is meant. Every value that the config holds is
-    meant too, but for None in place of a default: Diffusers counts positional arguments among the defaults and would
-    drop them.
-    """
-    unset = [key for key in config.get("_use_default_values", []) if config.get(key) is None]
-    config = {**config, "_use_default_values": unset}
-    if not isinstance(config.get(EXTENSION_KEY), dict):
-        return config
-    extension = dict(config.pop(EXTENSION_KEY))
-    words = extension.pop("words", {})
-    if not isinstance(words, Mapping):
-        raise ValueError(f"words of {EXTENSION_KEY} must map options to their true words, got {words!r}.")
-    saved_as = stock_words({"variance_type": None, "prediction_type": None, **config, **words})
-    words = {key: word for key, word in words.items() if config.get(key) == saved_as.get(key)}
-    return {**config, **words, **({EXTENSION_KEY: extension} if extension else {})}
-
-
-def without_false_defaults(cls: type, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Options to register, with only true defaults in `_use_default_values`, which other classes' `from_config` drop.
-
-    Diffusers lists there every option that came without a keyword, positional arguments too.
-    """
-    if "_use_default_values" not in kwargs:
-        return kwargs
-    defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
-    true = [name for name in kwargs["_use_default_values"] if repr(kwargs.get(name)) == repr(defaults.get(name))]
-    return {**kwargs, "_use_default_values": true}
-
-
 def check_options(config: Mapping[str, Any]) -> None:
     """Raise a ValueError for an option that is not one of its words or outside its range."""
     check_word("variance_type", config["variance_type"], get_args(VarianceType))
     check_word("prediction_type", config["prediction_type"], get_args(PredictionType))
+    if config["timestep_spacing"] == "even":
+        raise ValueError(
+            'timestep_spacing "even" is no spacing of Diffusers: keep one of '
+            f'{", ".join(map(repr, SPACINGS))} and choose set_timesteps(K, trajectory="even"), or '
+            f'{{"trajectory": "even"}} in {EXTENSION_KEY}.'
+        )
     check_word("timestep_spacing", config["timestep_spacing"], SPACINGS)
     ranges = {
         "clip_sample_range": (config["clip_sample_range"] > 0, "a positive number"),

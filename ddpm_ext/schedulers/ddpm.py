@@ -36,10 +36,8 @@ from .config import (
     check_options,
     check_terminal_snr,
     extension,
-    stock_words,
-    true_config,
-    without_false_defaults,
 )
+from .portable import stock_words, true_config, true_defaults
 from .step_table import Chain, Weights, check_usable, checked_times, chosen_times, make_chain, measured_errors
 
 
@@ -126,7 +124,9 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """A scheduler from the config of this class or of any compatible stock scheduler; see `true_config`."""
-        config = true_config(config) if isinstance(config, dict) else config
+        if isinstance(config, dict):
+            config = true_config(config, cls)
+            kwargs = {k: v for k, v in true_config(kwargs, cls).items() if k != "_use_default_values"}
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -135,7 +135,9 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         Diffusers' `from_config` and pipelines register in this way. The schedule itself stays what it was built as.
         """
         before = self.__dict__.get("_internal_dict")
-        super().register_to_config(**without_false_defaults(type(self), kwargs))
+        if "_use_default_values" in kwargs:
+            kwargs["_use_default_values"] = true_defaults(kwargs, type(self))
+        super().register_to_config(**kwargs)
         if "_chain" in self.__dict__:
             try:
                 self._current_chain()  # here and not in the first step, which may be compiled
