@@ -19,7 +19,7 @@ from torch import Tensor
 from .conversion.convert import is_hub_name, open_pipeline
 from .diffusion.images import to_uint8
 from .evaluation.bits_per_dim import bits_per_dim
-from .evaluation.measure import make_scheduler
+from .evaluation.samplers import make_scheduler
 from .pipelines.ddpm import DDPMExtPipeline
 
 Shown = Literal["ddpm", "ddim"]  # the samplers whose steps tell x̂_0

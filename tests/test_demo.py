@@ -59,7 +59,7 @@ def other(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_generate_ends_with_what_the_pipeline_draws(model: str, sampler: Any) -> None:
-    from ddpm_ext.evaluation.measure import make_scheduler
+    from ddpm_ext.evaluation.samplers import make_scheduler
 
     studio = Studio(model)
     shown = list(studio.generate(60, sampler, seed=3, count=2))
@@ -78,7 +78,7 @@ def test_generate_ends_with_what_the_pipeline_draws(model: str, sampler: Any) ->
 
 def drawn(model: str, sampler: Any, seed: int, steps: int, **labels: Any) -> Image.Image:
     """Two pictures that a pipeline of its own draws, side by side."""
-    from ddpm_ext.evaluation.measure import make_scheduler
+    from ddpm_ext.evaluation.samplers import make_scheduler
 
     pipe: Any = DDPMExtPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)

@@ -31,11 +31,12 @@ from .config import CalibrateConfig
 from .denoising_errors import drop_variance_head, mean_error, set_errors
 from .evaluate import Session
 from .features import make_extractor
-from .measure import SetBound, bits_of, chain_of, make_scheduler, sample_features, set_bound, under_fixed_variance
+from .measure import SetBound, bits_of, sample_features, set_bound, under_fixed_variance
 from .metrics import feature_statistics, frechet_distance
 from .plots import figure_class, plot_against_steps
 from .reference import make_reference
 from .report import data_words, table
+from .samplers import chain_conditions, make_scheduler
 
 DIGITS = 8  # significant digits of the stored errors: far below their standard errors
 TITLES = {"bpd": "bits/dim", "fid": "Fréchet distance"}
@@ -108,7 +109,7 @@ class Work:
         if wrong:
             raise ValueError(f"num_inference_steps must lie in 2..{T}, the steps of this model, got {wrong[0]}.")
         self.own_variance = self.scheduler.config["variance_type"].removesuffix("_log")
-        self.loaded = chain_of(self.scheduler)
+        self.loaded = chain_conditions(self.scheduler)
         self.unet = self.session.pipeline.unet
         self.learned = self.own_variance in LEARNED_VARIANCES
         self.slim = drop_variance_head(self.unet) if self.learned else self.unet

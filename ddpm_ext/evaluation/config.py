@@ -32,7 +32,7 @@ class EvalConfig:
     max_reference_images: int | None = option(None, "Only the first so many of the reference; none: all.")
     max_bpd_images: int | None = option(None, "Only the first so many for bits/dim; none: all.")
 
-    sampler: str = option("ddpm", "Of ddpm, ddim, dpm++.")
+    sampler: str = option("ddpm", "Of ddpm, ddim, dpm++, dpm++-plain, dpm++-lu, dpm++3, unipc, unipc-plain.")
     variance_type: str | None = option(None, "Reverse variances of ddpm and of bits/dim; none: the scheduler's own.")
     num_inference_steps: str = option("1000", "Denoising steps; several give a table of quality against steps.")
     timestep_spacing: str | None = option(

@@ -130,7 +130,8 @@ def drop_variance_head(unet: UNet2DModel) -> UNet2DModel:
     slim: Any = UNet2DModel.from_config(unet.config, out_channels=channels)
     weights = unet.state_dict()
     slim.load_state_dict({**weights, **{f"conv_out.{name}": weights[f"conv_out.{name}"][:channels] for name in PARTS}})
-    return slim.to(device=unet.device, dtype=unet.dtype).eval()
+    torch.nn.Module.to(slim, device=unet.device, dtype=unet.dtype)  # Diffusers' own warns
+    return slim.eval()
 
 
 PARTS = ("weight", "bias")

@@ -29,11 +29,9 @@ from .measure import (
     Samples,
     SetBound,
     bits_of,
-    chain_of,
     images_and_labels,
     is_fixed,
     load_pipeline,
-    make_scheduler,
     rows_of,
     sample_features,
     set_bound,
@@ -50,6 +48,7 @@ from .metrics import (
 from .plots import figure_class
 from .reference import Reference, make_reference
 from .report import RESULTS, markdown
+from .samplers import chain_conditions, make_scheduler
 
 
 def evaluate(config: EvalConfig) -> list[dict[str, Any]]:
@@ -137,7 +136,7 @@ class Session:
                 "dataset": self.dataset(images, config.bpd_split, count),
                 "variance_type": scheduler.config.variance_type,
                 "num_inference_steps": config.bpd_num_inference_steps or len(scheduler),
-                **(chain_of(scheduler) if config.bpd_num_inference_steps else {}),
+                **(chain_conditions(scheduler) if config.bpd_num_inference_steps else {}),
                 "num_timesteps_sampled": config.num_timesteps_sampled,
                 "decoder_variance": config.decoder_variance,
                 "cdf": config.cdf,
@@ -229,7 +228,7 @@ class Session:
             "sampler": sampler,
             "variance_type": scheduler.config.variance_type if sampler == "ddpm" else None,
             "num_inference_steps": steps,
-            **chain_of(scheduler),
+            **chain_conditions(scheduler),
             "num_samples": config.num_samples,
             "seed": config.seed,
             "extractor": extractor.description,

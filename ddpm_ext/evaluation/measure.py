@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from torch import Tensor
 
 from ..data.dataset import ImageSet
@@ -21,18 +21,18 @@ from ..diffusion.analytic import optimal_variance
 from ..diffusion.likelihood import gaussian_kl
 from ..diffusion.process import jump
 from ..diffusion.reverse import reverse_log_var, variance_bounds
-from ..diffusion.words import Cdf, DecoderVariance, check_word
+from ..diffusion.words import Cdf, DecoderVariance
 from ..hub.retry import HubError
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.sampling import images_from_seeds
-from ..schedulers.config import EXTENSION_KEY, extension
+from ..schedulers.config import extension
 from ..schedulers.ddpm import DDPMExtScheduler
 from .bits_per_dim import BitsPerDim, Bound, Sweep, full_sweep, make_bound, rate_distortion_rows, sampled_bound
 from .checks import grid_images
 from .features import Extractor, Features, extract, hand_off
 from .reference import as_features, as_tensors
 from .sharded import run_shards
-from .words import HandOff, Sampler
+from .words import HandOff
 
 KEPT_IMAGES = 64  # generated images that are kept for a grid
 SAMPLE_SHARD, SWEEP_SHARD, SAMPLED_SHARD = 500, 32, 256
@@ -72,49 +72,6 @@ def load_pipeline(model: str) -> DDPMExtPipeline:
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def make_scheduler(
-    scheduler: Any, sampler: Sampler = "ddpm", variance_type: str | None = None, timestep_spacing: str | None = None
-) -> Any:
-    """The scheduler of a sampler: ancestral, DDIM (η = 0) or DPM-Solver++ (2M), with a network's own noise schedule.
-
-    Args:
-        scheduler: The pipeline's own.
-        sampler: One of the words.
-        variance_type: Reverse variance of "ddpm"; None for the scheduler's own.
-        timestep_spacing: In place of the scheduler's own, and of a stored trajectory; None for those.
-    """
-    check_word("sampler", sampler, get_args(Sampler))
-    # Diffusers forgets values that were given by position: it notes them as defaults, and `from_config` drops those.
-    config: dict[str, Any] = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
-    if timestep_spacing is not None:
-        config["timestep_spacing"] = timestep_spacing
-        config[EXTENSION_KEY] = {k: v for k, v in (config.get(EXTENSION_KEY) or {}).items() if k != "trajectory"}
-    if sampler == "ddpm":
-        changes: dict[str, Any] = {} if variance_type is None else {"variance_type": variance_type}
-        return DDPMExtScheduler.from_config(config, **changes)
-    if variance_type is not None:
-        raise ValueError(
-            f'variance_type is an option of the sampler "ddpm"; "{sampler}" has none, got {variance_type!r}.'
-        )
-    if scheduler.config.prediction_type == "posterior_mean":
-        raise ValueError(f'The sampler "{sampler}" knows no prediction_type "posterior_mean". Use "ddpm".')
-    for name in ("variance_type", EXTENSION_KEY):  # of the ancestral chain; without a variance the head is dropped
-        config.pop(name, None)
-    if sampler == "ddim":
-        return DDIMScheduler.from_config(config)
-    return DPMSolverMultistepScheduler.from_config({**config, "algorithm_type": "dpmsolver++"})
-
-
-def chain_of(scheduler: Any) -> dict[str, Any]:
-    """How a scheduler chooses its steps, by its spacing or by a trajectory in place of it, and its η; DDPM's is 1."""
-    spacing = {"timestep_spacing": scheduler.config.timestep_spacing, "trajectory": None, "eta": None}
-    if not isinstance(scheduler, DDPMExtScheduler):
-        return spacing
-    extra = extension(scheduler.config)
-    chosen = {} if extra.trajectory is None else {"timestep_spacing": None, "trajectory": extra.trajectory}
-    return {**spacing, **chosen, "eta": extra.eta}
 
 
 def labels_in_turn(pipeline: DDPMExtPipeline, numbers: range) -> list[int] | None:

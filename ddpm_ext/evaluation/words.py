@@ -8,5 +8,5 @@ __all__ = ["HandOff", "Metric", "Sampler", "Score"]
 
 Metric = Literal["bpd", "rate_distortion", "fid", "kid", "cmmd", "is", "prdc"]
 Score = Literal["bpd", "fid"]
-Sampler = Literal["ddpm", "ddim", "dpm++"]
+Sampler = Literal["ddpm", "ddim", "dpm++", "dpm++-plain", "dpm++-lu", "dpm++3", "unipc", "unipc-plain"]
 HandOff = Literal["uint8", "float"]

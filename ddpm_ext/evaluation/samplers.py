@@ -1,0 +1,140 @@
+"""Names -> schedulers: every way to draw images that an evaluation or a calibration compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, get_args
+
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+from ..diffusion.words import check_word
+from ..errors import UserError
+from ..schedulers.config import EXTENSION_KEY, extension
+from ..schedulers.ddpm import DDPMExtScheduler
+from .words import Sampler
+
+__all__ = ["SAMPLERS", "STOCK_SETTINGS", "SamplerSetting", "chain_conditions", "make_scheduler"]
+
+LAMBDA_MIN_OF_COSINE = -5.1  # log SNR / 2 from which a cosine schedule is started: before it the network's errors rule
+
+
+@dataclass(frozen=True)
+class SamplerSetting:
+    """One way to draw images from a network: a row of a table, a curve of a plot.
+
+    Attributes:
+        name: What the row and the curve are called; no two settings of a table share it.
+        make: The pipeline's own scheduler -> the one that samples.
+        when: "before" or "after" a calibration; None for neither.
+    """
+
+    name: str
+    make: Callable[[Any], Any]
+    when: str | None = None
+
+
+class _Stock(NamedTuple):
+    """A stock solver: its class, its options, and whether x̂_0 is clipped (None: as the model clips it)."""
+
+    cls: Any
+    options: dict[str, Any]
+    clips: bool | None = None
+
+
+# "ddpm" is the model's own ancestral chain; the others are stock solvers with the model's noise schedule.
+_SOLVERS = {
+    "ddim": _Stock(DDIMScheduler, {}),
+    "dpm++": _Stock(DPMSolverMultistepScheduler, {}),
+    "dpm++-plain": _Stock(DPMSolverMultistepScheduler, {}, False),
+    "dpm++-lu": _Stock(DPMSolverMultistepScheduler, {"use_lu_lambdas": True}, False),
+    "dpm++3": _Stock(DPMSolverMultistepScheduler, {"solver_order": 3}, True),
+    "unipc": _Stock(UniPCMultistepScheduler, {}, True),
+    "unipc-plain": _Stock(UniPCMultistepScheduler, {}, False),
+}
+SAMPLERS = get_args(Sampler)
+
+
+def make_scheduler(
+    scheduler: Any, sampler: str = "ddpm", variance_type: str | None = None, timestep_spacing: str | None = None
+) -> Any:
+    """Make the scheduler of a sampler with the noise schedule of a network's own.
+
+    Stock solvers clip x̂_0 where the model does ("dpm++"), always ("dpm++3", "unipc") or never ("-plain", "-lu"), and
+    start a cosine schedule at λ = -5.1: without either, a solver of order 2 follows the errors of the first steps to
+    |x_0| in the thousands.
+
+    Args:
+        scheduler: The pipeline's own.
+        sampler: One of SAMPLERS.
+        variance_type: Reverse variance of "ddpm"; None for the scheduler's own.
+        timestep_spacing: In place of the scheduler's own, and of a stored trajectory; None for those.
+
+    Raises:
+        UserError: an unknown word, or an option that the sampler does not have.
+    """
+    check_word("sampler", sampler, SAMPLERS)
+    # Diffusers forgets values that were given by position: it notes them as defaults, and `from_config` drops those.
+    config: dict[str, Any] = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
+    if timestep_spacing is not None:
+        config["timestep_spacing"] = timestep_spacing
+        config[EXTENSION_KEY] = {k: v for k, v in (config.get(EXTENSION_KEY) or {}).items() if k != "trajectory"}
+    if sampler == "ddpm":
+        changes: dict[str, Any] = {} if variance_type is None else {"variance_type": variance_type}
+        return DDPMExtScheduler.from_config(config, **changes)
+    if variance_type is not None:
+        raise UserError(
+            f'variance_type is an option of the sampler "ddpm"; "{sampler}" has none, got {variance_type!r}.'
+        )
+    if config.get("prediction_type") == "posterior_mean":
+        raise UserError(f'The sampler "{sampler}" knows no prediction_type "posterior_mean". Use "ddpm".')
+    for name in ("variance_type", EXTENSION_KEY):  # of the ancestral chain; without a variance the head is dropped
+        config.pop(name, None)
+    solver = _SOLVERS[sampler]
+    return solver.cls.from_config({**config, **solver.options, **_changes(solver, config, sampler)})
+
+
+def _changes(solver: _Stock, config: dict[str, Any], sampler: str) -> dict[str, Any]:
+    """Return the options of a multistep solver that follow from the model's: clipping and the start of a cosine."""
+    if solver.cls is DDIMScheduler:
+        return {}  # clips as DDPM does
+    found: dict[str, Any] = {"thresholding": config.get("thresholding", False)} if solver.clips is None else {}
+    clips = config.get("clip_sample", False) and not found.get("thresholding") if solver.clips is None else solver.clips
+    if clips and config.get("clip_sample_range", 1.0) != 1:
+        raise UserError(
+            f'The sampler "{sampler}" clips x̂_0 to [-1, 1] alone, and the model to ±{config["clip_sample_range"]:g}: '
+            'use "ddpm", "ddim" or one that does not clip.'
+        )
+    if clips:  # stock's dynamic thresholding between 1 and 1 is static
+        found |= {"thresholding": True, "sample_max_value": 1.0}
+    elif solver.clips is False:
+        found["thresholding"] = False
+    if solver.cls is DPMSolverMultistepScheduler:
+        found["algorithm_type"] = "dpmsolver++"
+        if config.get("beta_schedule") == "squaredcos_cap_v2":
+            found["lambda_min_clipped"] = LAMBDA_MIN_OF_COSINE
+    return found
+
+
+def _setting(name: str, sampler: str) -> SamplerSetting:
+    return SamplerSetting(name, lambda scheduler: make_scheduler(scheduler, sampler))
+
+
+STOCK_SETTINGS = (
+    _setting("DDIM", "ddim"),
+    _setting("DPM-Solver++ 2M", "dpm++-plain"),
+    _setting("DPM-Solver++ 2M, lu lambdas", "dpm++-lu"),
+    _setting("DPM-Solver++ 3M, clipped", "dpm++3"),
+    _setting("UniPC", "unipc-plain"),
+    _setting("UniPC, clipped", "unipc"),
+)
+
+
+def chain_conditions(scheduler: Any) -> dict[str, Any]:
+    """Return how a scheduler chooses its steps, by spacing or by trajectory, and its η, which is 1 for DDPM."""
+    spacing = {"timestep_spacing": scheduler.config.timestep_spacing, "trajectory": None, "eta": None}
+    if not isinstance(scheduler, DDPMExtScheduler):
+        return spacing
+    extra = extension(scheduler.config)
+    chosen = {} if extra.trajectory is None else {"timestep_spacing": None, "trajectory": extra.trajectory}
+    return {**spacing, **chosen, "eta": extra.eta}
