@@ -57,7 +57,7 @@ evaluate: $(STAMP)
 	$(EVALUATE) --metrics fid --variance_type fixed_large --num_inference_steps 1000 $(ARGS)
 
 bench: $(STAMP)
-	$(BIN)/python scripts/benchmark.py $(ARGS)
+	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

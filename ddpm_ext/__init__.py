@@ -1,21 +1,96 @@
-"""Denoising diffusion probabilistic models (Ho et al. 2020) for Diffusers, complete and exact."""
+"""Denoising diffusion probabilistic models (Ho et al. 2020) for Diffusers, complete and exact.
+
+The names below are what users need; each is loaded when it is first used.
+"""
+
+import sys
+from importlib import import_module
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from .diffusion.textbook import DenoiseDiffusion
-from .evaluation.bits_per_dim import BitsPerDim, RateDistortion, bits_per_dim, rate_distortion
-from .hub.upload import push_to_hub
-from .pipelines.ddpm import DDPMExtPipeline
-from .schedulers.ddpm import DDPMExtScheduler
+if TYPE_CHECKING:
+    from .conversion.convert import convert
+    from .data.dataset import load_images
+    from .diffusion.textbook import DenoiseDiffusion
+    from .errors import UserError
+    from .evaluation.bits_per_dim import BitsPerDim, RateDistortion, bits_per_dim, rate_distortion
+    from .evaluation.calibrate import calibrate
+    from .evaluation.config import CalibrateConfig, EvalConfig
+    from .evaluation.evaluate import evaluate
+    from .hub.upload import push_to_hub
+    from .models.unet import build_unet
+    from .pipelines.ddpm import DDPMExtPipeline
+    from .schedulers.ddpm import DDPMExtScheduler
+    from .training.config import TrainConfig
+    from .training.presets import PRESETS
+    from .training.run import train
 
 __all__ = [
+    "PRESETS",
     "BitsPerDim",
+    "CalibrateConfig",
     "DDPMExtPipeline",
     "DDPMExtScheduler",
     "DenoiseDiffusion",
+    "EvalConfig",
     "RateDistortion",
+    "TrainConfig",
+    "UserError",
     "__version__",
     "bits_per_dim",
+    "build_unet",
+    "calibrate",
+    "convert",
+    "evaluate",
+    "load_images",
     "push_to_hub",
     "rate_distortion",
+    "train",
 ]
+
+_HOMES = {
+    "BitsPerDim": "evaluation.bits_per_dim",
+    "CalibrateConfig": "evaluation.config",
+    "DDPMExtPipeline": "pipelines.ddpm",
+    "DDPMExtScheduler": "schedulers.ddpm",
+    "DenoiseDiffusion": "diffusion.textbook",
+    "EvalConfig": "evaluation.config",
+    "PRESETS": "training.presets",
+    "RateDistortion": "evaluation.bits_per_dim",
+    "TrainConfig": "training.config",
+    "UserError": "errors",
+    "bits_per_dim": "evaluation.bits_per_dim",
+    "build_unet": "models.unet",
+    "calibrate": "evaluation.calibrate",
+    "convert": "conversion.convert",
+    "evaluate": "evaluation.evaluate",
+    "load_images": "data.dataset",
+    "push_to_hub": "hub.upload",
+    "rate_distortion": "evaluation.bits_per_dim",
+    "train": "training.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _refuse_modules_as_commands() -> None:
+    """`python -m ddpm_ext.train` would do nothing and exit 0, or say that there is no such module."""
+    module = next((after for word, after in pairwise(sys.orig_argv) if word == "-m"), "")
+    if sys.argv[:1] == ["-m"] and module.startswith("ddpm_ext.") and module != "ddpm_ext.__main__":
+        name = module.rsplit(".", 1)[1]
+        sys.exit(f"error: {module} is no command. The commands are `python -m ddpm_ext {name} …` and so on: --help.")
+
+
+_refuse_modules_as_commands()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .conversion.convert import is_hub_name, open_pipeline
 from .diffusion.images import to_uint8
+from .errors import UserError
 from .evaluation.bits_per_dim import bits_per_dim
 from .evaluation.samplers import make_scheduler
 from .pipelines.ddpm import DDPMExtPipeline
@@ -218,7 +219,7 @@ def import_gradio() -> Any:
     try:
         import gradio  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"The page needs Gradio ({error}): pip install 'ddpm-ext[demo]'") from error
+        raise UserError(f"The page needs Gradio ({error}): pip install 'ddpm-ext[demo]'") from error
     return gradio
 
 
@@ -226,7 +227,7 @@ def make_page(studio: Studio, model: str) -> Any:
     """The Gradio page of a studio.
 
     Raises:
-        ModuleNotFoundError: Gradio is not installed.
+        UserError: Gradio is not installed.
     """
     gr = import_gradio()
     T = len(studio.pipeline.scheduler)

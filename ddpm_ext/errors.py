@@ -1,6 +1,6 @@
-"""The one base class of expected errors."""
+"""The base classes of expected errors."""
 
-__all__ = ["UserError"]
+__all__ = ["UsageError", "UserError"]
 
 
 class UserError(ValueError):
@@ -8,3 +8,7 @@ class UserError(ValueError):
 
     The message says what was expected, what came and what to do. Commands end with exit code 1 after it.
     """
+
+
+class UsageError(UserError):
+    """A command line that cannot be understood or contradicts itself. Commands end with exit code 2 after it."""

@@ -61,8 +61,8 @@ def exit_process(code: int, num_processes: int) -> int:
     return code
 
 
-def report_error(error: Exception) -> int:
-    """Print an error whose message is the whole story and end with code 1.
+def report_error(error: BaseException, code: int = 1) -> int:
+    """Print an error whose message is the whole story and end with a code.
 
     Once for all processes, or by the process that alone has met it.
     """
@@ -71,4 +71,4 @@ def report_error(error: Exception) -> int:
         print(f"error: {error}", file=sys.stderr)
     elif getattr(error, "alone", False):
         print(f"error of process {rank}: {error}", file=sys.stderr)
-    return exit_process(1, int(os.environ.get("WORLD_SIZE", "1")))
+    return exit_process(code, int(os.environ.get("WORLD_SIZE", "1")))

@@ -1,29 +1,7 @@
-"""Measure the speed of ddpm_ext beside installed Diffusers and write a markdown table.
+"""The same as `python benchmarks/speed.py`."""
 
-python scripts/benchmark.py                                  # minutes on a quiet CPU
-python scripts/benchmark.py --quick --output /tmp/bench.md   # a look, about a minute
-python scripts/benchmark.py --num_threads 2
-"""
-
-from __future__ import annotations
-
+import runpy
 from pathlib import Path
-from typing import cast
-
-from transformers import HfArgumentParser
-
-from ddpm_ext.benchmark import BenchmarkOptions, run_benchmark
-
-
-def main() -> None:
-    parser = HfArgumentParser(BenchmarkOptions, description=__doc__, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
-    (options,) = cast(tuple[BenchmarkOptions], parser.parse_args_into_dataclasses(look_for_args_file=False))
-    report = run_benchmark(options)
-    path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report, encoding="utf-8")
-    print(f"{report}\nWritten to {path}.")
-
 
 if __name__ == "__main__":
-    main()
+    runpy.run_path(str(Path(__file__).resolve().parent.parent / "benchmarks" / "speed.py"), run_name="__main__")

@@ -10,24 +10,11 @@ Runs on a CPU in seconds. Checkpoints are read as data alone; no code in them ru
 checkpoint's own: an older pipeline is converted into a new folder.
 """
 
-from __future__ import annotations
-
 import sys
 
-from ddpm_ext.cli.arguments import parse_options
-from ddpm_ext.conversion.convert import ConvertOptions, convert
-from ddpm_ext.signals import report_error
+from ddpm_ext.cli.main import script
 
-
-def main() -> int:
-    """Convert, and say where the result lies."""
-    try:
-        options = parse_options(ConvertOptions, "Turn a checkpoint of another code into a pipeline.")
-        print(f"The pipeline lies in {convert(options)}.")
-    except (ValueError, OSError) as error:  # HubError and ConvertError with them
-        return report_error(error)
-    return 0
-
+main = script("convert")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -30,7 +30,7 @@ class Options:
     model: str | None = field(default=None, metadata={"help": "Folder or Hub name of a pipeline, for the way back."})
     rows: int = field(default=6, metadata={"help": "Pictures in a strip."})
     scale: int = field(default=6, metadata={"help": "Screen pixels per image pixel."})
-    output_dir: str = field(default="docs/images", metadata={"help": "Where the pictures go."})
+    output_dir: str = field(default="runs/strips", metadata={"help": "Where the images go."})
 
 
 def save(columns: list[Tensor], path: Path, scale: int) -> None:

@@ -8,24 +8,11 @@ Image i is drawn from seed + i, whatever the batch size and the number of proces
 the same command continues.
 """
 
-from __future__ import annotations
-
 import sys
 
-from ddpm_ext.cli.arguments import parse_options
-from ddpm_ext.pipelines.sampling import SampleConfig, sample_to_folder
-from ddpm_ext.run_dir import RunError
-from ddpm_ext.signals import report_error
+from ddpm_ext.cli.main import script
 
-
-def main() -> int:
-    """Options -> a folder of images."""
-    try:
-        config = parse_options(SampleConfig, "Make N images with a saved pipeline, each from its own seed.")
-        return sample_to_folder(config)
-    except (RunError, ValueError) as error:
-        return report_error(error)
-
+main = script("sample")
 
 if __name__ == "__main__":
     sys.exit(main())

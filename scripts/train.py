@@ -10,27 +10,11 @@ Options: --preset NAME < --config FILE.yaml < flags; --help lists them. Exit cod
 with a checkpoint written, 1 an error that the last line explains.
 """
 
-from __future__ import annotations
-
 import sys
 
-from ddpm_ext.cli.arguments import parse_train_config
-from ddpm_ext.run_dir import RunError
-from ddpm_ext.signals import report_error
-from ddpm_ext.training.run import train
+from ddpm_ext.cli.main import script
 
-
-def main() -> int:
-    """Options -> a whole run, or what is left of it."""
-    try:
-        config = parse_train_config()
-    except ValueError as error:
-        return report_error(error)
-    try:
-        return train(config)
-    except RunError as error:
-        return report_error(error)
-
+main = script("train")
 
 if __name__ == "__main__":
     sys.exit(main())

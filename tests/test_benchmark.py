@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_ext import benchmark
-from ddpm_ext.benchmark import BenchmarkOptions, Row, by_turns, markdown, scheduler_rows, shown
+from benchmarks import speed as benchmark
+from benchmarks.speed import BenchmarkOptions, Row, by_turns, markdown, scheduler_rows, shown
 from ddpm_ext.training.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent

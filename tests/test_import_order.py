@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"evaluation"},
     {"publishing"},
     {"training"},
-    {"conversion", "demo", "benchmark", "cli"},
+    {"conversion", "demo", "cli"},
     {"__init__", "__main__"},
 ]
 # Diffusion draws no hidden number and touches no file: torch, numpy and these of the standard library.

@@ -1,1 +1,1 @@
-"""Command lines."""
+"""The command `ddpm-ext` and its command lines."""

@@ -1,24 +1,29 @@
-"""Command line and YAML file -> TrainConfig. Preset < YAML < flags; every option is checked alike.
+"""Command line and YAML file -> a dataclass of options. Preset < YAML < flags; every option is checked alike.
 
-`transformers.HfArgumentParser` reads the dataclass; a YAML file becomes arguments in front of the real ones.
+A YAML file becomes arguments in front of the real ones. Imports nothing heavy, so that --help answers at once.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import difflib
 import json
 import sys
-from argparse import Action
+import textwrap
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
 
+from ..errors import UsageError
 from ..training.config import TrainConfig, recorded
 from ..training.presets import PRESETS
+from .suggestions import suggestion
+
+__all__ = ["parse_options", "parse_train_config", "to_yaml"]
 
 Options = TypeVar("Options")
 ALIASES = {"logger": "report_to", "ema_decay": "ema_max_decay", "output_folder": "output_dir"}
@@ -57,48 +62,79 @@ NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
 
 
 def parse_train_config(argv: list[str] | None = None) -> TrainConfig:
-    """The configuration of a command line.
+    """Return the configuration of a command line.
 
     `--preset NAME` and `--config FILE.yaml` stand beside the fields of `TrainConfig`. Without a preset, a command that
     names data starts from the defaults of Diffusers' train_unconditional.py, one that names none from the digits.
 
     Raises:
-        ValueError: an unknown option (the nearest name is suggested), a wrong value, or a contradiction.
+        UsageError: an unknown option (the one that was meant is suggested), a wrong value, or a contradiction.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    argv, preset, yaml_file = take_preset_and_file(argv)
-    if yaml_file is not None:
-        options = read_yaml(yaml_file)
-        preset = preset or options.pop("preset", None)
-        options.pop("preset", None)
-        argv = [*to_argv(options), *argv]
-    argv, given = canonical(argv)
-    start = PRESETS[preset_name(preset, given)].config
-    replaced: dict[str, Any] = {other: None for name in given for other in REPLACES.get(name, ()) if other not in given}
-    if given & {"ema_inv_gamma", "ema_power"} and "ema" not in given:
-        replaced["ema"] = "warmup"
-    if preset_name(preset, given) == "unconditional" and preset is None:
-        # Its 64 is nobody's wish: pictures of one size are scaled to it, but several sizes must be asked about.
-        replaced["equal_sizes"] = not given & {"resolution", "unet", "model_config_name_or_path"}
-    parser = make_parser(TrainConfig, train_help(), {**dataclasses.asdict(start), **replaced})
-    values = vars(parser.parse_args(argv))
-    if "ddpm_num_inference_steps" not in given:  # a preset's is for its own number of steps
-        values["ddpm_num_inference_steps"] = min(start.ddpm_num_inference_steps, values["ddpm_num_steps"])
-    refuse_idle_options(values, {name for name in given if values[name] != getattr(start, name)})
-    return TrainConfig(**values)
+    with _usage():
+        argv = list(sys.argv[1:] if argv is None else argv)
+        argv, preset, yaml_file = _take_preset_and_file(argv)
+        if yaml_file is not None:
+            options = _read_yaml(yaml_file)
+            preset = preset or options.pop("preset", None)
+            options.pop("preset", None)
+            argv = [*_to_argv(options), *argv]
+        argv, given = _canonical(argv, TrainConfig, also=("preset", "config"))
+        chosen = _preset_name(preset, given)
+        start = PRESETS[chosen].config
+        replaced: dict[str, Any] = {
+            other: None for name in given for other in REPLACES.get(name, ()) if other not in given
+        }
+        if given & {"ema_inv_gamma", "ema_power"} and "ema" not in given:
+            replaced["ema"] = "warmup"
+        if chosen == "unconditional" and preset is None:
+            # Its 64 is nobody's wish: images of one size are scaled to it, but several sizes must be asked about.
+            replaced["equal_sizes"] = not given & {"resolution", "unet", "model_config_name_or_path"}
+        values = _train_values(argv, {**dataclasses.asdict(start), **replaced}, chosen)
+        if "ddpm_num_inference_steps" not in given:  # a preset's is for its own number of steps
+            values["ddpm_num_inference_steps"] = min(start.ddpm_num_inference_steps, values["ddpm_num_steps"])
+        _refuse_idle_options(values, {name for name in given if values[name] != getattr(start, name)})
+        return TrainConfig(**values)
 
 
-def parse_options(options: type[Options], description: str, argv: list[str] | None = None) -> Options:
-    """The options of a script without presets, with the same errors and spellings.
+def parse_options(
+    options: type[Options], description: str, argv: list[str] | None = None, prog: str | None = None
+) -> Options:
+    """Return the options of a command without presets, with the same errors and spellings.
+
+    Args:
+        options: A dataclass of options.
+        description: What the command does, for --help.
+        argv: The command line; None for the process's own.
+        prog: How the command is called, for --help.
 
     Raises:
-        ValueError: an unknown option (the nearest name is suggested), a wrong value, or one that is missing.
+        UsageError: an unknown option (the one that was meant is suggested), a wrong value, or one that is missing.
     """
-    words, _ = canonical(list(sys.argv[1:] if argv is None else argv), options)
-    return options(**vars(make_parser(options, description, {}).parse_args(words)))
+    with _usage():
+        words, _ = _canonical(list(sys.argv[1:] if argv is None else argv), options)
+        return options(**vars(_make_parser(options, description, prog=prog).parse_args(words)))
 
 
-def take_preset_and_file(argv: list[str]) -> tuple[list[str], str | None, str | None]:
+def to_yaml(config: TrainConfig) -> str:
+    """Return a configuration as the YAML file that gives it again."""
+    return yaml.safe_dump(recorded(config), sort_keys=False)
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    """Turn what is wrong with options into what is wrong with a command line."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+# Presets and files ----------------------------------------------------------------------------------------------------
+
+
+def _take_preset_and_file(argv: list[str]) -> tuple[list[str], str | None, str | None]:
     """The two options that choose where the others start, and the arguments that are left."""
     found: dict[str, str | None] = {"--preset": None, "--config": None}
     rest: list[str] = []
@@ -110,33 +146,36 @@ def take_preset_and_file(argv: list[str]) -> tuple[list[str], str | None, str | 
             continue
         value = value if equals else next(words, "")
         if not value or value.startswith("--"):
-            raise ValueError(f"{name} needs a value, as in {name} {'digits' if name == '--preset' else 'run.yaml'}.")
+            raise UsageError(f"{name} needs a value, as in {name} {'digits' if name == '--preset' else 'run.yaml'}.")
         found[name] = value
     return rest, found["--preset"], found["--config"]
 
 
-def preset_name(preset: str | None, given: set[str]) -> str:
+def _preset_name(preset: str | None, given: set[str]) -> str:
     """The preset named, or the one that fits a command that names none."""
     if preset is None:
         return "unconditional" if given & {"dataset_name", "train_data_dir"} else "digits"
     if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
+        raise UsageError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
     return preset
 
 
-def read_yaml(path: str) -> dict[str, Any]:
+def _read_yaml(path: str) -> dict[str, Any]:
     """Options of a YAML file; the `config.json` of a run folder will do as well."""
     if not Path(path).is_file():
-        raise ValueError(f"--config must name a YAML file, and there is none at {path}.")
-    options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        raise UsageError(f"--config must name a YAML file, and there is none at {path}.")
+    try:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config must name a YAML file, and {path} is none: {error}.") from error
     if isinstance(options, dict) and isinstance(options.get("config"), dict):
         options = options["config"]
     if not isinstance(options, dict):
-        raise ValueError(f"{path} must hold lines like `learning_rate: 2e-4`, got a {type(options).__name__}.")
+        raise UsageError(f"{path} must hold lines like `learning_rate: 2e-4`, got a {type(options).__name__}.")
     return {str(name): value for name, value in options.items()}
 
 
-def to_argv(options: dict[str, Any]) -> list[str]:
+def _to_argv(options: dict[str, Any]) -> list[str]:
     """Options as the arguments that would give them, so that YAML and flags are read and checked by one parser."""
     argv: list[str] = []
     for name, value in options.items():
@@ -147,94 +186,202 @@ def to_argv(options: dict[str, Any]) -> list[str]:
     return argv
 
 
-def to_yaml(config: TrainConfig) -> str:
-    """A configuration as the YAML file that gives it again."""
-    return yaml.safe_dump(recorded(config), sort_keys=False)
-
-
-def canonical(argv: list[str], options: type = TrainConfig) -> tuple[list[str], set[str]]:
-    """Arguments in one spelling (underscores, aliases resolved, --no_x as --x=false) and the fields they name.
-
-    Raises:
-        ValueError: an option that does not exist; the nearest name is suggested.
-    """
-    hints = get_type_hints(options)
-    words, names = [], set()
-    for word in argv:
-        if not word.startswith("--") or word == "--help":
-            words.append(word)
-            continue
-        name, equals, value = word[2:].partition("=")
-        name = ALIASES.get(name.replace("-", "_"), name.replace("-", "_"))
-        positive = name.removeprefix("no_")
-        if name not in hints and hints.get(positive) is bool and not equals:
-            name, equals, value = positive, "=", "false"
-        if name not in hints:
-            known = [*hints, *ALIASES, "preset", "config"] if options is TrainConfig else [*hints]
-            raise ValueError(f"There is no option --{name}.{nearest(name, known)}")
-        names.add(name)
-        words.append(f"--{name}{equals}{value}")
-    return words, names
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """The sentence " Did you mean ...?" with the nearest known name, always."""
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f" Did you mean --{matches[0]}?" if matches else ""
-
-
-class ArgumentParser(HfArgumentParser):
-    """HfArgumentParser whose errors are exceptions with a sentence, not an exit with a usage text."""
-
-    def error(self, message: str) -> Any:
-        raise ValueError(f"{message[0].upper()}{message[1:]}. --help lists all options.")
-
-
-def make_parser(options: type, description: str, defaults: dict[str, Any]) -> ArgumentParser:
-    """The parser of a dataclass, with other defaults; the word none switches an option off that may be off."""
-    parser = ArgumentParser(options, allow_abbrev=False, description=description)  # pyright: ignore[reportArgumentType]
-    hints = get_type_hints(options)
-    for action in parser._actions:
-        if type(None) in get_args(hints.get(action.dest)):
-            if bool in get_args(hints[action.dest]):
-                action.nargs, action.const, action.type = "?", True, string_to_bool  # --private alone says yes
-            allow_none(action)
-        if action.nargs == "+":
-            action.nargs = "*"  # an empty list in a YAML file
-    parser.set_defaults(**defaults)
-    return parser
-
-
-def allow_none(action: Action) -> None:
-    """Let an option that may be off be switched off by the word none."""
-    read = action.type
-
-    def read_or_none(word: str) -> Any:
-        if word.lower() in ("none", "null"):
-            return None
-        return read(word) if callable(read) else word
-
-    read_or_none.__name__ = getattr(read, "__name__", "value")  # argparse names the type in its error
-    action.type = read_or_none
-
-
-def train_help() -> str:
-    """The description above the options of --help: how they go over one another, and what each preset reaches."""
-    presets = "; ".join(f"{name}: {preset.expected}" for name, preset in PRESETS.items())
-    return f"Train a DDPM. --preset NAME and --config FILE.yaml come first, flags go over both. {presets}".replace(
-        "%", "%%"
+def _train_values(argv: list[str], defaults: dict[str, Any], preset: str) -> dict[str, Any]:
+    """The value of every field of `TrainConfig`."""
+    parser = _make_parser(
+        TrainConfig,
+        "Train a DDPM; the same command run again continues the run. A preset comes first, a YAML file goes over it, "
+        f"flags go over both. The defaults below are those of the preset {preset}.",
+        defaults=defaults,
+        switched={name for start in PRESETS.values() for name, value in vars(start.config).items() if value is True},
+        prog="ddpm-ext train",
+        epilog="presets:\n"
+        + "\n".join(
+            textwrap.fill(f"{name}: {start.expected}", WIDTH, initial_indent="  ", subsequent_indent=" " * 6)
+            for name, start in PRESETS.items()
+        ),
     )
+    where = parser.add_argument_group("where the options start")
+    where.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="One of the presets below; none: digits, or for data of your "
+        "own the defaults of Diffusers' train_unconditional.py.",
+    )
+    where.add_argument("--config", metavar="FILE", help="YAML file of options, or the config.json of a run.")
+    parser._action_groups.insert(2, parser._action_groups.pop())  # before the fields
+    values = vars(parser.parse_args(argv))
+    return {name: value for name, value in values.items() if name not in ("preset", "config")}
 
 
-def refuse_idle_options(values: dict[str, Any], changed: set[str]) -> None:
+def _refuse_idle_options(values: dict[str, Any], changed: set[str]) -> None:
     """An option that would have no effect is refused: nothing is accepted and ignored."""
     idle = sorted(
         name for name in changed if name.startswith("eval_") and name not in ("eval_steps", "eval_batch_size")
     )
     if idle and values["eval_steps"] is None:
-        raise ValueError(f"--{idle[0]} has an effect only with --eval_steps, which is none.")
+        raise UsageError(f"--{idle[0]} has an effect only with --eval_steps, which is none.")
     for name in sorted(changed & NEEDS.keys()):
         other, words = NEEDS[name]
         if values[other] not in words:
             needed = " or ".join(json.dumps(word) for word in words)
-            raise ValueError(f"--{name} has an effect only with {other} {needed}, and {other} is {values[other]!r}.")
+            raise UsageError(f"--{name} has an effect only with {other} {needed}, and {other} is {values[other]!r}.")
+
+
+# Words -> values ------------------------------------------------------------------------------------------------------
+
+WIDTH = 120  # columns of --help
+
+
+def _canonical(argv: list[str], options: type, also: Collection[str] = ()) -> tuple[list[str], set[str]]:
+    """Arguments in one spelling (underscores, aliases resolved, --no_x as --x=false) and the fields they name.
+
+    Raises:
+        UsageError: an option that does not exist; the one that was meant is suggested.
+    """
+    hints = get_type_hints(options)
+    aliases = {alias: name for alias, name in ALIASES.items() if name in hints and alias not in hints}
+    words, names = [], set()
+    for word in argv:
+        if not word.startswith("--") or word in ("--help", "--"):
+            words.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = aliases.get(name.replace("-", "_"), name.replace("-", "_"))
+        positive = name.removeprefix("no_")
+        if name not in hints and _is_switch(hints.get(positive)) and not equals:
+            name, equals, value = positive, "=", "false"
+        if name not in hints:
+            raise UsageError(f"There is no option --{name}.{suggestion(name, [*hints, *aliases, *also])}")
+        names.add(name)
+        words.append(f"--{name}{equals}{value}")
+    return words, names
+
+
+def _is_switch(hint: Any) -> bool:
+    return hint is bool or bool in get_args(hint)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help of one entry per option, with --no_x beside the switches that may be on."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=WIDTH)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, _Switch):
+            return action.shown
+        return super()._format_action_invocation(action)
+
+
+class _Switch(argparse._StoreAction):
+    """An option that is on or off: --x, --x=false, or --no_x."""
+
+    shown = ""
+
+
+class _Parser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are exceptions with a sentence, not an exit with a usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message[0].upper()}{message[1:]}. --help lists all options.")
+
+
+def _make_parser(
+    options: type,
+    description: str,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    switched: Collection[str] = (),
+    prog: str | None = None,
+    epilog: str | None = None,
+) -> _Parser:
+    """The parser of a dataclass, its fields in groups by the class that declares them.
+
+    Args:
+        options: The dataclass.
+        description: What the command does.
+        defaults: In place of the fields' own.
+        switched: Switches that are on somewhere, so that --no_x means something.
+        prog: How the command is called.
+        epilog: What stands below the options.
+    """
+    hints, fields = get_type_hints(options), dataclasses.fields(options)
+    own = {field.name: _default(field) for field in fields}
+    required = [field.name for field in fields if own[field.name] is dataclasses.MISSING]
+    usage = " ".join(["%(prog)s", *(f"--{name} {name.upper()}" for name in required), "[options]"])
+    parser = _Parser(
+        prog=prog,
+        usage=usage,
+        description=textwrap.fill(description, WIDTH).replace("%", "%%"),
+        epilog=epilog and epilog.replace("%", "%%"),
+        allow_abbrev=False,
+        formatter_class=_Formatter,
+    )
+    values = {**own, **(defaults or {})}
+    for declared in reversed(options.__mro__):
+        names = [name for name in vars(declared).get("__annotations__", {}) if name in own]
+        if not names:
+            continue
+        title = (declared.__doc__ or "options").splitlines()[0].rstrip(".")
+        group = parser.add_argument_group(title if declared is not options else "options of this command")
+        for field in (field for field in fields if field.name in names):
+            _add(group, field, hints[field.name], values[field.name], field.name in switched)
+    return parser
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _add(group: Any, field: dataclasses.Field[Any], hint: Any, default: Any, switched: bool) -> None:
+    """One field as an argument."""
+    optional = get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
+    kind = next(part for part in get_args(hint) if part is not type(None)) if optional else hint
+    needed = default is dataclasses.MISSING
+    told = "required" if needed else _told(default)
+    text = field.metadata["help"].replace("%", "%%") + (f" ({told})" if told else "")
+    settings: dict[str, Any] = {"help": text, "required": needed, "default": None if needed else default}
+    if kind is bool:
+        settings |= {"nargs": "?", "const": True, "type": _or_none(_boolean, optional), "action": _Switch}
+    elif get_origin(kind) is Literal:
+        settings |= {"type": _or_none(str, optional), "choices": [*get_args(kind), *([None] if optional else [])]}
+        settings |= {"metavar": "{" + ",".join(get_args(kind)) + "}"}
+    elif get_origin(kind) is list:
+        settings |= {"nargs": "*", "type": get_args(kind)[0], "metavar": "VALUE"}
+    else:
+        names = {int: "NUMBER", float: "NUMBER", str: "TEXT"}
+        settings |= {"type": _or_none(kind, optional), "metavar": names.get(kind, "VALUE")}
+    action = group.add_argument(f"--{field.name}", **settings)
+    if isinstance(action, _Switch):
+        may_be_off = optional or switched or default is True
+        action.shown = f"--{field.name}" + (f", --no_{field.name}" if may_be_off else "")
+
+
+def _told(default: Any) -> str:
+    """What --help says of a default; nothing where it is off."""
+    if default is None or default is False or default == []:
+        return ""
+    if default is True:
+        return "default: on"
+    return "default: " + (" ".join(map(str, default)) if isinstance(default, list) else f"{default}")
+
+
+def _boolean(word: str) -> bool:
+    if word.lower() in ("true", "yes", "on", "1", "y", "t"):
+        return True
+    if word.lower() in ("false", "no", "off", "0", "n", "f"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, got {word!r}")
+
+
+def _or_none(read: Callable[[str], Any], optional: bool) -> Callable[[str], Any]:
+    """Let an option that may be off be switched off by the word none."""
+
+    def read_or_none(word: str) -> Any:
+        return None if optional and word.lower() in ("none", "null") else read(word)
+
+    read_or_none.__name__ = getattr(read, "__name__", "value")  # argparse names the type in its error
+    return read_or_none

@@ -1,4 +1,9 @@
-"""Speed beside installed Diffusers: in one process, by turns, medians. Every ratio is Diffusers' time / our time."""
+"""Speed beside installed Diffusers: in one process, by turns, medians. Every ratio is Diffusers' time / our time.
+
+python benchmarks/speed.py                                  # minutes on a quiet CPU, writes runs/benchmark.md
+python benchmarks/speed.py --quick                          # a look, about a minute
+python benchmarks/speed.py --output docs/benchmark.md       # the table of the documentation
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -19,17 +24,19 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from .data.dataset import ImageSet
-from .diffusion.images import to_uint8
-from .distributed import make_accelerator
-from .models.unet import build_unet, unet_config
-from .pipelines.ddpm import DDPMExtPipeline
-from .pipelines.sampling import save_png
-from .run_dir import RunDir, environment
-from .schedulers.ddpm import DDPMExtScheduler
-from .training.config import TrainConfig
-from .training.presets import PRESETS
-from .training.run import Trainer
+from ddpm_ext.cli.arguments import parse_options
+from ddpm_ext.data.dataset import ImageSet
+from ddpm_ext.diffusion.images import to_uint8
+from ddpm_ext.distributed import make_accelerator
+from ddpm_ext.models.unet import build_unet, unet_config
+from ddpm_ext.options import option
+from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
+from ddpm_ext.pipelines.sampling import save_png
+from ddpm_ext.run_dir import RunDir, environment
+from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
+from ddpm_ext.training.config import TrainConfig
+from ddpm_ext.training.presets import PRESETS
+from ddpm_ext.training.run import Trainer
 
 SHAPES = ((1, 3, 32, 32), (64, 3, 32, 32), (16, 3, 256, 256))
 MIDDLE = 500  # the timestep of the single steps: what happens there happens everywhere but at the last
@@ -42,9 +49,9 @@ Call = Callable[[], Any]
 class BenchmarkOptions:
     """What is measured and where it is written."""
 
-    output: str = field(default="docs/benchmark.md", metadata={"help": "Markdown file to write."})
-    quick: bool = field(default=False, metadata={"help": "A few turns only: numbers to look at, not to keep."})
-    num_threads: int = field(default=1, metadata={"help": "CPU threads, for both sides and every row."})
+    output: str = option("runs/benchmark.md", "Markdown file to write.")
+    quick: bool = option(False, "A few turns only: numbers to look at, not to keep.")
+    num_threads: int = option(1, "CPU threads, for both sides and every row.")
 
 
 class Row(NamedTuple):
@@ -233,7 +240,7 @@ def markdown(rows: Sequence[Row], options: BenchmarkOptions) -> str:
     lines = [
         "# Speed beside Diffusers",
         "",
-        "`make bench`, or `python scripts/benchmark.py`: median time of one call, measured by turns in one process. "
+        "`make bench`, or `python benchmarks/speed.py`: median time of one call, measured by turns in one process. "
         "The ratio is Diffusers' time over ours; the last column is the ratio with the time of drawing the noise, "
         "which both do alike, taken from both.",
         "",
@@ -262,3 +269,17 @@ def shown(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value * 1e6:.3g} µs"
+
+
+def main() -> None:
+    """Measure, write the table and print it."""
+    options = parse_options(BenchmarkOptions, "Measure the speed of ddpm_ext beside installed Diffusers.")
+    report = run_benchmark(options)
+    path = Path(options.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(report, encoding="utf-8")
+    print(f"{report}\nWritten to {path}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""`ddpm-ext COMMAND …`, the same as `python -m ddpm_ext COMMAND …`: the one place where errors become sentences."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from .. import __version__
+from ..errors import UsageError, UserError
+from ..signals import exit_process, report_error
+from .commands import COMMANDS
+
+__all__ = ["is_expected", "main", "script"]
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Its name and options; None for the process's own.
+
+    Returns:
+        Exit code: 0; 75 when it was asked to stop and the same command continues; 1 after an error that the last line
+        explains; 2 after a command line that cannot be understood; 130 when it was interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _command(argv)(argv[1:]) if argv else _overview()
+    except SystemExit as leaving:  # argparse, after --help
+        return leaving.code if isinstance(leaving.code, int) else 0
+    except KeyboardInterrupt:
+        return report_error(UserError("interrupted."), 130)
+    except Exception as error:
+        if not is_expected(error):
+            raise
+        return report_error(error, 2 if isinstance(error, UsageError) else 1)
+    return exit_process(code, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def script(name: str) -> Callable[[], int]:
+    """Return the main function of a script that is one of the commands."""
+    return lambda: main([name, *sys.argv[1:]])
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether an error is what a user can get wrong, so that its message is the whole story.
+
+    That is a `UserError`, a ValueError that this package itself raises, or what the system says of a file. A bug of
+    ours, of Diffusers or of PyTorch keeps its traceback.
+    """
+    if isinstance(error, UserError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno is not None and error.filename is not None
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    return type(error) is ValueError and bool(last) and PACKAGE in Path(last[0].filename).resolve().parents
+
+
+def _command(argv: list[str]) -> Callable[[list[str]], int]:
+    name = argv[0].replace("_", "-")
+    if name in ("-h", "--help", "help"):
+        return lambda _: _overview()
+    if name == "--version":
+        return lambda _: print(f"ddpm-ext {__version__}") or 0
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        meant = f"Did you mean {close[0]}?" if close else f"There are {', '.join(COMMANDS)}."
+        raise UsageError(f"There is no command {argv[0]}. {meant}")
+    return COMMANDS[name]
+
+
+def _overview() -> int:
+    """Print the commands."""
+    print("usage: ddpm-ext COMMAND [options]\n\nDenoising diffusion (DDPM) for Diffusers.\n\ncommands:")
+    for name, command in COMMANDS.items():
+        print(f"  {name:<16} {str(command.__doc__).splitlines()[0]}")
+    print("\n`ddpm-ext COMMAND --help` lists its options. On several processes: accelerate launch -m ddpm_ext …")
+    return 0
