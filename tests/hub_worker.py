@@ -49,7 +49,7 @@ def make_impatient() -> None:
 
     from huggingface_hub.utils import _http
 
-    from ddpm_ext.hub.upload import retry
+    from ddpm_ext.hub import retry
 
     def nap(seconds: float) -> None:
         waits.append(seconds)

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import DDPMPipeline, DDPMScheduler
 from hub_server import Hub
 from hub_worker import Client, fixture_client, fixture_hub, fixture_run, push, tree  # noqa: F401
 
-from ddpm_ext.hub.retry import Errand, HubError, Patience, in_sentences, patiently
+from ddpm_ext.hub.messages import Operation, hub_errors
+from ddpm_ext.hub.retry import HubError, RetryPolicy, retried
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -102,7 +104,7 @@ def test_a_lost_answer_to_a_commit_makes_no_second_one(
 
 def push_to_the_silent(folder: str) -> dict[str, Any]:
     """A push that waits half a second for each answer."""
-    return push(folder, "alice/digits", patience=Patience(silence=0.5, tries=3))
+    return push(folder, "alice/digits", retry=RetryPolicy(timeout=0.5, tries=3))
 
 
 @pytest.mark.parametrize(("method", "path"), [("POST", "/commit/"), ("POST", "/repos/create"), ("PUT", r"\?sign=1")])
@@ -241,11 +243,11 @@ def test_waits_double_up_to_the_longest_and_end_with_the_tries(monkeypatch: pyte
         raise TimeoutError("slow")
 
     with pytest.raises(TimeoutError):
-        patiently(fails, Patience(tries=6, first_wait=1, longest_wait=5))
+        retried(fails, RetryPolicy(tries=6, first_wait=1, longest_wait=5))
     assert slept == [1, 2, 4, 5, 5]
     slept.clear()
     with pytest.raises(TimeoutError):
-        patiently(fails, Patience(tries=6, first_wait=1, total=2))
+        retried(fails, RetryPolicy(tries=6, first_wait=1, total=2))
     assert slept == [1]  # a second more would end too late
 
 
@@ -256,18 +258,18 @@ def test_an_error_of_ours_is_neither_retried_nor_renamed(monkeypatch: pytest.Mon
         calls.append(1)
         raise KeyError("a bug")
 
-    errand = Errand("alice/digits", "push", "again")
-    with pytest.raises(KeyError), in_sentences(errand):
-        patiently(fails, Patience(first_wait=0))
+    operation = Operation("alice/digits", "push", "again")
+    with pytest.raises(KeyError), hub_errors(operation):
+        retried(fails, RetryPolicy(first_wait=0))
     assert calls == [1]
-    with pytest.raises(HubError, match="already said"), in_sentences(errand):
+    with pytest.raises(HubError, match="already said"), hub_errors(operation):
         raise HubError("already said")
 
 
-def test_a_push_offline_is_told(tmp_path: Path) -> None:
+def test_a_push_offline_is_told(tmp_path: Path, tiny_unet: Any) -> None:
     """In this process the Hub is offline, as conftest.py has it."""
     from ddpm_ext.hub.upload import push_to_hub
 
-    (tmp_path / "model_index.json").write_text("{}")
+    DDPMPipeline(tiny_unet, DDPMScheduler()).save_pretrained(tmp_path)
     with pytest.raises(HubError, match=r"^HF_HUB_OFFLINE forbids to ask the Hub\. The local files are as they were"):
         push_to_hub(tmp_path, "alice/digits", token="tok-alice")

@@ -15,7 +15,7 @@ import pytest
 from hub_server import Hub
 from hub_worker import environment, make_run, weights
 
-from ddpm_ext.hub.files import sha256
+from ddpm_ext.hub.checksums import sha256
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow  # processes of their own, each of which imports Diffusers

@@ -14,21 +14,13 @@ from typing import Any
 from huggingface_hub import constants, get_token
 from huggingface_hub.utils import validate_repo_id
 
+from .checksums import has_checksum
 from .client import Client, State
-from .files import INDEX, has_checksum
-from .retry import (
-    Errand,
-    HubError,
-    Patience,
-    answer,
-    bounds,
-    brief,
-    in_sentences,
-    is_transient,
-    is_transport,
-    patiently,
-)
+from .messages import Operation, hub_errors
+from .pipeline_files import INDEX
+from .retry import HubError, RetryPolicy, is_connection_error, is_transient, response_of, retried, short
 
+__all__ = ["pull"]
 logger = logging.getLogger(__name__)
 
 
@@ -37,27 +29,21 @@ def pull(
     repo_id: str,
     *,
     revision: str | None = None,
-    variant: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool | None = None,
-    force_download: bool = False,
-    patience: Patience | None = None,
+    retry: RetryPolicy | None = None,
     **options: Any,
 ) -> Path:
-    """A pipeline of the Hub in the local cache, its content checked against the Hub's checksums.
+    """Return the folder in the local cache of a pipeline of the Hub, its content checked against the Hub's checksums.
 
     Args:
         download: Diffusers' `DiffusionPipeline.download`, which knows the files that a pipeline needs.
         repo_id: "user/model".
         revision: Branch, tag or commit; None for main.
-        variant: "fp16": weights of that name.
         token: None takes HF_TOKEN or the one of `hf auth login`, False none.
         cache_dir: None takes HF_HUB_CACHE.
-        local_files_only: Ask the cache alone.
-        force_download: Download what is cached, too.
-        patience: How long failing calls are tried again.
-        **options: Further options of `download`.
+        retry: How often and how long failing calls are retried.
+        **options: Further options of `download`, as variant, local_files_only, force_download.
 
     Returns:
         The folder in the cache. Where the Hub cannot be reached, it is the one of an earlier pull, checked likewise.
@@ -65,77 +51,94 @@ def pull(
     Raises:
         HubError: the pull failed, with the cause and what to do about it.
     """
-    has_token = token is not False and bool(token if isinstance(token, str) else get_token())
-    call = f'DDPMExtPipeline.from_pretrained("{repo_id}"' + (f', revision="{revision}"' if revision else "") + ")"
-    errand = Errand(repo_id, "pull", call, has_token=has_token, revision=revision)
-    with in_sentences(errand):
-        validate_repo_id(repo_id)
-        state: State | None = None
-        if not (local_files_only or constants.is_offline_mode()):
-            state = _state_or_cache(repo_id, revision, token, cache_dir, patience)
-            local_files_only = state is None
-            if state is not None:
-                _check_pipeline(repo_id, state.checksums, variant)
+    options |= {"revision": revision, "token": token, "cache_dir": cache_dir}
+    return _Pull(download, repo_id, options, retry).run()
 
-        def fetch(force: bool) -> Path:
-            return Path(
-                download(
-                    repo_id,
-                    revision=revision,
-                    variant=variant,
-                    token=token,
-                    cache_dir=cache_dir,
-                    local_files_only=local_files_only,
-                    force_download=force,
-                    **options,
-                )
-            )
 
+class _Pull:
+    """One pull: ask for the repository's state, download, compare with the checksums, once more where they differ."""
+
+    def __init__(
+        self, download: Callable[..., Any], repo_id: str, options: dict[str, Any], retry: RetryPolicy | None
+    ) -> None:
+        self.download, self.repo_id, self.options, self.retry = download, repo_id, options, retry
+        self.revision, self.variant, self.token = options["revision"], options.get("variant"), options["token"]
+        self.command = (
+            f'DDPMExtPipeline.from_pretrained("{repo_id}"'
+            + (f', revision="{self.revision}"' if self.revision else "")
+            + ")"
+        )
+
+    def run(self) -> Path:
+        has_token = self.token is not False and bool(self.token if isinstance(self.token, str) else get_token())
+        operation = Operation(self.repo_id, "pull", self.command, has_token=has_token, revision=self.revision)
+        with hub_errors(operation):
+            validate_repo_id(self.repo_id)
+            state: State | None = None
+            if not (self.options.get("local_files_only") or constants.is_offline_mode()):
+                state = self._state_or_cache()
+                self.options["local_files_only"] = state is None
+                if state is not None:
+                    _check_pipeline(self.repo_id, state.checksums, self.variant)
+            return self._checked(self._first(state), state)
+
+    def _first(self, state: State | None) -> Path:
         try:
-            folder = patiently(lambda: fetch(force_download), patience)
+            return self._fetch()
         except (OSError, ValueError) as error:  # ValueError: a variant that is not there
-            if state is None and answer(error) is None and not is_transport(error):
-                raise HubError(_not_cached(repo_id, revision, variant, call)) from error
+            if state is None and response_of(error) is None and not is_connection_error(error):
+                raise HubError(self._not_cached()) from error
             raise
-        for again in (True, False):
+
+    def _fetch(self) -> Path:
+        return Path(retried(lambda: self.download(self.repo_id, **self.options), self.retry))
+
+    def _checked(self, folder: Path, state: State | None) -> Path:
+        """Return the folder once its content is right; a corrupt file of the Hub is downloaded a second time."""
+        for is_last in (False, True):
             if state is not None and folder.name != state.commit:  # pushed to since it was asked
-                state = Client(token, patience).state(repo_id, folder.name)
+                state = Client(self.token, self.retry).state(self.repo_id, folder.name)
             known = state.checksums if state is not None else None
-            if not (wrong := corrupted(folder, known)):
-                return folder
-            if not again or known is None:
+            wrong = _corrupted(folder, known)
+            if wrong and (is_last or known is None):
                 raise HubError(
-                    f"{repo_id} is corrupt in {', '.join(wrong)}: its content is not the one of the Hub's checksum"
+                    f"{self.repo_id} is corrupt in {', '.join(wrong)}: its content is not the one of the Hub's checksum"
                     + (", also after a second download. A proxy or a disk may be at fault. " if known else ". ")
-                    + f"Delete {folder.parent.parent}, then: {call}"
+                    + f"Delete {folder.parent.parent}, then: {self.command}"
                 )
-            logger.warning("%s came corrupt (%s): downloading it again.", repo_id, ", ".join(wrong))
+            if not wrong:
+                break
+            logger.warning("%s came corrupt (%s): downloading it again.", self.repo_id, ", ".join(wrong))
             for name in wrong:
                 _forget(folder / name)
-            folder = patiently(lambda: fetch(False), patience)
-    raise AssertionError("unreachable")
+            self.options["force_download"] = False
+            folder = self._fetch()
+        return folder
 
+    def _state_or_cache(self) -> State | None:
+        """Return the repository's state; None where the Hub is down or out of reach and an earlier pull is cached."""
+        folder = f"models--{self.repo_id.replace('/', '--')}"
+        cached = Path(self.options["cache_dir"] or constants.HF_HUB_CACHE) / folder / "snapshots"
+        retry = self.retry or RetryPolicy()
+        if cached.is_dir():  # then a Hub that is down is no reason to wait
+            retry = RetryPolicy(tries=2, first_wait=retry.first_wait)
+        try:
+            return Client(self.token, retry).state(self.repo_id, self.revision)
+        except Exception as error:
+            if not cached.is_dir() or not is_transient(error):
+                raise
+            logger.warning(
+                "%s cannot be asked (%s): %s is taken from the cache.", constants.ENDPOINT, short(error), self.repo_id
+            )
+            return None
 
-def _state_or_cache(
-    repo_id: str,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | os.PathLike[str] | None,
-    patience: Patience | None,
-) -> State | None:
-    """The repository's state; None where the Hub is down or out of reach and an earlier pull is in the cache."""
-    cached = Path(cache_dir or constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "snapshots"
-    if cached.is_dir():  # then a Hub that is down is no reason to wait
-        patience = Patience(tries=2, first_wait=bounds(patience).first_wait)
-    try:
-        return Client(token, patience).state(repo_id, revision)
-    except Exception as error:
-        if not cached.is_dir() or not is_transient(error):
-            raise
-        logger.warning(
-            "%s cannot be asked (%s): %s is taken from the cache.", constants.ENDPOINT, brief(error), repo_id
+    def _not_cached(self) -> str:
+        at = f" at {self.revision}" if self.revision else ""
+        at += f" with the variant {self.variant!r}" if self.variant else ""
+        return (
+            f"{self.repo_id}{at} is not in the cache in full, and the Hub was not asked "
+            f"(local_files_only, HF_HUB_OFFLINE, or it cannot be reached). Once with the network: {self.command}"
         )
-        return None
 
 
 def _check_pipeline(repo_id: str, known: dict[str, str], variant: str | None) -> None:
@@ -157,16 +160,8 @@ def _check_pipeline(repo_id: str, known: dict[str, str], variant: str | None) ->
             )
 
 
-def _not_cached(repo_id: str, revision: str | None, variant: str | None, call: str) -> str:
-    what = (f" at {revision}" if revision else "") + (f" with the variant {variant!r}" if variant else "")
-    return (
-        f"{repo_id}{what} is not in the cache in full, and the Hub was not asked "
-        f"(local_files_only, HF_HUB_OFFLINE, or it cannot be reached). Once with the network: {call}"
-    )
-
-
-def corrupted(folder: Path, known: dict[str, str] | None) -> list[str]:
-    """Files of a cached snapshot whose content is not that of their checksum.
+def _corrupted(folder: Path, known: dict[str, str] | None) -> list[str]:
+    """Return the files of a cached snapshot whose content is not that of their checksum.
 
     Args:
         folder: The snapshot.

@@ -1,9 +1,7 @@
-"""A folder on disk -> the files of a Hub repository: what is pushed, under which name, and by which checksum known.
+"""A folder on disk -> the files of a Hub repository: what is pushed, under which name.
 
-    model_index.json
-    unet/            config.json, diffusion_pytorch_model.safetensors, diffusion_pytorch_model.fp16.safetensors
-    scheduler/       scheduler_config.json
-    README.md        the card, and the pictures that it shows
+    model_index.json and what it needs, each part in a folder of its own: see pipeline_files.py
+    README.md                   the card, and the images that it shows
     eval.json, config.json      of the run
 
 Nothing else of a run folder: no checkpoints, no optimiser state, no logs, no pickles.
@@ -11,31 +9,58 @@ Nothing else of a run folder: no checkpoints, no optimiser state, no logs, no pi
 
 from __future__ import annotations
 
-import hashlib
+import html
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from .pipeline_files import (
+    INDEX,
+    Files,
+    Weights,
+    check_not_pointer,
+    component_names,
+    is_weights_name,
+    pipeline_files,
+    read_record,
+    tensor_files,
+    weights_of,
+)
 from .retry import HubError
 
-Files = dict[str, Path]  # name in the repository -> file on disk
-INDEX = "model_index.json"
-RUN_FILES = ("README.md", "config.json", "eval.json")
-PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
-VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
-RENDERED = "<!-- Rendered by ddpm_ext from "  # begins the line that a card written by hand does not have
-TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+__all__ = [
+    "RENDERED",
+    "check_no_token",
+    "collect",
+    "find_pipeline",
+    "minimal_card",
+    "shown_images",
+    "stage",
+    "stale",
+]
+logger = logging.getLogger(__name__)
 
-MINIMAL_CARD = """---
+RENDERED = "<!-- Rendered by ddpm_ext from "  # begins the line that a card written by hand does not have
+_RUN_FILES = ("README.md", "config.json", "eval.json")
+_IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".avif", ".bmp", ".mp4", ".webm")
+_UNSHOWN = {"checkpoints", "snapshots", "pipeline"}  # folders of a run that hold no image of its card
+_VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+# Relative targets of Markdown and HTML images.
+_TARGETS = re.compile(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img\b[^>]*?\bsrc\s*=\s*[\"']([^\"']+)")
+
+_MINIMAL_CARD = """---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
 tags:
@@ -54,8 +79,13 @@ image = {kind}.from_pretrained("{repo_id}")({arguments}).images[0]
 """
 
 
+def find_pipeline(folder: Path) -> Path | None:
+    """Return the folder of the pipeline: the folder itself or its pipeline/; None where neither is one."""
+    return next((path for path in (folder, folder / "pipeline") if (path / INDEX).is_file()), None)
+
+
 def collect(folder: str | os.PathLike[str], staging: Path, variant: str | None = None) -> Files:
-    """The files to push of a run folder or of a saved pipeline.
+    """Return the files to push of a run folder or of a saved pipeline.
 
     Args:
         folder: A run folder, which holds pipeline/, or a folder that holds model_index.json.
@@ -63,136 +93,187 @@ def collect(folder: str | os.PathLike[str], staging: Path, variant: str | None =
         variant: "fp16" or "bf16": also weights of that precision, made from the full ones where they are missing.
 
     Raises:
-        HubError: the folder holds no pipeline, its weights are pickles, or the variant is not what its name says.
+        HubError: the folder holds no pipeline, a file that its index needs is missing or broken, its weights are
+            pickles, or the variant is not what its name says.
     """
     folder = Path(folder)
-    pipeline = next((path for path in (folder, folder / "pipeline") if (path / INDEX).is_file()), None)
+    pipeline = find_pipeline(folder)
     if pipeline is None:
         raise HubError(
             f"{folder} holds neither {INDEX} nor pipeline/{INDEX}: it is no saved pipeline and no finished run. Give "
             "the folder of one; scripts/train.py writes it."
         )
     files = pipeline_files(pipeline)
-    check_whole(files)
-    if variant is not None:
-        files |= variant_files(files, variant, staging)
-    files |= {name: folder / name for name in RUN_FILES if (folder / name).is_file()}
-    return files | pictures(folder)
-
-
-def pipeline_files(pipeline: Path) -> Files:
-    """The index and each component's configuration and safetensors."""
-    files = {INDEX: pipeline / INDEX}
-    for name in components(pipeline / INDEX):
-        present = sorted(path for path in (pipeline / name).glob("*") if path.suffix in (".json", ".safetensors"))
-        pickled = [path.name for path in (pipeline / name).glob("*") if path.suffix in PICKLES]
-        if pickled and not any(path.suffix == ".safetensors" for path in present):
-            raise HubError(
-                f"{pipeline / name} holds its weights as a pickle ({pickled[0]}), which can run code where it is "
-                "loaded. Convert it first: python scripts/convert.py --source diffusers --checkpoint "
-                f"{pipeline} --output_dir <folder>"
-            )
-        files |= {f"{name}/{path.name}": path for path in present}
+    files |= _variant_files(files, variant, staging)
+    files |= {name: folder / name for name in _RUN_FILES if (folder / name).is_file()}
+    if "config.json" in files and "_class_name" in read_record(files["config.json"]):
+        del files["config.json"]  # of a flat pipeline's network: it is unet/config.json
+    files |= shown_images(folder)
+    for path in files.values():
+        check_not_pointer(path)
     return files
 
 
-def check_whole(files: Files) -> None:
-    """Raise HubError where a pipeline lacks the weights of a network, or holds a file that cannot be read."""
-    for name, path in files.items():
-        try:
-            if name.endswith(".json"):
-                json.loads(path.read_text(encoding="utf-8"))
-            elif name.endswith(".safetensors"):
-                with safe_open(path, "pt") as weights:  # reads the header, and compares it with the file's size
-                    weights.keys()
-        except (ValueError, SafetensorError) as error:
-            raise HubError(
-                f"{path} is broken ({error}) and is not pushed. Save the pipeline again, then push."
-            ) from error
-    networks = [Path(name).parent.as_posix() for name in files if re.fullmatch(r"[^/]+/config\.json", name)]
-    for folder in networks:
-        if not any(name.startswith(f"{folder}/") and name.endswith(".safetensors") for name in files):
-            raise HubError(
-                f"{files[f'{folder}/config.json'].parent} holds a network's config.json and no weights "
-                "(*.safetensors). Save the pipeline again, then push."
-            )
+# Images of the card ---------------------------------------------------------------------------------------------------
 
 
-def components(index: Path) -> list[str]:
-    """Sub-folders that a model_index.json names."""
-    try:
-        entries = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise HubError(f"{index} is broken ({error}) and is not pushed. Save the pipeline again, then push.") from error
-    return [name for name, entry in entries.items() if isinstance(entry, list) and entry[0] is not None]
+def shown_images(folder: Path) -> Files:
+    """Return the images that the card of a folder shows, and the newest grid of samples.
 
-
-def pictures(folder: Path) -> Files:
-    """The pictures that the card shows, and the newest grid of samples."""
+    An image belongs to the card where its name stands in it: plainly, percent-encoded or as HTML has it.
+    """
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    named = set(re.findall(r"[\w./-]+\.(?:png|jpe?g|gif|webp)", text))
-    grids = sorted(path for path in (folder / "samples").glob("*") if path.suffix in PICTURES)
-    named |= {f"samples/{grids[-1].name}"} if grids else set()
-    inside = folder.resolve()
-    return {
-        name: folder / name
-        for name in sorted(named)
-        if (folder / name).is_file() and (folder / name).resolve().is_relative_to(inside)
-    }
+    present = _images_of(folder)
+    mentioned = _spellings(text)
+    named = {name for name in present if any(_mentions(spelling, name) for spelling in mentioned)}
+    for markdown, tag in _TARGETS.findall(text):
+        target = unquote(html.unescape(markdown or tag)).removeprefix("./")
+        if not re.match(r"[\w+.-]+:|//|#", target) and not (folder / target.split("?")[0].split("#")[0]).is_file():
+            logger.warning("%s shows %s, which is not in %s: it will be missing on the Hub.", readme, target, folder)
+    grids = [name for name in present if name.startswith("samples/") and name.count("/") == 1]
+    return {name: folder / name for name in sorted(named | set(grids[-1:]))}
 
 
-def variant_files(files: Files, variant: str, staging: Path) -> Files:
-    """Weights of half the precision beside every full one, really of the precision that their name says."""
-    if variant not in VARIANTS:
-        raise HubError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}.")
+def _images_of(folder: Path) -> list[str]:
+    """Return the names of the images below a folder, sorted."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in _UNSHOWN]
+        found += [os.path.relpath(os.path.join(place, n), folder) for n in names if n.lower().endswith(_IMAGES)]
+    return sorted(Path(name).as_posix() for name in found)
+
+
+def _spellings(text: str) -> set[str]:
+    """Return a card as it stands, and without the ways in which Markdown, HTML and URLs write characters."""
+    plain = re.sub(r"(?<![\w./])\./", "", html.unescape(text))
+    spellings = {text, plain, unquote(plain), re.sub(r"\\(?=[!-/:-@\[-`{-~])", "", plain)}
+    return {unicodedata.normalize("NFC", spelling) for spelling in spellings}
+
+
+def _mentions(text: str, name: str) -> bool:
+    """Return whether a text holds a name as a whole, not as the end of a longer one."""
+    name = unicodedata.normalize("NFC", name)
+    return any(
+        not (text[at - 1 : at].isalnum() or text[at - 1 : at] in tuple("_/.-%"))
+        for at in (found.start() for found in re.finditer(re.escape(name), text))
+    )
+
+
+# Variants -------------------------------------------------------------------------------------------------------------
+
+
+def _variant_files(files: Files, variant: str | None, staging: Path) -> Files:
+    """Return half-precision weights that have to be made; those that are there must be the full ones, rounded."""
+    if variant is not None and variant not in _VARIANTS:
+        raise HubError(f"variant must be one of {', '.join(_VARIANTS)}, got {variant!r}.")
     made: Files = {}
-    for name, path in files.items():
-        stem, suffix = os.path.splitext(name)
-        if suffix != ".safetensors" or stem.split(".")[-1] in VARIANTS:
+    for name in sorted({name.split("/")[0] for name, path in files.items() if is_weights_name(path.name)}):
+        known = {weights.variant: weights for weights in weights_of(files[f"{name}/config.json"].parent)}
+        full = known.get(None)
+        for word in _VARIANTS.keys() & known.keys():
+            if full is not None:
+                _check_rounded(full, known[word])
+        if full is None or variant is None or variant in known:
             continue
-        if re.search(r"-\d{5}-of-\d{5}$", stem):
+        if full.shard_index is not None:
             raise HubError(
-                f"{name} is one of several shards: save the {variant} variant with "
+                f"{full.files[0]} is one of several shards: save the {variant} variant with "
                 f'pipeline.save_pretrained(folder, variant="{variant}"), then push the folder.'
             )
-        half = f"{stem}.{variant}{suffix}"
-        if half not in files:
-            made[half] = staging / half
-            write_half(path, made[half], VARIANTS[variant])
-        elif not is_of(files[half], VARIANTS[variant]):
-            raise HubError(
-                f"{files[half]} is named {variant}, but its weights are not of that precision. Delete it, and it is "
-                f"made from {path.name}."
-            )
+        half = f"{name}/{full.files[0].stem}.{variant}.safetensors"
+        made[half] = staging / half
+        _write_half(full.files[0], made[half], _VARIANTS[variant])
     return made
 
 
-def write_half(full: Path, half: Path, dtype: torch.dtype) -> None:
+def _write_half(full: Path, half: Path, dtype: torch.dtype) -> None:
     """Write weights of another precision; what is not floating-point stays."""
-    weights = load_file(full)
     half.parent.mkdir(parents=True, exist_ok=True)
-    halved = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
-    save_file(halved, half, metadata={"format": "pt"})
+    save_file({name: _rounded(w, dtype) for name, w in load_file(full).items()}, half, metadata={"format": "pt"})
 
 
-def is_of(path: Path, dtype: torch.dtype) -> bool:
-    """Whether every floating-point tensor of a safetensors file has this precision."""
-    word = {torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
-    with safe_open(path, "pt") as weights:
-        words = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118 (not a dict)
-    return words.isdisjoint({"F64", "F32", "F16", "BF16"} - {word})
+def _rounded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return weight.to(dtype) if weight.is_floating_point() else weight
+
+
+def _check_rounded(full: Weights, half: Weights) -> None:
+    """Raise HubError where the weights of a variant are not the full ones in its precision."""
+    places, dtype = tensor_files(full), _VARIANTS[str(half.variant)]
+    for name, path in tensor_files(half).items():
+        with safe_open(path, "pt") as file:
+            weight = file.get_tensor(name)
+        if weight.is_floating_point() and weight.dtype != dtype:
+            raise HubError(
+                f"{path} is named {half.variant}, but its weights are not of that precision. Delete it; --variant "
+                f"{half.variant} makes it from {full.files[0].name}."
+            )
+        with safe_open(places[name], "pt") as file:
+            if not torch.equal(weight, _rounded(file.get_tensor(name), dtype)):
+                raise HubError(
+                    f"{path} is not {full.files[0].name} in the precision {half.variant}: {name!r} differs, so it "
+                    f"is of an earlier save. Delete it; --variant {half.variant} makes it anew."
+                )
+
+
+# What a push replaces -------------------------------------------------------------------------------------------------
+
+
+def stale(known: Mapping[str, str], files: Files, changed: Collection[str]) -> list[str]:
+    """Return the files of earlier pushes that the new index would load, or that lie in the folders of its parts.
+
+    Half-precision weights beside full ones that stay as they are stay, too: they are of the same network.
+
+    Args:
+        known: Name -> checksum of the repository's files.
+        files: Those of this push.
+        changed: Names of those among them whose content the repository does not hold.
+
+    Raises:
+        HubError: the push holds a variant alone, and the repository the full weights of another push.
+    """
+    if INDEX not in files:
+        return []
+    parts = component_names(files[INDEX])
+    gone = [name for name in known if name.split("/")[0] in parts and name not in files]
+    if any(is_weights_name(name) for name in known) or "scheduler_config.json" in known:  # it was flat
+        flat = {name for name in known if is_weights_name(name)} | {"config.json", "scheduler_config.json"}
+        gone += [name for name in known if name in flat and name not in files]
+    for name in gone:
+        if is_weights_name(name.rsplit("/", 1)[-1]) and not _variant_of(name) and name.endswith(".safetensors"):
+            part = name.rpartition("/")[0]
+            beside = [new for new in files if part and new.startswith(f"{part}/") and is_weights_name(Path(new).name)]
+            if beside and all(_variant_of(new) for new in beside):
+                raise HubError(
+                    f"The repository holds the full weights {name}, and this folder {_variant_of(beside[0])} ones "
+                    "only: one index would load two networks. Save the full pipeline and push it with --variant "
+                    f"{_variant_of(beside[0])}, which makes both of one."
+                )
+    return [name for name in gone if not (_variant_of(name) and _full_name(name) in files.keys() - set(changed))]
+
+
+def _variant_of(name: str) -> str | None:
+    """Return the variant in the name of a file of weights, as fp16; None for full ones."""
+    return next((word for word in _VARIANTS if f".{word}." in name or f".{word}-" in name), None)
+
+
+def _full_name(name: str) -> str:
+    """Return the name of the full weights beside those of a variant."""
+    return name.replace(f".{_variant_of(name)}", "")
+
+
+# Making and checking --------------------------------------------------------------------------------------------------
 
 
 def minimal_card(repo_id: str, files: Files) -> str:
-    """A card that says how to load the pipeline, with its own number of steps and, if it has classes, a class."""
+    """Return a card that says how to load the pipeline, with its number of steps and, if it has classes, a class."""
 
     def config(name: str) -> dict[str, Any]:
         return json.loads(files[name].read_text(encoding="utf-8")) if name in files else {}
 
     steps = config("scheduler/scheduler_config.json").get("num_train_timesteps", 1000)
     conditional = config("unet/config.json").get("num_class_embeds") is not None
-    return MINIMAL_CARD.format(
+    return _MINIMAL_CARD.format(
         repo_id=repo_id,
         name=repo_id.split("/")[-1],
         package="ddpm_ext" if conditional else "diffusers",
@@ -201,36 +282,8 @@ def minimal_card(repo_id: str, files: Files) -> str:
     )
 
 
-def stale(known: Mapping[str, str], files: Files, changed: list[str]) -> list[str]:
-    """Files of earlier pushes in the pipeline's folders; none where a variant alone is pushed.
-
-    Half-precision weights beside full ones that stay as they are stay, too: they are of the same network.
-
-    Args:
-        known: Name -> checksum of the repository's files.
-        files: Those of this push.
-        changed: Names of those among them whose content the repository does not hold.
-    """
-    folders = components(files[INDEX]) if INDEX in files else []
-    if all(variant_of(name) for name in files if name.endswith(".safetensors")):
-        return []
-    gone = [name for name in known if "/" in name and name.split("/")[0] in folders and name not in files]
-    return [name for name in gone if not (variant_of(name) and full_name_of(name) in files.keys() - set(changed))]
-
-
-def variant_of(name: str) -> str | None:
-    """The variant in the name of a file of weights, as fp16; None for full ones."""
-    word = Path(name).stem.split(".")[-1]
-    return word if word in VARIANTS else None
-
-
-def full_name_of(name: str) -> str:
-    """The name of the full weights beside those of a variant."""
-    return name.replace(f".{variant_of(name)}.", ".")
-
-
 def stage(files: Files, staging: Path) -> Files:
-    """The same files under `staging`, as they are now: linked where the disk allows it, else copied.
+    """Return the same files under `staging`, as they are now: linked where the disk allows it, else copied.
 
     A run replaces its files whole, so a link keeps the old content while the run goes on.
     """
@@ -250,45 +303,8 @@ def check_no_token(files: Files, token: str | None) -> None:
     for name, path in files.items():
         if path.suffix in (".json", ".md", ".yaml", ".yml", ".txt", ".py"):
             content = path.read_bytes()
-            if TOKEN.search(content) or (token and token.encode() in content):
+            if _TOKEN.search(content) or (token and token.encode() in content):
                 raise HubError(
                     f"{path} holds what looks like a token of the Hub, and {name} would be pushed for all to see. "
                     f"Delete it from the file, revoke it at the Hub's settings/tokens, and push again."
                 )
-
-
-# Checksums ------------------------------------------------------------------------------------------------------------
-
-
-def sha256(path: Path) -> str:
-    """The checksum by which the Hub knows a large file."""
-    return digest(path, hashlib.sha256())
-
-
-def git_sha1(path: Path) -> str:
-    """The checksum by which git knows any other file: SHA-1 of "blob", its size, a zero byte, the content."""
-    return digest(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size))
-
-
-def digest(path: Path, state: "hashlib._Hash") -> str:  # noqa: UP037 (a name of the type stubs alone)
-    """A file's content through a hash, in hexadecimal."""
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            state.update(block)
-    return state.hexdigest()
-
-
-def has_checksum(path: Path, checksum: str) -> bool:
-    """Whether a file's content is the one known by this SHA-256 (64 letters) or git SHA-1 (40)."""
-    return (sha256(path) if len(checksum) == 64 else git_sha1(path)) == checksum
-
-
-def checksums(siblings: object) -> dict[str, str]:
-    """Name -> checksum of a repository's files, from `model_info(files_metadata=True).siblings`."""
-    known: dict[str, str] = {}
-    for file in siblings or ():  # pyright: ignore[reportGeneralTypeIssues]
-        lfs = file.lfs
-        checksum = (lfs["sha256"] if isinstance(lfs, Mapping) else lfs.sha256) if lfs else file.blob_id
-        if checksum:
-            known[file.rfilename] = checksum
-    return known

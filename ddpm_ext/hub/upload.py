@@ -1,6 +1,6 @@
 """Upload to the Hub: one commit, made on top of the state that it was compared with.
 
-Afterwards every file is checked against the Hub's checksums. Downloads stand in pull.py.
+Afterwards every file is checked against the Hub's checksums. Downloads stand in download.py.
 """
 
 from __future__ import annotations
@@ -10,23 +10,39 @@ import os
 import shlex
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants, get_token
 from huggingface_hub.utils import validate_repo_id
 
 from .. import __version__
 from .client import Client, State
-from .files import RENDERED, Files, check_no_token, collect, minimal_card, stage, stale
-from .retry import Errand, HubError, Patience, conflict, explain_403, in_sentences, patiently
+from .files import RENDERED, check_no_token, collect, minimal_card, stage, stale
+from .messages import Operation, conflict, hub_errors, write_refused
+from .pipeline_files import Files
+from .retry import HubError, RetryPolicy
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = [
+    "PUSH_OPTIONS",
+    "BackgroundPush",
+    "Push",
+    "PushOptions",
+    "full_name",
+    "open_repository",
+    "push_command",
+    "push_space",
+    "push_to_hub",
+]
 logger = logging.getLogger(__name__)
 # Options of a push -> of scripts/push_to_hub.py, where the two differ.
-FLAGS = {"private": "hub_private_repo"}
+_FLAGS = {"private": "hub_private_repo"}
 
 
 class Push(NamedTuple):
@@ -39,28 +55,43 @@ class Push(NamedTuple):
     pull_request: str | None  # its URL, with create_pr
 
 
-# Options of push_to_hub that DiffusionPipeline.save_pretrained passes on to it.
-PUSH_OPTIONS = frozenset(
-    ("private", "revision", "create_pr", "token", "commit_message", "tags", "parent_commit", "patience")
-)
+class PushOptions(TypedDict, total=False):
+    """What is pushed, and where to.
+
+    private: Whether a new repository is private; None leaves it to the account's default. True refuses one that is
+        public.
+    revision: Branch to commit to, made if missing; None for main.
+    create_pr: Open a pull request in place of committing to main.
+    commit_message: First line of the commit.
+    tags: Tags to put on the commit, "v1.0" for a release.
+    variant: "fp16" or "bf16": upload weights of that precision, too.
+    parent_commit: The commit that the branch must be at; None takes where it is when the push begins. If someone else
+        pushes in between, nothing is overwritten.
+    """
+
+    private: bool | None
+    revision: str | None
+    create_pr: bool
+    commit_message: str | None
+    tags: Sequence[str]
+    variant: str | None
+    parent_commit: str | None
+
+
+# Options of push_to_hub that DiffusionPipeline.save_pretrained passes on to it; it has a `variant` of its own.
+PUSH_OPTIONS = frozenset(PushOptions.__annotations__) - {"variant"} | {"token", "retry"}
 
 
 def push_to_hub(
     folder_or_pipeline: Any,
     repo_id: str,
     *,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
     token: str | None = None,
-    commit_message: str | None = None,
-    tags: Sequence[str] = (),
-    variant: str | None = None,
-    parent_commit: str | None = None,
-    patience: Patience | None = None,
-    again: str | None = None,
+    retry: RetryPolicy | None = None,
+    command: str | None = None,
+    **options: Unpack[PushOptions],
 ) -> Push:
-    """Upload a run or a pipeline in one commit; `repository.collect` says which files.
+    """Upload a run or a pipeline in one commit; `ddpm_ext.hub.files` says which files.
 
     Files of an earlier push in the pipeline's folders that this one does not have are deleted in the same commit, so
     that no old weights stay beside new ones; all else in the repository stays, `.gitattributes` with it, and a card
@@ -70,53 +101,36 @@ def push_to_hub(
     Args:
         folder_or_pipeline: A run folder, the folder of a saved pipeline, or a pipeline. Nothing in it is changed.
         repo_id: "user/model", or "model" for the token's owner. Made if missing.
-        private: Whether a new repository is private; None leaves it to the account's default. True refuses one that
-            is public.
-        revision: Branch to commit to, made if missing; None for main.
-        create_pr: Open a pull request in place of committing to main.
         token: Token with write right; None takes HF_TOKEN or the one of `hf auth login`.
-        commit_message: First line of the commit.
-        tags: Tags to put on the commit, "v1.0" for a release.
-        variant: "fp16" or "bf16": upload weights of that precision, too.
-        parent_commit: The commit that the branch must be at; None takes where it is when the push begins. If someone
-            else pushes in between, nothing is overwritten.
-        patience: How long failing calls are tried again.
-        again: The command that a failure's sentence advises; None makes it of these options, without the token.
+        retry: How often and how long failing calls are retried.
+        command: The command that a failure's message advises; None makes it of these options, without the token.
+        **options: Those of `PushOptions`.
 
     Raises:
         HubError: the push failed, with what to do about it.
     """
-    again = again or push_command(
-        folder_or_pipeline,
-        repo_id,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=commit_message,
-        tags=tags,
-        variant=variant,
-        parent_commit=parent_commit,
-    )
-    token = token or get_token()
-    errand = Errand(repo_id, "push", again, has_token=token is not None, revision=revision)
-    if create_pr and revision not in (None, constants.DEFAULT_REVISION):
+    if unknown := options.keys() - PushOptions.__annotations__.keys():
+        raise TypeError(f"push_to_hub has no option {', '.join(sorted(unknown))}; see PushOptions.")
+    command = command or push_command(folder_or_pipeline, repo_id, **options)
+    token, revision = token or get_token(), options.get("revision")
+    operation = Operation(repo_id, "push", command, has_token=token is not None, revision=revision)
+    if options.get("create_pr") and revision not in (None, constants.DEFAULT_REVISION):
         raise HubError(f"A pull request is opened against main, got revision={revision!r}: leave one of them out.")
-    with tempfile.TemporaryDirectory(prefix="ddpm_ext_push_") as staging, in_sentences(errand):
+    with tempfile.TemporaryDirectory(prefix="ddpm_ext_push_") as staging, hub_errors(operation):
         validate_repo_id(repo_id)
-        files = _files(folder_or_pipeline, Path(staging), variant)
+        files = _files(folder_or_pipeline, Path(staging), options.get("variant"))
         check_no_token(files, token)
-        client = Client(token, patience)
-        repo_id, user = client.open(repo_id, private, errand)
-        errand = Errand(repo_id, "push", again, has_token=True, revision=revision, user=user)
-        with in_sentences(errand):
-            push = _commit(client, errand, files, Path(staging), create_pr, commit_message, parent_commit)
-            for tag in tags:
-                client.tag(repo_id, tag, push.commit)
+        client = Client(token, retry)
+        operation = client.open(operation, options.get("private"))
+        with hub_errors(operation):
+            push = _Commit(client, operation, options).make(files, Path(staging))
+            for tag in options.get("tags") or ():
+                client.tag(operation.repo_id, tag, push.commit)
     return push
 
 
 def push_command(folder_or_pipeline: Any, repo_id: str, **options: Any) -> str:
-    """The command, or for a pipeline in memory the call, that pushes with these options; those left out are not named.
+    """Return the command, or for a pipeline in memory the call, that pushes with these options, where they are given.
 
     Args:
         folder_or_pipeline: As in `push_to_hub`.
@@ -132,7 +146,10 @@ def push_command(folder_or_pipeline: Any, repo_id: str, **options: Any) -> str:
     words = ["--model", str(folder_or_pipeline), "--hub_model_id", repo_id]
     for name, value in given.items():
         values = [] if value is True else value if isinstance(value, list | tuple) else [value]
-        words += [f"--{FLAGS.get(name, name)}", *(str(word).lower() if word is False else str(word) for word in values)]
+        words += [
+            f"--{_FLAGS.get(name, name)}",
+            *(str(word).lower() if word is False else str(word) for word in values),
+        ]
     return f"python scripts/push_to_hub.py {shlex.join(words)}"
 
 
@@ -142,43 +159,42 @@ def push_space(
     *,
     private: bool | None = None,
     token: str | None = None,
-    patience: Patience | None = None,
+    retry: RetryPolicy | None = None,
 ) -> Push:
     """Upload the files of a Gradio page as a Space, in one commit and checked as in `push_to_hub`.
 
     Args:
         files: Name in the Space -> file on disk; with app.py, requirements.txt and README.md.
         repo_id: "user/space". Made if missing.
-        private: As in `push_to_hub`, and the others.
-        token: As there.
-        patience: As there.
+        private: As in `PushOptions`.
+        token: As in `push_to_hub`.
+        retry: As there.
 
     Raises:
         HubError: the push failed, with what to do about it.
     """
-    again, token = f"python scripts/demo.py --push_to_space {repo_id}", token or get_token()
-    errand = Errand(repo_id, "push", again, has_token=token is not None)
-    with tempfile.TemporaryDirectory(prefix="ddpm_ext_push_") as staging, in_sentences(errand):
+    command, token = f"python scripts/demo.py --push_to_space {repo_id}", token or get_token()
+    operation = Operation(repo_id, "push", command, has_token=token is not None)
+    with tempfile.TemporaryDirectory(prefix="ddpm_ext_push_") as staging, hub_errors(operation):
         validate_repo_id(repo_id)
         check_no_token(files, token)
-        client = Client(token, patience, "space")
-        repo_id, user = client.open(repo_id, private, errand)
-        errand = Errand(repo_id, "push", again, has_token=True, user=user)
-        with in_sentences(errand):
-            push = _commit(client, errand, files, Path(staging), False, None, None)
-    return push._replace(url=f"{constants.ENDPOINT}/spaces/{repo_id}")
+        client = Client(token, retry, "space")
+        operation = client.open(operation, private)
+        with hub_errors(operation):
+            push = _Commit(client, operation, {}).make(files, Path(staging))
+    return push._replace(url=f"{constants.ENDPOINT}/spaces/{push.repo_id}")
 
 
 def open_repository(
-    repo_id: str, *, private: bool | None = None, token: str | None = None, patience: Patience | None = None
+    repo_id: str, *, private: bool | None = None, token: str | None = None, retry: RetryPolicy | None = None
 ) -> str:
-    """Make a repository if it is missing and see that it may be written to: better before a training than after it.
+    """Make a repository if it is missing and check that it may be written to: better before a training than after it.
 
     Args:
-        repo_id: As in `push_to_hub`, and the others.
-        private: As there.
-        token: As there.
-        patience: As there.
+        repo_id: As in `push_to_hub`.
+        private: As in `PushOptions`.
+        token: As in `push_to_hub`.
+        retry: As there.
 
     Returns:
         Its full name, "user/model".
@@ -187,27 +203,28 @@ def open_repository(
         HubError: there is no token, or it may not write there.
     """
     token = token or get_token()
-    errand = Errand(repo_id, "push", "the same command", has_token=token is not None)
-    with in_sentences(errand):
+    operation = Operation(repo_id, "push", "the same command", has_token=token is not None)
+    with hub_errors(operation):
         validate_repo_id(repo_id)
-        client = Client(token, patience)
-        full, user = client.open(repo_id, private, errand)
-        if full.split("/")[0] not in client.owners:  # a repository that exists is opened whoever owns it
-            raise HubError(explain_403("it belongs to someone else", replace(errand, repo_id=full, user=user)))
-    return full
+        client = Client(token, retry)
+        opened = client.open(operation, private)
+        if opened.repo_id.split("/")[0] not in client.owners:  # a repository that exists is opened whoever owns it
+            raise HubError(write_refused("it belongs to someone else", replace(operation, user=opened.user)))
+    return opened.repo_id
 
 
-def full_name(repo_id: str, token: str | None = None, patience: Patience | None = None) -> str:
-    """Name of a repository with its owner, "user/model"; where none is given, it is the token's.
+def full_name(repo_id: str, token: str | None = None, retry: RetryPolicy | None = None) -> str:
+    """Return the name of a repository with its owner, "user/model"; where none is given, it is the token's.
 
     Raises:
         HubError: there is no token, or the Hub does not take it.
     """
     token = token or get_token()
-    errand = Errand(repo_id, "push", "the same command", has_token=token is not None)
-    with in_sentences(errand):
+    operation = Operation(repo_id, "push", "the same command", has_token=token is not None)
+    with hub_errors(operation):
         validate_repo_id(repo_id)
-        name = patiently(Client(token, patience).api.whoami, patience)["name"]
+        client = Client(token, retry)
+        name = client.call(client.api.whoami)["name"]
     return repo_id if "/" in repo_id else f"{name}/{repo_id}"
 
 
@@ -219,102 +236,104 @@ def _files(folder_or_pipeline: Any, staging: Path, variant: str | None) -> Files
     return collect(folder, staging / "variant", variant)
 
 
-def _commit(
-    client: Client,
-    errand: Errand,
-    files: Files,
-    staging: Path,
-    create_pr: bool,
-    message: str | None,
-    parent: str | None,
-) -> Push:
-    """Bring the repository to hold the files, in one commit or none, and check that it does."""
-    repo_id, branch = errand.repo_id, errand.revision or constants.DEFAULT_REVISION
-    before = client.branch(repo_id, errand.revision)
-    if parent is not None and not before.commit.startswith(parent):
-        raise HubError(conflict(errand, f"{branch} is at {before.commit[:10]}, not at {parent[:10]}"))
-    files = _with_card(client, repo_id, before, files, staging)
-    changed = before.lacks(files)
-    gone = stale(before.checksums, files, changed)
-    if not changed and not gone:
-        return Push(repo_id, before.commit, _url(repo_id, before.commit), False, None)
-    requests = client.pull_requests(repo_id) if create_pr else set()
-    for ref in sorted(requests):
-        if not (now := client.state(repo_id, ref)).lacks(files):
-            return Push(repo_id, now.commit, _url(repo_id, now.commit), False, _request_url(repo_id, ref))
+@dataclass
+class _Commit:
+    """One commit that makes the repository hold some files, or none where it does, checked afterwards."""
 
-    attempts = 0
+    client: Client
+    operation: Operation
+    options: PushOptions
 
-    def attempt() -> Push:
-        nonlocal attempts
-        attempts += 1
-        if attempts > 1:  # the commit may have been made, and its answer lost
-            refs = client.pull_requests(repo_id) - requests if create_pr else {branch}
-            if (found := _made(client, errand, files, before, refs)) is not None:
-                return found
-        info = client.api.create_commit(
-            repo_id,
-            [
-                *(CommitOperationAdd(name, str(files[name])) for name in changed),
-                *(CommitOperationDelete(name, is_folder=False) for name in gone),
-            ],
-            commit_message=message or f"Upload {repo_id.split('/')[-1]} with ddpm_ext {__version__}",
-            revision=errand.revision,
-            create_pr=create_pr,
+    @property
+    def repo_id(self) -> str:
+        return self.operation.repo_id
+
+    def make(self, files: Files, staging: Path) -> Push:
+        """Compare, commit what differs, and check that the repository holds every file."""
+        client, create_pr = self.client, bool(self.options.get("create_pr"))
+        before = client.branch(self.repo_id, self.operation.revision)
+        branch, parent = self.operation.revision or constants.DEFAULT_REVISION, self.options.get("parent_commit")
+        if parent is not None and not before.commit.startswith(parent):
+            raise HubError(conflict(self.operation, f"{branch} is at {before.commit[:10]}, not at {parent[:10]}"))
+        files = self._with_card(before, files, staging)
+        changed = before.differing(files)
+        gone = stale(before.checksums, files, changed)
+        if not changed and not gone:
+            return self._push(before.commit, False)
+        requests = client.pull_requests(self.repo_id) if create_pr else set()
+        for ref in sorted(requests):
+            if not (now := client.state(self.repo_id, ref)).differing(files):
+                return self._push(now.commit, False, ref)
+        adds: list[Any] = [CommitOperationAdd(name, str(files[name])) for name in changed]
+        adds += [CommitOperationDelete(name, is_folder=False) for name in gone]
+        attempts = 0
+
+        def attempt() -> Push:
+            nonlocal attempts
+            attempts += 1
+            if attempts > 1:  # the commit may have been made, and its answer lost
+                refs = client.pull_requests(self.repo_id) - requests if create_pr else {branch}
+                if (found := self._made(files, before, refs)) is not None:
+                    return found
+            return self._create(adds, before)
+
+        push = client.call(attempt)
+        if wrong := client.state(self.repo_id, push.commit).differing(files):
+            raise HubError(
+                f"After the push {self.repo_id} holds other bytes than were sent, in {', '.join(wrong)}. "
+                f"{self.repo_id} at commit {push.commit[:10]} should not be used. {self.operation.kept}"
+                + self.operation.command
+            )
+        return push
+
+    def _create(self, operations: Collection[Any], before: State) -> Push:
+        name = self.repo_id.split("/")[-1]
+        info = self.client.api.create_commit(
+            self.repo_id,
+            operations,
+            commit_message=self.options.get("commit_message") or f"Upload {name} with ddpm_ext {__version__}",
+            revision=self.operation.revision,
+            create_pr=bool(self.options.get("create_pr")),
             parent_commit=before.commit,
-            repo_type=client.repo_type,
+            repo_type=self.client.repo_type,
         )
-        return Push(repo_id, info.oid, str(info.commit_url), True, info.pr_url)
+        return Push(self.repo_id, info.oid, str(info.commit_url), True, info.pr_url)
 
-    push = patiently(attempt, client.patience)
-    if wrong := client.state(repo_id, push.commit).lacks(files):
-        raise HubError(
-            f"After the push {repo_id} holds other bytes than were sent, in {', '.join(wrong)}. {errand.repo_id} at "
-            f"commit {push.commit[:10]} should not be used. The local files are as they were: {errand.again}"
-        )
-    return push
+    def _made(self, files: Files, before: State, refs: set[str]) -> Push | None:
+        """Return the commit with these files that one of these refs has got since; None where none has moved.
 
+        Raises:
+            HubError: one has moved, and to other files: someone else pushed.
+        """
+        for ref in refs:
+            now = self.client.state(self.repo_id, ref)
+            if now.commit == before.commit:
+                continue
+            if now.differing(files):
+                raise HubError(conflict(self.operation, f"{ref} is at {now.commit[:10]} now"))
+            return self._push(now.commit, True, ref)
+        return None
 
-def _made(client: Client, errand: Errand, files: Files, before: State, refs: set[str]) -> Push | None:
-    """The commit with these files that one of these refs has got since; None where none has moved.
-
-    Raises:
-        HubError: one has moved, and to other files: someone else pushed.
-    """
-    for ref in refs:
-        now = client.state(errand.repo_id, ref)
-        if now.commit == before.commit:
-            continue
-        if now.lacks(files):
-            raise HubError(conflict(errand, f"{ref} is at {now.commit[:10]} now"))
-        request = _request_url(errand.repo_id, ref) if ref.startswith("refs/pr/") else None
-        return Push(errand.repo_id, now.commit, _url(errand.repo_id, now.commit), True, request)
-    return None
-
-
-def _with_card(client: Client, repo_id: str, before: State, files: Files, staging: Path) -> Files:
-    """The files with a card: a minimal one where there is none, and not a rendered one over one written by hand."""
-    card, there = files.get("README.md"), "README.md" in before.checksums
-    if card is None:
-        if there or client.repo_type != "model":
+    def _with_card(self, before: State, files: Files, staging: Path) -> Files:
+        """Return the files with a card: a minimal one where there is none, no rendered one over one written by hand."""
+        card, there = files.get("README.md"), "README.md" in before.checksums
+        if card is None:
+            if there or self.client.repo_type != "model":
+                return files
+            path = staging / "README.md"
+            path.write_text(minimal_card(self.repo_id, files), encoding="utf-8")
+            return {**files, "README.md": path}
+        if not there or RENDERED not in card.read_text(encoding="utf-8") or not before.differing({"README.md": card}):
             return files
-        path = staging / "README.md"
-        path.write_text(minimal_card(repo_id, files), encoding="utf-8")
-        return {**files, "README.md": path}
-    if not there or RENDERED not in card.read_text(encoding="utf-8") or not before.lacks({"README.md": card}):
-        return files
-    if RENDERED in client.text(repo_id, "README.md", before.commit):
-        return files
-    logger.warning("The card of %s was written by hand and is kept; the rendered one is not pushed.", repo_id)
-    return {name: path for name, path in files.items() if name != "README.md"}
+        if RENDERED in self.client.text(self.repo_id, "README.md", before.commit):
+            return files
+        logger.warning("The card of %s was written by hand and is kept; the rendered one is not pushed.", self.repo_id)
+        return {name: path for name, path in files.items() if name != "README.md"}
 
-
-def _request_url(repo_id: str, ref: str) -> str:
-    return f"{constants.ENDPOINT}/{repo_id}/discussions/{ref.split('/')[-1]}"
-
-
-def _url(repo_id: str, commit: str) -> str:
-    return f"{constants.ENDPOINT}/{repo_id}/commit/{commit}"
+    def _push(self, commit: str, changed: bool, ref: str = "") -> Push:
+        page = f"{constants.ENDPOINT}/{self.repo_id}"
+        request = f"{page}/discussions/{ref.split('/')[-1]}" if ref.startswith("refs/pr/") else None
+        return Push(self.repo_id, commit, f"{page}/commit/{commit}", changed, request)
 
 
 class BackgroundPush:
@@ -363,8 +382,8 @@ class BackgroundPush:
             snapshot.cleanup()
             raise
         options = {**self.options, **options}
-        told = {name: options[name] for name in options.keys() & PUSH_OPTIONS - {"token", "patience"}}
-        options.setdefault("again", push_command(folder, self.repo_id, **told))
+        told = {name: options[name] for name in options.keys() & PushOptions.__annotations__.keys()}
+        options.setdefault("command", push_command(folder, self.repo_id, **told))
         with self._lock:
             if self._waiting is not None:
                 self._waiting[0].cleanup()

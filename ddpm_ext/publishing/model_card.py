@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation import calibrate
 from ..evaluation.report import NAMES, data_words, markdown, sampler_words
-from ..hub.files import INDEX, RENDERED, pictures
+from ..hub.files import RENDERED, find_pipeline, shown_images
 from ..pipelines.identity import weights_hash
 from ..run_dir import RunDir, read_json, write_atomically
 
@@ -137,7 +137,7 @@ def own_figures(run: Path, name: str) -> list[dict[str, Any]]:
 
 def pipeline_of(run: Path) -> Path:
     """The folder of the pipeline: the run's, or the folder itself where it is one."""
-    return run if (run / INDEX).is_file() else run / "pipeline"
+    return find_pipeline(run) or run / "pipeline"
 
 
 def network_config(run: Path) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def stock(record: Mapping[str, Any], network: Mapping[str, Any]) -> dict[str, An
 
 def gallery(run: Path) -> list[dict[str, str]]:
     """Pictures of the gallery: the newest samples first."""
-    newest = [name for name in pictures(run) if name.startswith("samples/")][-1:]
+    newest = [name for name in shown_images(run) if name.startswith("samples/")][-1:]
     found = [{"path": name, "caption": sample_caption(name)} for name in newest]
     return found + [{"path": name, "caption": text} for name, text in CAPTIONS.items() if (run / name).is_file()]
 
@@ -334,6 +334,13 @@ def command_words(words: Sequence[str]) -> str:
     return " ".join(re.sub(r"(^|(?<==))/\S*/(?=\S)", "", word) for word in words)
 
 
+def _version_words(made: Mapping[str, Any]) -> str | None:
+    """Return version and commit of ddpm_ext, of which a checkout knows the commit alone; None without either."""
+    version, commit = (made.get("versions") or {}).get("ddpm-ext"), made.get("commit")
+    words = [*([version] if version else []), *([f"at commit {commit}"] if commit else [])]
+    return f"ddpm_ext {' '.join(words)}" if words else None
+
+
 def certificates(figures: Sequence[Mapping[str, Any]]) -> list[str]:
     """One line per evaluation command."""
     lines = []
@@ -350,7 +357,7 @@ def certificates(figures: Sequence[Mapping[str, Any]]) -> list[str]:
             f"weights {figure['weights']}",
         ]
         parts += [
-            f"ddpm_ext {made['versions']['ddpm-ext']} at commit {made['commit']}" if made["commit"] else None,
+            _version_words(made),
             hardware,
             made["date"][:10],
         ]

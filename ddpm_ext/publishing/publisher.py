@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.retry import HubError
-from ..hub.upload import PUSH_OPTIONS, BackgroundPush, Push, full_name, open_repository, push_command, push_to_hub
+from ..hub.upload import BackgroundPush, Push, PushOptions, full_name, open_repository, push_command, push_to_hub
 from .model_card import SHOWN, write_card
 
 
@@ -31,12 +31,12 @@ def publish(
     Raises:
         HubError: the push failed, with what to do about it.
     """
-    told = {name: options[name] for name in options.keys() & PUSH_OPTIONS - {"patience"}}
-    options.setdefault("again", push_command(run, repo_id, variant=options.get("variant"), license=license, **told))
+    told = {name: options[name] for name in options.keys() & PushOptions.__annotations__.keys()}
+    options.setdefault("command", push_command(run, repo_id, license=license, **told))
     card = Path(run) / "README.md"
     before = card.read_bytes() if card.is_file() else None
     if (Path(run) / "config.json").is_file() and (Path(run) / "pipeline").is_dir():
-        repo_id = full_name(repo_id, token, options.get("patience"))
+        repo_id = full_name(repo_id, token, options.get("retry"))
         write_card(Path(run), repo_id, license)
     try:
         return push_to_hub(run, repo_id, token=token, **options)
@@ -70,8 +70,8 @@ class Publisher:
     ) -> None:
         self.run, self.license = Path(run), license
         private = options.get("private")
-        self.repo_id = open_repository(repo_id, private=private, token=token, patience=options.get("patience"))
-        options.setdefault("again", push_command(run, self.repo_id, private=private, license=license))
+        self.repo_id = open_repository(repo_id, private=private, token=token, retry=options.get("retry"))
+        options.setdefault("command", push_command(run, self.repo_id, private=private, license=license))
         self._background = BackgroundPush(self.repo_id, also=SHOWN, prepare=self._card, token=token, **options)
 
     def push(self, update: int) -> None:
