@@ -122,7 +122,7 @@ def own_figures(run: Path, name: str) -> list[dict[str, Any]]:
     figures = read_json(path).get("figures", []) if path.is_file() else []
     if not figures:
         return []
-    unet = UNet2DModel.from_pretrained(str(pipeline_of(run) / "unet"))
+    unet = UNet2DModel.from_pretrained(str(pipeline_of(run) / "unet"), low_cpu_mem_usage=False)  # it may be a thread
     weights = weights_hash(unet)  # pyright: ignore[reportArgumentType]
     own = [figure for figure in figures if figure.get("weights") == weights]
     if len(own) < len(figures):
