@@ -1,0 +1,326 @@
+"""--forecast: memory, speed, hours and cost of a training on a machine that is not at hand, from fake tensors.
+
+One forward and backward pass of the network runs on tensors that have shapes and no values (FakeTensorMode), so a
+network for eight cards is counted on a laptop within seconds. Counted are the bytes of every storage that lives (own
+tracker: MemTracker of torch.distributed takes 20 times as long and counts recomputed activations twice) and the
+floating-point operations of matrix products, convolutions and attention (FlopCounterMode).
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..run_dir import RunError
+from .builders import network_config, plan_batch
+from .config import TrainConfig
+
+__all__ = ["ACCELERATORS", "AcceleratorSpec", "Forecast", "forecast", "forecast_lines", "pass_costs"]
+
+GIB = 2**30
+USABLE = 0.92  # of the memory: the rest is the driver's, the libraries' and lost between blocks
+UTILISATION = 0.2  # of the peak: what convolutional networks of this size reach uncompiled; see docs/gpu.md
+ADAM_MOMENTS = 2
+
+
+@dataclass(frozen=True)
+class AcceleratorSpec:
+    """A card as its maker describes it: dense TFLOP/s, without sparsity."""
+
+    name: str
+    memory_gib: float
+    bf16: float  # TFLOP/s with bfloat16 inputs
+    tf32: float
+    fp32: float
+    source: str
+
+
+ACCELERATORS: dict[str, AcceleratorSpec] = {
+    "h100": AcceleratorSpec("NVIDIA H100 SXM 80 GB", 79.6, 989.4, 494.7, 66.9, "NVIDIA H100 datasheet, 2024"),
+    "h200": AcceleratorSpec("NVIDIA H200 SXM 141 GB", 139.8, 989.4, 494.7, 66.9, "NVIDIA H200 datasheet, 2024"),
+    "b200": AcceleratorSpec("NVIDIA B200 SXM 180 GB", 178.3, 2250.0, 1125.0, 75.0, "NVIDIA DGX B200 datasheet, 2025"),
+    "a100": AcceleratorSpec("NVIDIA A100 SXM 80 GB", 79.3, 312.0, 156.0, 19.5, "NVIDIA A100 datasheet, 2021"),
+    "a100-40": AcceleratorSpec("NVIDIA A100 SXM 40 GB", 39.4, 312.0, 156.0, 19.5, "NVIDIA A100 datasheet, 2021"),
+    "l40s": AcceleratorSpec("NVIDIA L40S 48 GB", 44.5, 362.1, 183.2, 91.6, "NVIDIA L40S datasheet, 2023"),
+    "l4": AcceleratorSpec("NVIDIA L4 24 GB", 22.5, 121.0, 60.0, 30.3, "NVIDIA L4 datasheet, 2023"),
+    "rtx4090": AcceleratorSpec(
+        "NVIDIA GeForce RTX 4090 24 GB", 23.6, 165.2, 82.6, 82.6, "NVIDIA Ada white paper, 2022"
+    ),
+    "rtx3090": AcceleratorSpec(
+        "NVIDIA GeForce RTX 3090 24 GB", 23.6, 71.0, 35.6, 35.6, "NVIDIA GA102 white paper, 2021"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """One forward and backward pass of a network, without its weights and gradients."""
+
+    batch: int
+    flops: int
+    kept: int  # bytes alive between forward and backward: the activations
+    peak: int  # bytes at the highest point of both passes, beside the weights, without the gradients' own
+
+    @property
+    def flops_per_image(self) -> float:
+        return self.flops / self.batch
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run takes on one accelerator of a kind; bytes are of one process."""
+
+    accelerator: AcceleratorSpec
+    processes: int
+    global_batch: int
+    micro_batch: int
+    parameters: int
+    weights: int
+    gradients: int
+    adam: int
+    averages: int
+    costs: PassCosts
+    largest_batch: int  # images of one forward pass that fit
+    largest_batch_checkpointed: int
+    tflops: float  # the peak in the precision of the run
+    precision: str
+    utilisation: float
+    updates: int | None  # None: in epochs, of data that is not opened
+
+    @property
+    def fixed(self) -> int:
+        """Bytes that do not depend on the batch."""
+        return self.weights + self.gradients + self.adam + self.averages
+
+    @property
+    def peak(self) -> int:
+        return self.fixed + self.costs.peak
+
+    @property
+    def images_per_second(self) -> float:
+        """Of all processes."""
+        return self.processes * self.utilisation * self.tflops * 1e12 / self.costs.flops_per_image
+
+    @property
+    def hours(self) -> float | None:
+        images = None if self.updates is None else self.updates * self.global_batch
+        return None if images is None else images / self.images_per_second / 3600
+
+
+class StorageCounter(TorchDispatchMode):
+    """Bytes of the storages that were made inside and live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, weakref.ref[Any]] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            self.alive[key] = weakref.ref(storage, partial(self._forget, key, size))
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _forget(self, key: int, size: int, _: Any) -> None:
+        del self.alive[key]
+        self.now -= size
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """QK^T and the product with V, two operations each."""
+    batch, heads, length, width = query
+    return 2 * batch * heads * length * key[2] * (width + value[3])
+
+
+def _attention_backward_flops(_grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return 2 * _attention_flops(query, key, value)
+
+
+# The CPU's fused attention, which fake tensors take; the other kinds FlopCounterMode knows.
+_ATTENTION: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+@contextmanager
+def _counted() -> Iterator[tuple[FlopCounterMode, StorageCounter]]:
+    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as flops, StorageCounter() as memory:
+        yield flops, memory
+
+
+def pass_costs(
+    network: dict[str, Any],
+    batch: int,
+    *,
+    mixed_precision: str = "no",
+    gradient_checkpointing: bool = False,
+    channels_last: bool = False,
+) -> PassCosts:
+    """Count one forward and backward pass of a network, in float32 or under autocast, without allocating it.
+
+    Args:
+        network: Arguments of UNet2DModel, with sample_size.
+        batch: Images of the pass.
+        mixed_precision: "no", "bf16" or "fp16". As on CUDA, group norm computes in float32 under autocast.
+        gradient_checkpointing: Recompute the blocks' activations in the backward pass.
+        channels_last: Memory format of weights and images.
+    """
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    with FakeTensorMode():
+        unet = UNet2DModel(**network)
+        if gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        if half is not None:
+            for module in unet.modules():
+                if isinstance(module, nn.GroupNorm):
+                    module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+        size = unet.config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        for weight in unet.parameters():  # their gradients are counted by themselves
+            if weight.ndim == 4:
+                weight.data = weight.data.contiguous(memory_format=layout)
+            weight.grad = torch.zeros_like(weight)
+        with _counted() as (flops, memory):
+            x = torch.empty(batch, unet.config["in_channels"], height, width).to(memory_format=layout)
+            t = torch.empty(batch, dtype=torch.int64)
+            labels = None if unet.config["num_class_embeds"] is None else torch.empty(batch, dtype=torch.int64)
+            with nullcontext() if half is None else torch.autocast("cpu", half):
+                output = unet(x, t, class_labels=labels, return_dict=False)[0]
+            loss = output.float().square().mean()
+            kept = memory.now
+            loss.backward()
+    return PassCosts(batch, flops.get_total_flops(), kept, memory.peak)
+
+
+def forecast(config: TrainConfig, kind: str, processes: int = 1, utilisation: float = UTILISATION) -> Forecast:
+    """Forecast a run on accelerators of a kind.
+
+    Args:
+        config: The options of the run. Its data is not opened: the images have the network's size.
+        kind: A word of `ACCELERATORS`.
+        processes: Accelerators of the run.
+        utilisation: Share of the peak that the run is taken to reach.
+
+    Raises:
+        RunError: no such kind, or a batch that cannot be shared.
+    """
+    if kind not in ACCELERATORS:
+        raise RunError(f"forecast must be one of {', '.join(ACCELERATORS)}, got {kind!r}.")
+    accelerator = ACCELERATORS[kind]
+    network = network_config(config)
+    if network.get("sample_size") is None:
+        raise RunError("A forecast needs the images' size, which this network leaves open: give --resolution.")
+    plan = plan_batch(config, processes)
+
+    def costs(batch: int, checkpointing: bool) -> PassCosts:
+        return pass_costs(
+            network,
+            batch,
+            mixed_precision=config.mixed_precision,
+            gradient_checkpointing=checkpointing,
+            channels_last=config.channels_last,
+        )
+
+    with FakeTensorMode():
+        parameters = sum(weight.numel() for weight in UNet2DModel(**network).parameters())
+    item = 8 if config.double else 4
+    averages = 0 if not config.use_ema else len(config.ema_sigma_rel) if config.ema == "power_function" else 1
+    weights = parameters * item
+    fixed = weights * (2 + ADAM_MOMENTS + averages)
+    plain, checkpointed = costs(plan.micro_batch, False), costs(plan.micro_batch, True)
+    own = checkpointed if config.gradient_checkpointing else plain
+    free = USABLE * accelerator.memory_gib * GIB - fixed
+    tflops, precision = peak_tflops(accelerator, config)
+    return Forecast(
+        accelerator=accelerator,
+        processes=processes,
+        global_batch=plan.global_batch,
+        micro_batch=plan.micro_batch,
+        parameters=parameters,
+        weights=weights,
+        gradients=weights,
+        adam=ADAM_MOMENTS * weights,
+        averages=averages * weights,
+        costs=own,
+        largest_batch=largest(free, plain),
+        largest_batch_checkpointed=largest(free, checkpointed),
+        tflops=tflops,
+        precision=precision,
+        utilisation=utilisation,
+        updates=config.max_train_steps,
+    )
+
+
+def largest(free: float, costs: PassCosts) -> int:
+    """Images of one pass that fit into `free` bytes: what a pass holds grows with their number."""
+    return max(0, math.floor(free / costs.peak * costs.batch))
+
+
+def peak_tflops(accelerator: AcceleratorSpec, config: TrainConfig) -> tuple[float, str]:
+    """The peak in the run's precision, and that precision's name."""
+    if config.mixed_precision != "no":
+        return accelerator.bf16, config.mixed_precision
+    return (accelerator.tf32, "tf32") if config.allow_tf32 else (accelerator.fp32, "float32")
+
+
+def forecast_lines(found: Forecast, price_per_hour: float | None = None) -> list[str]:
+    """The lines that --forecast prints.
+
+    Args:
+        found: The forecast.
+        price_per_hour: Of the machine with all its accelerators; None leaves the cost out.
+    """
+    card, costs = found.accelerator, found.costs
+    parts = (
+        ("weights", found.weights),
+        ("gradients", found.gradients),
+        ("Adam", found.adam),
+        ("averages", found.averages),
+        ("activations", costs.kept),
+        ("backward", costs.peak - costs.kept),
+    )
+    room = USABLE * card.memory_gib * GIB
+    verdict = "fits" if found.peak <= room else "does NOT fit"
+    lines = [
+        f"forecast    {found.processes} x {card.name}, nothing measured; {card.source}",
+        f"network     {found.parameters:,} parameters, {costs.flops_per_image / 1e9:,.1f} GFLOP per training image",
+        f"batch       {found.global_batch}: {found.processes} processes, passes of {found.micro_batch} images",
+        f"memory      {found.peak / GIB:,.2f} GiB at the peak of a process, {verdict} into {card.memory_gib:g} GiB: "
+        + ", ".join(f"{size / GIB:,.2f} {name}" for name, size in parts),
+        f"largest     {found.largest_batch:,} images a pass, {found.largest_batch_checkpointed:,} with "
+        "--gradient_checkpointing",
+        f"speed       {found.images_per_second:,.0f} images/s at {found.utilisation:.0%} of {found.tflops:g} TFLOP/s "
+        f"({found.precision})",
+    ]
+    if found.hours is None:
+        lines.append(
+            "whole run   unknown: its length is in epochs of data that a forecast does not open; give --max_train_steps"
+        )
+    else:
+        lines.append(f"whole run   {found.updates:,} updates: {found.hours:,.2f} hours, without sample grids")
+        if price_per_hour is not None:
+            lines.append(f"cost        {found.hours * price_per_hour:,.2f} at {price_per_hour:g} an hour")
+    return lines

@@ -1,0 +1,49 @@
+"""A forecast counts what the papers and a real pass say, and allocates nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ddpm_ext.models.unet import UNET_PRESETS
+from ddpm_ext.run_dir import RunError
+from ddpm_ext.training.forecast import ACCELERATORS, GIB, forecast, forecast_lines, pass_costs
+from ddpm_ext.training.presets import PRESETS
+
+TINY = dict(UNET_PRESETS["cifar10-tiny"].config)
+
+
+def test_the_papers_network_costs_37_3_gflop_per_training_image() -> None:
+    found = forecast(dataclasses.replace(PRESETS["cifar10"].config, max_train_steps=1000), "h100")
+    assert found.costs.flops_per_image / 1e9 == pytest.approx(37.3, abs=0.05)
+    assert found.weights / GIB == pytest.approx(0.133, abs=5e-4)  # 35,746,307 weights of 4 bytes
+    assert found.adam == 2 * found.weights and found.averages == found.weights == found.gradients
+    assert found.images_per_second == pytest.approx(0.2 * 66.9e12 / 37.324e9, rel=1e-3)
+    assert found.hours == pytest.approx(1000 * 128 / found.images_per_second / 3600)
+
+
+def test_memory_and_work_of_a_pass_grow_with_the_batch() -> None:
+    one, two = pass_costs(TINY, 8), pass_costs(TINY, 16)
+    assert two.flops == 2 * one.flops
+    assert two.peak / one.peak == pytest.approx(2, rel=0.02)
+
+
+def test_checkpointing_costs_work_and_saves_memory() -> None:
+    plain, checkpointed = pass_costs(TINY, 8), pass_costs(TINY, 8, gradient_checkpointing=True)
+    assert plain.flops < checkpointed.flops <= 4 / 3 * plain.flops  # at most the forward pass once more
+    assert checkpointed.kept < 0.6 * plain.kept and checkpointed.peak < plain.peak
+
+
+def test_the_lines_say_what_fits() -> None:
+    config = dataclasses.replace(PRESETS["cifar10-small"].config, mixed_precision="bf16")
+    text = "\n".join(forecast_lines(forecast(config, "l4", processes=2), price_per_hour=2.0))
+    for said in ("2 x NVIDIA L4 24 GB", "GFLOP per training image", "fits into 22.5 GiB", "--gradient_checkpointing"):
+        assert said in text
+    assert "at 20% of 121 TFLOP/s (bf16)" in text and "20,000 updates" in text and "at 2 an hour" in text
+
+
+def test_an_unknown_machine_is_refused() -> None:
+    with pytest.raises(RunError, match="h100"):
+        forecast(PRESETS["digits"].config, "h1000")
+    assert all(card.memory_gib > 0 and card.bf16 >= card.tf32 >= card.fp32 for card in ACCELERATORS.values())
