@@ -36,7 +36,7 @@ from ddpm_ext.run_dir import RunDir, environment
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 from ddpm_ext.training.config import TrainConfig
 from ddpm_ext.training.presets import PRESETS
-from ddpm_ext.training.run import Trainer
+from ddpm_ext.training.trainer import Trainer
 
 SHAPES = ((1, 3, 32, 32), (64, 3, 32, 32), (16, 3, 256, 256))
 MIDDLE = 500  # the timestep of the single steps: what happens there happens everywhere but at the last

@@ -15,7 +15,8 @@ import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.commands.config import config_args
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, TorchDynamoPlugin
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -62,21 +63,103 @@ def make_accelerator(config: LaunchOptions, run: RunDir) -> Accelerator:
         raise RunError("fp16 needs a GPU: on a CPU small gradients vanish unscaled. Give --mixed_precision bf16.")
     check_world(accelerator)
     refuse_idle_precision(config)
+    refuse_idle_sharding(accelerator)
     return accelerator
 
 
 def refuse_idle_precision(config: LaunchOptions) -> None:
-    """The launcher's --mixed_precision would be without effect: the script's own option decides.
+    """Refuse a precision of the launcher that is not the script's, which alone decides.
 
     Raises:
-        RunError: the launcher was given one and the script another.
+        RunError: the two differ.
     """
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if asked not in ("no", config.mixed_precision):
+        known = asked in ("fp16", "bf16")
         raise RunError(
             f"accelerate launch was given --mixed_precision {asked}, which has no effect here, and the script has "
-            f"{config.mixed_precision}. Give --mixed_precision {asked} behind the script's name."
+            f"{config.mixed_precision}. "
+            + (f"Give --mixed_precision {asked} behind the script's name." if known else "The script knows fp16, bf16.")
         )
+
+
+def refuse_idle_sharding(accelerator: Accelerator) -> None:
+    """Refuse ways of cutting the network that the launcher asks for and that would not be, or would lose weights.
+
+    Raises:
+        RunError: the sentence says what to launch with.
+    """
+    kind = accelerator.distributed_type
+    if _env_flag("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
+        why = (
+            "Accelerate cuts weights on accelerators only and there is none here: it would train whole copies"
+            if kind != DistributedType.FSDP
+            else "FSDP of version 1 renames the weights: give fsdp_version: 2"
+        )
+        raise RunError(
+            f"The launcher asks for FSDP. {why}. Launch with accelerate_configs/fsdp2.yaml on GPUs, or with cpu.yaml."
+        )
+    if _env_flag("ACCELERATE_USE_DEEPSPEED") and kind != DistributedType.DEEPSPEED:
+        raise RunError("The launcher asks for DeepSpeed, which needs a GPU; launch with accelerate_configs/cpu.yaml.")
+    if kind == DistributedType.DEEPSPEED and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        raise RunError(
+            "ZeRO stage 3 cuts the weights, which the checkpoints here would lose; launch with zero_stage: 2, or with "
+            "accelerate_configs/fsdp2.yaml."
+        )
+    for name in ("MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if _env_flag(f"ACCELERATE_USE_{name}"):
+            raise RunError(f"The launcher asks for {name.lower()}, which no DDPM network has a use for; leave it out.")
+
+
+def refuse_idle_accumulation(accumulation: int) -> None:
+    """Refuse a launcher's --gradient_accumulation_steps that is not the script's.
+
+    Args:
+        accumulation: Forward passes of one update, as the script's options give them.
+
+    Raises:
+        RunError: the launcher, or ACCELERATE_GRADIENT_ACCUMULATION_STEPS, names another number.
+    """
+    asked = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
+    if not asked.isdecimal():  # without DeepSpeed the launcher keeps it to itself
+        asked = str(getattr(_launcher_options(), "gradient_accumulation_steps", None) or 1)
+    if int(asked) not in (1, accumulation):
+        raise RunError(
+            f"The launcher was given gradient_accumulation_steps {asked}, the script's options give {accumulation}. "
+            f"Give --gradient_accumulation_steps {asked} behind the script's name, or leave it out."
+        )
+
+
+def take_dynamo(accelerator: Accelerator) -> dict[str, Any] | None:
+    """Take over what the launcher asks of torch.compile, so that Accelerate does not wrap and rename the network.
+
+    Returns:
+        Arguments of torch.compile, or None.
+    """
+    plugin = accelerator.state.dynamo_plugin
+    if plugin is None or plugin.backend == DynamoBackend.NO:
+        return None
+    arguments = {"backend": plugin.backend.value.lower(), **_compile_options(plugin)}
+    plugin.backend = DynamoBackend.NO
+    return arguments
+
+
+def _compile_options(plugin: TorchDynamoPlugin) -> dict[str, Any]:
+    """Return the launcher's other words for torch.compile; those that are at their defaults are left out."""
+    mode = None if plugin.mode in (None, "default") else plugin.mode
+    given = {"mode": mode, "dynamic": bool(plugin.dynamic), "fullgraph": plugin.fullgraph or None}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def forget_accelerator() -> None:
+    """Forget Accelerate's state of this process, so that the next Accelerator begins anew."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def _env_flag(name: str) -> bool:
+    """Return whether an environment variable says yes."""
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "y", "on", "t")
 
 
 def tracker(report_to: str) -> str | None:
@@ -106,7 +189,7 @@ def check_world(accelerator: Accelerator) -> None:
             f"The launcher started {started} processes and this one sees {accelerator.num_processes}. Without "
             "a GPU launch with accelerate_configs/cpu.yaml, or set ACCELERATE_USE_CPU=true."
         )
-    asked = asked_of_accelerate(psutil.Process().parent())
+    asked = asked_of_accelerate()
     if "WORLD_SIZE" not in os.environ and asked > 1:
         raise RunError(
             f"accelerate launch was asked for {asked} processes and started one, as it does without a GPU. Launch "
@@ -114,25 +197,30 @@ def check_world(accelerator: Accelerator) -> None:
         )
 
 
-def asked_of_accelerate(launcher: psutil.Process | None) -> int:
-    """The processes that an `accelerate launch` was asked for; else 1.
+def asked_of_accelerate(launcher: psutil.Process | None = None) -> int:
+    """Return the processes that an `accelerate launch` was asked for; else 1.
 
     On its command line, in the file that it names, or in the one that `accelerate config` wrote.
 
     Args:
-        launcher: The process that may be one.
+        launcher: The process that may be one; None for the parent of this one.
     """
-    try:
-        words = launcher.cmdline() if launcher else []
-    except psutil.Error:  # another user's, or gone
-        return 1
-    options = launch_options(words)
+    options = _launcher_options(launcher)
     if options is None:
         return 1
     file = options.config_file or (None if options.cpu else config_args.default_config_file)
     if options.num_processes is None and file is not None and Path(file).is_file():
         return int((yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}).get("num_processes") or 1)
     return options.num_processes or 1
+
+
+def _launcher_options(launcher: psutil.Process | None = None) -> argparse.Namespace | None:
+    """Return the options of the `accelerate launch` that a process is (this one's parent), or None."""
+    try:
+        launcher = launcher or psutil.Process().parent()
+        return launch_options(launcher.cmdline() if launcher else [])
+    except psutil.Error:  # another user's, or gone
+        return None
 
 
 def launch_options(words: list[str]) -> argparse.Namespace | None:
@@ -173,12 +261,13 @@ def set_numerics(config: LaunchOptions, accelerator: Accelerator, recorded_threa
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    device = accelerator.device.type
+    device, plugin = accelerator.device.type, accelerator.state.dynamo_plugin
     return {
         "num_threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "torch": torch.__version__,
+        **({} if plugin is None or plugin.backend == DynamoBackend.NO else {"dynamo": plugin.backend.value.lower()}),
     }
 
 

@@ -27,8 +27,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from .errors import UserError
 
 VERSIONED = ("ddpm-ext", "torch", "diffusers", "transformers", "accelerate", "datasets", "safetensors", "numpy")
@@ -56,7 +54,9 @@ class RunDir:
         self.status = self.path / "status.json"
         self.plot = self.path / "training.png"
         self.lock_file = self.path / ".lock"
+        self.starts_empty = False  # whether what an earlier run left is deleted when this one starts
         self._lock: IO[str] | None = None
+        self._made: list[Path] = []  # folders that the lock made, innermost first
 
     def lock(self) -> None:
         """Hold the folder for this process until it ends.
@@ -64,27 +64,40 @@ class RunDir:
         Raises:
             RunError: another process holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = self.lock_file.open("a+")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.seek(0)
-            holder = handle.read().strip() or "unknown"
-            handle.close()
-            raise RunError(
-                f"{self.path} is being written by another run (process {holder}). Wait for its end, stop it, or give "
-                "another --output_dir."
-            ) from None
+        self._made += [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        handle = None
+        while handle is None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = self.lock_file.open("a+")
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                handle.seek(0)
+                holder = handle.read().strip() or "unknown"
+                handle.close()
+                raise RunError(
+                    f"{self.path} is being written by another run (process {holder}). Wait for its end, stop it, or "
+                    "give another --output_dir."
+                ) from None
+            if not self.lock_file.exists() or os.fstat(handle.fileno()).st_ino != self.lock_file.stat().st_ino:
+                handle.close()  # a start that failed has just deleted it
+                handle = None
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()
         self._lock = handle
 
     def unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        """Let go of the folder; where the run never began, nothing that the lock made is left."""
+        if self._lock is None:
+            return
+        if not self.config.exists() and not self.status.exists():
+            self.lock_file.unlink(missing_ok=True)
+        for folder in self._made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        self._lock.close()
+        self._lock = None
 
     def clear(self) -> None:
         """Delete what an earlier run left, and nothing that a run does not write."""
@@ -161,7 +174,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """What made the numbers beside the options: command, versions, commit, hardware."""
+    """Return what made the numbers beside the options: command, versions, commit, hardware."""
+    import torch  # not at the top: a command that only prints its options must not wait for it
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "command": [Path(sys.argv[0]).name, *without_token(sys.argv[1:])],

@@ -40,7 +40,7 @@ from ddpm_ext.evaluation.bits_per_dim import (
 from ddpm_ext.evaluation.checks import grid_images
 from ddpm_ext.evaluation.features import make_extractor
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
-from ddpm_ext.training.small_evaluation import SmallEvaluation
+from ddpm_ext.training.validation import Validation
 from tests import oracles
 
 SHORT = {"num_train_timesteps": 20, "beta_start": 1e-3, "beta_end": 0.6}
@@ -401,7 +401,7 @@ def test_a_small_evaluation_is_the_same_on_one_process_and_on_two(tmp_path: Path
     unet, scheduler = tiny_unet().eval(), DDPMExtScheduler(**SHORT)
     train, test = (load_images("digits", split=split) for split in ("train", "test"))
     options: dict[str, Any] = {"num_held_out": 16, "num_timesteps_sampled": 8, "cache_dir": tmp_path}
-    small = SmallEvaluation(train, test, make_extractor("pixels"), Accelerator(cpu=True), **options)
+    small = Validation(train, test, make_extractor("pixels"), Accelerator(cpu=True), **options)
     halves = torch.cat([small.bits(unet, scheduler, range(8)), small.bits(unet, scheduler, range(8, 16))])
     assert_close(small.bits(unet, scheduler, range(16)), halves, rtol=1e-4, atol=0)  # float32 sums of other batches
 

@@ -41,7 +41,7 @@ from ddpm_ext.evaluation.sharded import load_checked, run_shards, save_whole
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.pipelines.identity import network_hash, scheduler_options, weights_hash
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
-from ddpm_ext.training.small_evaluation import SmallEvaluation
+from ddpm_ext.training.validation import Validation
 from tests.training import ROOT, TORCHRUN, finish, start
 
 
@@ -711,7 +711,7 @@ def test_a_reference_made_with_another_extractor_is_refused(tmp_path: Path) -> N
 
 def test_a_small_evaluation_repeats_itself_and_follows_the_weights(tmp_path: Path) -> None:
     train, test = (load_images("digits", split=split) for split in ("train", "test"))
-    measure = SmallEvaluation(
+    measure = Validation(
         train,
         test,
         make_extractor("pixels"),

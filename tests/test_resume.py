@@ -30,7 +30,7 @@ from ddpm_ext.signals import PREEMPTED
 from ddpm_ext.training.builders import BatchPlan, plan_batch
 from ddpm_ext.training.config import TrainConfig
 from ddpm_ext.training.resume import on_main
-from ddpm_ext.training.run import Trainer
+from ddpm_ext.training.trainer import Trainer
 
 ALL_DRAWS = {"dropout": 0.1, "random_flip": True}
 
@@ -85,7 +85,7 @@ def test_stopped_after_any_update_it_goes_on_bitwise(changes, tmp_path: Path, mo
     def stop_after(count: int):
         def stopping(self: Trainer) -> None:
             update(self)
-            if self.update_count == count:
+            if self.state.update == count:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         return stopping
@@ -330,7 +330,7 @@ def test_going_back_leaves_the_other_course_behind_also_over_a_preemption(
     assert checkpoints_of(folder) == [8, 9][-limit:]
     assert run_here(folder, **again) == 0
     starts = json.loads((folder / "config.json").read_text())["starts"]
-    assert [(start["update"], start["course"]) for start in starts[-2:]] == [(8, "step-00000008"), (9, "step-00000008")]
+    assert [(start["update"], start["branch"]) for start in starts[-2:]] == [(8, "step-00000008"), (9, "step-00000008")]
     assert checkpoints_of(folder) == [9, 12][-limit:]
     # Only the other learning rate explains a step of that size.
     assert (weights(folder, 12)["conv_in.weight"] - weights(uninterrupted, 8)["conv_in.weight"]).abs().max() > 0.1
@@ -344,7 +344,7 @@ def stopping_after(count: int):
 
     def stopping(self: Trainer) -> None:
         update(self)
-        if self.update_count == count:
+        if self.state.update == count:
             os.kill(os.getpid(), signal.SIGTERM)
 
     return stopping

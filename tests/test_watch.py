@@ -13,8 +13,7 @@ from ddpm_ext.data.dataset import load_images
 from ddpm_ext.evaluation.features import make_extractor
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.run_dir import RunDir
-from ddpm_ext.training.small_evaluation import SmallEvaluation
-from ddpm_ext.training.validation import is_better
+from ddpm_ext.training.validation import Validation, is_better
 from tests.training import assert_bitwise_equal, forget_accelerator, options, run_here
 
 EVALUATED = {
@@ -47,7 +46,7 @@ def test_scores_are_logged_the_best_weights_kept_and_the_run_is_the_same(tmp_pat
     forget_accelerator()
     sets = (load_images("digits", split=split, max_images=40) for split in ("train", "test"))
     kept = DDPMExtPipeline.from_pretrained(watched.best)
-    measure = SmallEvaluation(
+    measure = Validation(
         *sets, make_extractor("pixels"), Accelerator(cpu=True), num_samples=6, num_inference_steps=3, batch_size=8
     )
     again = measure(kept.unet, kept.scheduler)

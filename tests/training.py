@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ddpm_ext.cli.arguments import parse_train_config
+from ddpm_ext.distributed import forget_accelerator
 from ddpm_ext.training.checkpoint import checkpoint_name
-from ddpm_ext.training.run import train
+from ddpm_ext.training.run import run_training
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_UNET = {
@@ -63,13 +63,7 @@ def options(folder: Path, **changes: Any) -> list[str]:
 def run_here(folder: Path, **changes: Any) -> int:
     """Train in this process; the exit code."""
     forget_accelerator()
-    return train(parse_train_config(options(folder, **changes)))
-
-
-def forget_accelerator() -> None:
-    """Accelerate keeps one state per process; each test starts without."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    return run_training(parse_train_config(options(folder, **changes)))
 
 
 def start(

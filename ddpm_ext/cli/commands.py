@@ -34,9 +34,9 @@ __all__ = [
 def train(argv: list[str]) -> int:
     """Train a DDPM; the same command run again continues the run."""
     config = parse_train_config(argv)
-    from ..training.run import train
+    from ..training.run import run_training
 
-    return train(config)
+    return run_training(config)
 
 
 def sample(argv: list[str]) -> int:

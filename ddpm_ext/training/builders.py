@@ -231,8 +231,22 @@ def build_network(config: TrainConfig, network: dict[str, Any], data: ImageSet |
     )
 
 
-def speed_up(config: TrainConfig, network: UNet2DModel) -> None:
-    """The switches of the network itself."""
+def default_network(config: TrainConfig) -> bool:
+    """Return whether nobody named a network, so that Diffusers' script's is taken."""
+    return config.unet is None and config.model_config_name_or_path is None
+
+
+def speed_up(config: TrainConfig, network: UNet2DModel, dynamo: dict[str, Any] | None = None) -> None:
+    """Turn on the switches of the network itself.
+
+    Args:
+        config: The options.
+        network: Changed in place; its weights keep their names.
+        dynamo: Arguments of torch.compile that the launcher asks for, or None.
+
+    Raises:
+        RunError: xformers is missing, or launcher and options both name a compiler.
+    """
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if config.enable_xformers_memory_efficient_attention:
@@ -242,21 +256,30 @@ def speed_up(config: TrainConfig, network: UNet2DModel) -> None:
                 "xformers, or leave the option out (PyTorch's own attention is memory-efficient too)."
             )
         network.enable_xformers_memory_efficient_attention()
-    if config.compile:
-        compile_blocks(network)
+    if config.compile and dynamo is not None:
+        raise RunError(
+            f"accelerate launch was given the dynamo backend {dynamo['backend']}, and the script --compile, which is "
+            "inductor; drop one of them."
+        )
+    if config.compile or dynamo is not None:
+        compile_blocks(network, **(dynamo or {"dynamic": False}))
 
 
-def compile_blocks(network: UNet2DModel) -> None:
-    """torch.compile each residual and attention block by itself; blocks of one shape share their code.
+def compile_blocks(network: UNet2DModel, **arguments: Any) -> None:
+    """Compile each residual and attention block by itself; blocks of one shape share their code.
 
     What lies between them is a few copies and resamplings; the whole network in one graph takes longer to compile
-    (docs/experiments.md).
+    (docs/experiments.md). `Module.compile` compiles in place: no name of a weight changes.
+
+    Args:
+        network: The network.
+        **arguments: Of torch.compile.
     """
     blocks = [module for module in network.modules() if isinstance(module, (ResnetBlock2D, Attention))]
     # Each shape is compiled for itself; past the limit PyTorch would go on uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(blocks))
     for block in blocks:
-        block.compile(dynamic=False)
+        block.compile(**arguments)
 
 
 def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.AdamW:

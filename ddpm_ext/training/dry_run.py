@@ -11,12 +11,16 @@ import torch
 
 from ..run_dir import RunError
 from . import checkpoint
-from .resume import RunState, gather, on_main
+from .resume import on_main
+from .summary import describe, plural
+from .trainer import Trainer
 
-UPDATES = 3  # the first warms up and is not counted
+__all__ = ["dry_run"]
+
+_UPDATES = 3  # the first warms up and is not counted
 
 
-def dry_run(trainer: RunState) -> int:
+def dry_run(trainer: Trainer) -> int:
     """Try the run without leaving a trace in its folder.
 
     Returns:
@@ -25,14 +29,51 @@ def dry_run(trainer: RunState) -> int:
     Raises:
         RunError: the checkpoint did not come back as it was written.
     """
-    seconds = time_of_update(trainer)
-    tensors, state = gather(trainer)
+    done = trainer.state.update
+    update = _seconds_per_update(trainer)
+    saving, size = _round_trip(trainer)
+    grid = _seconds_per_grid(trainer)
+    if trainer.accelerator.is_main_process:
+        print("\n".join([*describe(trainer), *_forecast(trainer, trainer.length - done, update, saving, size, grid)]))
+    return 0
+
+
+def _seconds_per_update(trainer: Trainer) -> float:
+    """Measure the updates after the first."""
+    begin = 0.0
+    for number in range(_UPDATES):
+        if number == 1:
+            begin = time.perf_counter()
+        trainer.update()  # ends with reading the gradient norm, so the device is done
+    return (time.perf_counter() - begin) / (_UPDATES - 1)
+
+
+def _seconds_per_grid(trainer: Trainer) -> float:
+    """Measure two denoising steps of one batch, after one that warms up; the others take as long."""
+    config, world = trainer.config, trainer.accelerator.num_processes
+    share = -(-config.eval_batch_size // world)
+    some = list(range(min(share, config.train_batch_size)))
+    steps = min(config.ddpm_num_inference_steps, config.ddpm_num_steps)
+    measured = min(2, steps)
+    trainer.sample(some, 1)
+    begin = time.perf_counter()
+    trainer.sample(some, measured)
+    return (time.perf_counter() - begin) / measured * steps * (share / len(some))
+
+
+def _round_trip(trainer: Trainer) -> tuple[float, int]:
+    """Write a checkpoint, read it back and delete it.
+
+    Returns:
+        Seconds and bytes.
+    """
+    tensors, record = trainer.gather()
     folder = trainer.run.path / ".dry-run"
 
-    def round_trip() -> tuple[float, int]:
+    def work() -> tuple[float, int]:
         begin = time.perf_counter()
         try:
-            path = checkpoint.write_checkpoint(folder, trainer.update_count, tensors, state)
+            path = checkpoint.write_checkpoint(folder, trainer.state.update, tensors, record)
             checkpoint.verify(path)
             for stem, named in tensors.items():
                 back = checkpoint.read_tensors(path, stem)
@@ -43,43 +84,32 @@ def dry_run(trainer: RunState) -> int:
             shutil.rmtree(folder, ignore_errors=True)
         return time.perf_counter() - begin, size
 
-    saving, size = on_main(trainer.accelerator, round_trip)
-    if trainer.accelerator.is_main_process:
-        print("\n".join(report(trainer, seconds, saving, size)))
-    return 0
+    return on_main(trainer.accelerator, work)
 
 
-def time_of_update(trainer: RunState) -> float:
-    """Seconds of one update after the first."""
-    begin = 0.0
-    for number in range(UPDATES):
-        if number == 1:
-            begin = time.perf_counter()
-        trainer.update()  # ends with reading the gradient norm, so the device is done
-    return (time.perf_counter() - begin) / (UPDATES - 1)
-
-
-def report(trainer: RunState, seconds: float, saving: float, size: int) -> list[str]:
-    """The lines that a dry run prints."""
-    config, plan, left = trainer.config, trainer.plan, trainer.updates - trainer.update_count + UPDATES
+def _forecast(trainer: Trainer, left: int, update: float, saving: float, size: int, grid: float) -> list[str]:
+    """Return the lines that say what the rest of the run takes; seconds each, and bytes of a checkpoint."""
+    config = trainer.config
     saves = left // config.checkpointing_steps + 1
-    hours = (left * seconds + saves * saving) / 3600
+    grids = 1 if trainer.every_grid is None else max(1, -(-left // trainer.every_grid))
+    hours = (left * update + saves * saving + grids * grid) / 3600
+    memory = _peak_memory(trainer.accelerator.device) / 2**20
     lines = [
-        f"network     {sum(parameter.numel() for parameter in trainer.parameters):,} parameters",
-        f"pictures    {trainer.num_images or 'a stream of unknown length'}, shape {trainer.data.shape}",
-        f"batch       {plan.global_batch}: {plan.processes} processes, {plan.accumulation} x {plan.micro_batch} each",
-        f"memory      {peak_memory(trainer.accelerator.device) / 2**20:,.0f} MiB at the peak, process 0",
-        f"speed       {plan.global_batch / seconds:,.1f} images/s, {seconds:.3f} s an update",
+        f"memory      {memory:,.0f} MiB at the peak, process 0",
+        f"speed       {trainer.plan.global_batch / update:,.1f} images/s, {update:.3f} s an update",
         f"checkpoint  {size / 2**20:,.1f} MiB, written and read back in {saving:.1f} s",
-        f"whole run   {left:,} updates and {saves:,} checkpoints: {hours:,.2f} hours, without sample grids",
+        f"samples     {plural(grids, 'grid')} of {plural(config.eval_batch_size, 'image')}, {grid:,.0f} s each",
+        f"whole run   {plural(left, 'update')}, {plural(saves, 'checkpoint')} and the grids: {hours:,.2f} hours",
     ]
+    if config.eval_steps is not None:
+        lines.append("            the evaluations of --eval_steps come on top")
     if config.price_per_hour is not None:
         lines.append(f"cost        {hours * config.price_per_hour:,.2f} at {config.price_per_hour:g} an hour")
     return lines
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU where there is one, else of the process."""
+def _peak_memory(device: torch.device) -> int:
+    """Return bytes: of the GPU where there is one, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..run_dir import RunDir
@@ -71,6 +73,48 @@ class Unreadable:
         new = [name for name in dict.fromkeys(met) if name not in self.names]
         self.names |= dict.fromkeys(new)
         return new
+
+
+def tell_unreadable(unreadable: Unreadable, skipped: list[str], accelerator: Accelerator) -> None:
+    """Name the images that could not be read since the last call. Every process must call this.
+
+    Args:
+        unreadable: What is known on every process.
+        skipped: All that this process has met.
+        accelerator: Knows the processes.
+    """
+    new = unreadable.learn(skipped, accelerator)
+    if new and accelerator.is_main_process:
+        some = "; ".join(new[:10]) + (" …" if len(new) > 10 else "")
+        print(f"{len(new)} pictures cannot be read and are left out, others stand in: {some}", file=sys.stderr)
+
+
+@contextmanager
+def sampling_bar(network: nn.Module, calls: int, update: int, shown: bool) -> Iterator[None]:
+    """Show how far the sampling of a grid is, in calls of the network.
+
+    Args:
+        network: The network that samples.
+        calls: How often it is going to be called.
+        update: Names the grid.
+        shown: False shows nothing.
+    """
+    if not shown:
+        yield
+        return
+    slow = {} if sys.stderr.isatty() else {"mininterval": 10}
+    with tqdm(
+        total=calls, desc=f"samples of update {update}", unit="call", dynamic_ncols=True, leave=False, **slow
+    ) as bar:
+
+        def count(*_: Any) -> None:
+            bar.update()
+
+        handle = network.register_forward_pre_hook(count)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 class Progress:

@@ -1,119 +1,194 @@
-"""During training, every --eval_steps updates: a small evaluation of the averaged weights; the best ones are kept.
+"""Validation: every --eval_steps updates a small evaluation of the averaged weights; the best ones are kept.
 
-log.jsonl   a line {"update": ..., "eval/fid": ..., "eval/bits_per_dim": ...}
-best/       the pipeline that was best by --eval_metric, and best.json: its update and scores
+    log.jsonl   a line {"update": ..., "eval/fid": ..., "eval/bits_per_dim": ...}
+    best/       the pipeline that was best by --eval_metric, and best.json: its update and scores
+
+Seeds and images are fixed, so that two values of one run differ by the weights and not by luck. Small numbers of images
+bias a Fréchet distance upwards: its values compare within a run and with nothing else.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
-from diffusers import UNet2DModel
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
-from ..data.dataset import ImageSet, load_images
-from ..evaluation.features import make_extractor
+from ..data.dataset import ImageSet
+from ..data.spec import DataSpec
+from ..evaluation.bits_per_dim import PILOT_IMAGES, Bound, full_sweep, make_bound, pilot_distribution, sampled_bound
+from ..evaluation.checks import grid_images
+from ..evaluation.features import Extractor, extract, make_extractor
+from ..evaluation.measure import images_and_labels, labels_in_turn
+from ..evaluation.metrics import feature_statistics, frechet_distance
+from ..evaluation.reference import make_reference
+from ..evaluation.words import HandOff
 from ..pipelines.ddpm import DDPMExtPipeline
-from ..pipelines.sampling import POLL_EVERY, SamplingStopped
-from ..run_dir import RunDir, read_json, write_json
-from . import builders
+from ..pipelines.sampling import POLL_EVERY, SamplingStopped, images_from_seeds
+from ..run_dir import RunDir, read_json
 from .config import TrainConfig
-from .ema import swapped
-from .export import write_pipeline
-from .resume import on_main
-from .small_evaluation import SmallEvaluation
+
+__all__ = ["Validation", "is_better", "make_validation"]
 
 
-class Watch:
-    """The evaluation of one run, a `train.Trainer`. Every process must make it and call it at the same updates."""
+class Validation:
+    """Measure the Fréchet distance of a few generated images and bits/dim of a few real ones, as often as asked.
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        config = trainer.config
-        self.measure = SmallEvaluation(
-            eval_images(config, config.train_split),
-            None if config.eval_split is None else eval_images(config, config.eval_split),
-            make_extractor(config.eval_extractor, device=trainer.accelerator.device),
-            trainer.accelerator,
-            num_samples=config.eval_samples,
-            num_inference_steps=min(config.eval_num_inference_steps, config.ddpm_num_steps),
-            batch_size=config.train_batch_size,
-            seed=config.seed,
-        )
+    Args:
+        training: What generated images are compared with.
+        held_out: Images whose bits/dim are measured; None measures none.
+        extractor: Makes the features.
+        accelerator: Knows the processes; each of them must make and call this.
+        num_samples: Generated images, at least 2.
+        num_inference_steps: Their denoising steps.
+        num_held_out: Real images of the bound.
+        num_timesteps_sampled: Steps of the bound drawn per image; None for all.
+        batch_size: Images of one process at a time.
+        seed: Image i is drawn from seed + i.
+        hand_off: How generated pixels reach the extractor.
+        cache_dir: Of the reference features.
+    """
 
-    def __call__(self) -> dict[str, float]:
-        """Measure the averaged weights, log the scores, keep the weights if they are the best so far.
+    def __init__(
+        self,
+        training: ImageSet,
+        held_out: ImageSet | None,
+        extractor: Extractor,
+        accelerator: Accelerator,
+        *,
+        num_samples: int = 256,
+        num_inference_steps: int = 50,
+        num_held_out: int = 64,
+        num_timesteps_sampled: int | None = 50,
+        batch_size: int = 64,
+        seed: int = 0,
+        hand_off: HandOff = "uint8",
+        cache_dir: Path | str | None = None,
+    ) -> None:
+        if num_samples < 2:
+            raise ValueError(f"num_samples must be at least 2 for a Fréchet distance, got {num_samples}.")
+        self.reference = make_reference(training, extractor, hand_off, accelerator, cache_dir=cache_dir)
+        self.held_out, self.extractor, self.accelerator = held_out, extractor, accelerator
+        self.hand_off: HandOff = hand_off
+        self.num_samples, self.num_inference_steps, self.batch_size = num_samples, num_inference_steps, batch_size
+        self.num_timesteps_sampled, self.seed = num_timesteps_sampled, seed
+        self.num_held_out = 0 if held_out is None else min(num_held_out, len(held_out))
+
+    def __call__(self, unet: Any, scheduler: Any, must_stop: Callable[[], bool] | None = None) -> dict[str, float]:
+        """Return {"fid": ..., "bits_per_dim": ...} of a network, lower is better for both; the same on every process.
+
+        Args:
+            unet: The network.
+            scheduler: A DDPMExtScheduler.
+            must_stop: Asked now and then whether to stop, at the same calls of the network on every process.
 
         Raises:
-            SamplingStopped: a stop was asked for.
+            SamplingStopped: it said so.
         """
-        trainer = self.trainer
-        with swapped(trainer.parameters, trainer.averages[0] if trainer.averages else None), self.heard():
-            scores = self.measure(trainer.network, trainer.scheduler)
-        record = {f"eval/{name}": value for name, value in scores.items()}
-        trainer.accelerator.log(record, step=trainer.update_count)
-        if trainer.accelerator.is_main_process:
-            trainer.run.append_log({"update": trainer.update_count, **record})
-        if on_main(trainer.accelerator, lambda: is_better(trainer.run, scores, trainer.config.eval_metric)):
-            self.keep(scores)
-        return scores
+        if must_stop is None:
+            return self._measure(unet, scheduler)
+        with self._asking(unet, must_stop):
+            return self._measure(unet, scheduler)
+
+    def _measure(self, unet: Any, scheduler: Any) -> dict[str, float]:
+        """Return the scores."""
+        pipeline = DDPMExtPipeline(unet, scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        numbers = self._share(self.num_samples)
+        images = images_from_seeds(
+            pipeline,
+            [self.seed + i for i in numbers],
+            batch_size=self.batch_size,
+            num_inference_steps=self.num_inference_steps,
+            class_labels=labels_in_turn(pipeline, numbers),
+        )
+        mine = extract(self.extractor, images, self.hand_off).features
+        features = torch.cat(self._gathered(mine))
+        found = {"fid": frechet_distance(self.reference.statistics, feature_statistics(features))}
+        if self.held_out is not None:
+            bits = self._bits(unet, scheduler, self._share(self.num_held_out))
+            found["bits_per_dim"] = torch.cat(self._gathered(bits)).mean().item()
+        return found
+
+    def _bits(self, unet: Any, scheduler: Any, numbers: range) -> torch.Tensor:
+        """Return the bits/dim of this process's held-out images.
+
+        Where steps are sampled, the first images decide for all processes how likely each step is, so that the number
+        of processes changes nothing.
+        """
+        bound, x_0 = self._bound_of(unet, scheduler, numbers)
+        generators = [torch.Generator().manual_seed(self.seed + i) for i in numbers]
+        if self.num_timesteps_sampled is None:
+            return full_sweep(bound, x_0, generators).bits_per_dim.total.cpu()
+        pilots = range(min(PILOT_IMAGES, self.num_held_out))
+        p = pilot_distribution(*self._bound_of(unet, scheduler, pilots))
+        return sampled_bound(bound, x_0, self.num_timesteps_sampled, generators, p).total.cpu()
+
+    def _bound_of(self, unet: Any, scheduler: Any, numbers: range) -> tuple[Bound, torch.Tensor]:
+        """Return the bound of some held-out images, and their x_0."""
+        assert self.held_out is not None
+        pixels, labels = images_and_labels(unet, self.held_out, numbers)
+        return make_bound(unet, scheduler, pixels, class_labels=labels), grid_images(pixels)
+
+    def _share(self, count: int) -> range:
+        """Return this process's part of range(count); every process has at least one item."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if count < world:
+            raise ValueError(f"A small evaluation needs at least one image per process, got {count} for {world}.")
+        return range(count * rank // world, count * (rank + 1) // world)
+
+    def _gathered(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """Return the parts of all processes, in their order."""
+        return gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
 
     @contextmanager
-    def heard(self) -> Iterator[None]:
-        """Look at the stop flag while the network is used, in steps that every process makes."""
-        trainer, config, calls = self.trainer, self.trainer.config, 0
-        world = trainer.accelerator.num_processes
-        # With several processes a look is an all-reduce: only generation surely takes as many calls on each of them.
-        batches = -(-(config.eval_samples // world) // config.train_batch_size)
-        last = math.inf if world == 1 else batches * self.measure.num_inference_steps
+    def _asking(self, unet: Any, must_stop: Callable[[], bool]) -> Iterator[None]:
+        """Ask whether to stop while the network is used, in calls that every process makes."""
+        calls, world = 0, self.accelerator.num_processes
+        # With several processes asking is an all-reduce: only generation surely takes as many calls on each of them.
+        batches = -(-(self.num_samples // world) // self.batch_size)
+        last = math.inf if world == 1 else batches * self.num_inference_steps
 
-        def look(*_: Any) -> None:
+        def ask(*_: Any) -> None:
             nonlocal calls
-            if calls < last and calls % POLL_EVERY == 0 and trainer.must_stop():
+            if calls < last and calls % POLL_EVERY == 0 and must_stop():
                 raise SamplingStopped
             calls += 1
 
-        handle = trainer.network.register_forward_pre_hook(look)
+        handle = unet.register_forward_pre_hook(ask)
         try:
             yield
         finally:
             handle.remove()
 
-    def keep(self, scores: dict[str, float]) -> None:
-        """best/ and best.json; every process must call this."""
-        trainer = self.trainer
-        weights = trainer.averaged()
 
-        def write() -> None:
-            network = cast(UNet2DModel, UNet2DModel.from_config(trainer.network.config))
-            network.load_state_dict(weights)
-            write_pipeline(trainer.run, DDPMExtPipeline(network, trainer.scheduler), trainer.run.best)
-            write_json(trainer.run.best_record, {"update": trainer.update_count, **scores})
+def make_validation(config: TrainConfig, data: DataSpec, accelerator: Accelerator) -> Validation:
+    """Build the validation that a run's options name. Every process must call this.
 
-        on_main(trainer.accelerator, write)
+    Args:
+        config: The options.
+        data: The record of the images trained on; those of the validation are made the same way.
+        accelerator: Knows the processes.
+    """
+    how = {"cache_dir": config.cache_dir, "max_images": config.eval_max_images}
+    return Validation(
+        data.load(**how),
+        None if config.eval_split is None else data.load(config.eval_split, **how),
+        make_extractor(config.eval_extractor, device=accelerator.device),
+        accelerator,
+        num_samples=config.eval_samples,
+        num_inference_steps=min(config.eval_num_inference_steps, config.ddpm_num_steps),
+        batch_size=config.train_batch_size,
+        seed=config.seed,
+    )
 
 
 def is_better(run: RunDir, scores: dict[str, float], metric: str) -> bool:
-    """Whether a score is below the one in best.json; all metrics here are better when lower."""
+    """Return whether a score is below the one in best.json; all metrics here are better when lower."""
     path = run.best_record
     return not path.exists() or scores[metric] < read_json(path).get(metric, float("inf"))
-
-
-def eval_images(config: TrainConfig, split: str) -> ImageSet:
-    """A split at the network's size, by number also where training streams."""
-    arguments = builders.network_config(config)
-    size = config.size or arguments["sample_size"]
-    return load_images(
-        config.dataset_name,
-        config.dataset_config_name,
-        config.train_data_dir,
-        split,
-        config.image_column,
-        config.label_column,
-        resolution=tuple(size) if isinstance(size, list) else size,
-        channels=arguments["in_channels"],
-        cache_dir=config.cache_dir,
-        max_images=config.eval_max_images,
-    )

@@ -1,0 +1,75 @@
+"""What a run is, said at its start and by a dry run."""
+
+from __future__ import annotations
+
+import torch
+
+from .builders import default_network
+from .trainer import Trainer
+
+__all__ = ["describe", "plural"]
+
+
+def plural(count: int, noun: str, many: str | None = None) -> str:
+    """Return "1 process", "2 processes", "1,500 images"."""
+    return f"{count:,} {noun if count == 1 else many or noun + 's'}"
+
+
+def describe(trainer: Trainer) -> list[str]:
+    """Return the lines that say what is trained: device, network, images, batch, updates, run folder."""
+    return [
+        f"device      {_device(trainer)}",
+        f"network     {_network(trainer)}",
+        f"images      {_images(trainer)}",
+        f"batch       {_batch(trainer)}",
+        f"updates     {_updates(trainer)}",
+        f"run folder  {trainer.run.path}, {_beginning(trainer)}",
+    ]
+
+
+def _device(trainer: Trainer) -> str:
+    config, accelerator = trainer.config, trainer.accelerator
+    precision = "float64" if config.double else {"no": "float32"}.get(config.mixed_precision, config.mixed_precision)
+    where = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
+    if accelerator.device.type == "cpu":
+        threads = plural(torch.get_num_threads(), "thread")
+        there = "" if config.cpu or torch.accelerator.is_available() else " (there is no accelerator here)"
+        return f"cpu{there}, {precision}, {plural(accelerator.num_processes, 'process', 'processes')} of {threads}"
+    return f"{where}, {precision}, {plural(accelerator.num_processes, 'process', 'processes')}"
+
+
+def _network(trainer: Trainer) -> str:
+    config, count = trainer.config, sum(weight.numel() for weight in trainer.parameters)
+    text = plural(count, "parameter")
+    if default_network(config):
+        return f"{text}, that of Diffusers' train_unconditional.py since no other was named; --unet names smaller ones"
+    return f"{text}, {config.model_config_name_or_path or config.unet}"
+
+
+def _images(trainer: Trainer) -> str:
+    channels, height, width = trainer.data.shape
+    count = "a stream" if trainer.num_images is None else plural(trainer.num_images, "image")
+    classes = trainer.data.num_classes if trainer.config.class_conditional else None
+    text = f"{count} of {plural(channels, 'channel')}, {height} x {width}"
+    return text if classes is None else f"{text}, {plural(classes, 'class', 'classes')}"
+
+
+def _batch(trainer: Trainer) -> str:
+    plan = trainer.plan
+    processes = plural(plan.processes, "process", "processes")
+    return f"{plan.global_batch}: {processes}, {plan.accumulation} x {plan.micro_batch} each"
+
+
+def _updates(trainer: Trainer) -> str:
+    text = f"{trainer.length:,}"
+    if trainer.num_images is None:
+        return text
+    epochs = trainer.length * trainer.plan.global_batch / trainer.num_images
+    return f"{text}, {epochs:.3g} epochs"
+
+
+def _beginning(trainer: Trainer) -> str:
+    found = trainer.resumed_from
+    if found is None:
+        return "a new run"
+    return f"continuing from {found.folder.name} at update {trainer.state.update:,}"
