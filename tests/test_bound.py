@@ -26,7 +26,7 @@ from torch.testing import assert_close
 
 from ddpm_ext.data.dataset import load_images
 from ddpm_ext.diffusion.images import to_x_0
-from ddpm_ext.diffusion.schedules import kept_times
+from ddpm_ext.diffusion.schedules import respaced_timesteps
 from ddpm_ext.evaluation.bits_per_dim import (
     PILOT_FLOOR,
     BitsPerDim,
@@ -44,7 +44,7 @@ from ddpm_ext.training.validation import Validation
 from tests import oracles
 
 SHORT = {"num_train_timesteps": 20, "beta_start": 1e-3, "beta_end": 0.6}
-EVEN = {K: kept_times("even", 1000, K)[::-1] for K in (10, 50, 1000)}
+EVEN = {K: respaced_timesteps("even", 1000, K)[::-1] for K in (10, 50, 1000)}
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -12,7 +12,7 @@ import torch
 
 from ddpm_ext.diffusion import analytic
 from ddpm_ext.diffusion.process import jump
-from ddpm_ext.diffusion.schedules import kept_times, make_tables
+from ddpm_ext.diffusion.schedules import make_tables, respaced_timesteps
 from tests import oracles
 
 TABLES = make_tables()
@@ -112,7 +112,7 @@ def test_isotropic_bound_does_not_depend_on_the_trajectory():
     errors = isotropic_errors(0.3)
     bounds = [
         analytic.kl_bound(TABLES, errors, times)
-        for times in ([0, 999], [0, 1, 999], kept_times("even", T, 50), list(range(T)))
+        for times in ([0, 999], [0, 1, 999], respaced_timesteps("even", T, 50), list(range(T)))
     ]
     np.testing.assert_allclose(bounds, bounds[0], rtol=1e-9)
 
@@ -125,7 +125,7 @@ def test_plus_minus_one_pixels_gain_from_the_analytic_variance_and_the_trajector
     square = ((1 - np.tanh(np.sqrt(alpha_bar) * x_t / (1 - alpha_bar))) ** 2) @ (weights / weights.sum())
     errors = torch.from_numpy(square) * TABLES.alpha_bar / TABLES.one_minus_alpha_bar
     for K, best in analytic.optimal_trajectories(TABLES, errors, [10, 25, 50, 100, 1000]).items():
-        even = kept_times("even", T, K)
+        even = respaced_timesteps("even", T, K)
         bound = {
             cost: analytic.kl_bound(TABLES, errors, even, cost) for cost in ("analytic", "fixed_small", "fixed_large")
         }

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from ddpm_ext import DDPMExtScheduler
 from ddpm_ext.diffusion.analytic import optimal_trajectory, sampling_cap
-from ddpm_ext.diffusion.schedules import kept_times, make_tables
+from ddpm_ext.diffusion.schedules import make_tables, respaced_timesteps
 
 TABLES = make_tables()
 GEN = torch.Generator
@@ -115,7 +115,7 @@ def test_optimal_trajectory_serves_fixed_variances_too_and_stored_ones_are_used(
     stored.set_timesteps(3)
     assert stored.timesteps.tolist() == [999, 123, 0]
     stored.set_timesteps(4, trajectory="even")
-    assert stored.timesteps.tolist() == kept_times("even", 1000, 4)[::-1]
+    assert stored.timesteps.tolist() == respaced_timesteps("even", 1000, 4)[::-1]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])

@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.testing import assert_close
 
-from ddpm_ext.diffusion.schedules import kept_times, make_tables
+from ddpm_ext.diffusion.schedules import make_tables, respaced_timesteps
 from tests import oracles
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
@@ -120,10 +120,10 @@ def test_bad_schedules_are_refused(options: dict, sentence: str):
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("T", [1, 2, 7, 100, 999, 1000])
-def test_kept_times_equal_stock_for_every_number_of_steps(spacing: str, T: int):
+def test_respaced_timesteps_equal_stock_for_every_number_of_steps(spacing: str, T: int):
     stock = DDPMScheduler(T, timestep_spacing=spacing)
     for K in range(1, T + 1):
-        times = kept_times(spacing, T, K)
+        times = respaced_timesteps(spacing, T, K)
         assert len(times) == len(set(times)) == K and times == sorted(times) and 0 <= times[0] <= times[-1] < T
         stock.set_timesteps(K)
         if spacing == "trailing":  # stock counts down with np.arange, which may run one step too far, to -1
@@ -139,31 +139,31 @@ def test_trailing_is_right_where_stock_makes_one_step_too_many():
     for K in range(1, 1001):
         stock.set_timesteps(K)
         wrong += len(stock.timesteps) != K
-        assert kept_times("trailing", 1000, K)[-1] == 999
+        assert respaced_timesteps("trailing", 1000, K)[-1] == 999
     assert wrong > 0  # the reason for this test is still there
 
 
 def test_offset_moves_leading_only():
     stock = DDPMScheduler(steps_offset=1)
     stock.set_timesteps(50)
-    assert kept_times("leading", 1000, 50, offset=1)[::-1] == stock.timesteps.tolist()
+    assert respaced_timesteps("leading", 1000, 50, offset=1)[::-1] == stock.timesteps.tolist()
     for spacing in ("trailing", "linspace", "even"):
-        assert kept_times(spacing, 1000, 50, offset=1) == kept_times(spacing, 1000, 50)
+        assert respaced_timesteps(spacing, 1000, 50, offset=1) == respaced_timesteps(spacing, 1000, 50)
     with pytest.raises(ValueError, match=r"to 1..1000, outside 0..999. Choose an offset from 0 to 0"):
-        kept_times("leading", 1000, 1000, offset=1)
+        respaced_timesteps("leading", 1000, 1000, offset=1)
     with pytest.raises(ValueError, match="outside"):
-        kept_times("leading", 1000, 10, offset=-1)
+        respaced_timesteps("leading", 1000, 10, offset=-1)
 
 
 def test_even_keeps_both_ends_and_rounds_as_published():
     for K in range(2, 1001):
-        times = kept_times("even", 1000, K)
+        times = respaced_timesteps("even", 1000, K)
         assert len(set(times)) == K and times[0] == 0 and times[-1] == 999
     # T - 1 = 999 in 20 parts: 10 parts reach 499.5. linspace rounds it to even, the running sum stays just below.
-    assert kept_times("even", 1000, 21)[10] in (499, 500)
+    assert respaced_timesteps("even", 1000, 21)[10] in (499, 500)
     exact = [k * 999 / 24 for k in range(25)]
-    assert all(abs(a - b) <= 0.5 + 1e-9 for a, b in zip(kept_times("even", 1000, 25), exact, strict=True))
-    assert kept_times("even", 1000, 1) == [999]
+    assert all(abs(a - b) <= 0.5 + 1e-9 for a, b in zip(respaced_timesteps("even", 1000, 25), exact, strict=True))
+    assert respaced_timesteps("even", 1000, 1) == [999]
 
 
 @pytest.mark.parametrize("K", [0, -5, 1001, 2.5, 5.0, "5", None, True, torch.tensor(2.5)])
@@ -171,18 +171,18 @@ def test_number_of_steps_is_an_int_from_1_to_T(K: object):
     with pytest.raises(
         ValueError, match=r"num_inference_steps must be an int from 1 to num_train_timesteps = 1000, got"
     ):
-        kept_times("leading", 1000, K)  # pyright: ignore[reportArgumentType]
+        respaced_timesteps("leading", 1000, K)  # pyright: ignore[reportArgumentType]
 
 
 def test_integers_of_numpy_and_torch_count():
     for K in (np.int64(5), torch.tensor(5)):
-        times = kept_times("trailing", 1000, K)  # pyright: ignore[reportArgumentType]
+        times = respaced_timesteps("trailing", 1000, K)  # pyright: ignore[reportArgumentType]
         assert times == [199, 399, 599, 799, 999] and all(type(t) is int for t in times)
 
 
 def test_unknown_spacing():
     with pytest.raises(ValueError, match=r"timestep_spacing must be one of 'linspace', 'leading'.*got 'uniform'"):
-        kept_times("uniform", 1000, 10)  # pyright: ignore[reportArgumentType]
+        respaced_timesteps("uniform", 1000, 10)  # pyright: ignore[reportArgumentType]
 
 
 def test_no_warning_from_the_pure_functions():

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ddpm_ext.diffusion.analytic import optimal_trajectory
-from ddpm_ext.diffusion.schedules import kept_times, make_tables
+from ddpm_ext.diffusion.schedules import make_tables, respaced_timesteps
 from ddpm_ext.diffusion.words import PredictionType
 from ddpm_ext.evaluation.bits_per_dim import BitsPerDim, bits_per_dim, full_sweep, make_bound
 from ddpm_ext.evaluation.denoising_errors import drop_variance_head, mean_error, step_errors
@@ -125,7 +125,7 @@ def test_one_sweep_gives_the_bound_of_other_chains_and_variances(variance_type: 
     errors = {"mse_eps": (1 - TABLES.one_minus_alpha_bar).tolist()}
     model, options = (lambda x, t: t.view(-1, 1, 1, 1) / 1500 + 0 * x), {"prediction_type": "sample"}
     scheduler = chain(variance_type, errors, **options)
-    times = kept_times("even", 1000, K)[::-1]
+    times = respaced_timesteps("even", 1000, K)[::-1]
     got = under_fixed_variance(sweep(model, images, **options), scheduler, times)
     expected = bits_per_dim(model, scheduler, images, timesteps=times)
     for name in BitsPerDim._fields[:-1]:
@@ -155,7 +155,7 @@ def test_black_and_white_pixels_are_best_with_the_analytic_variance_at_every_K()
         for variance_type in ("fixed_small", "fixed_large", "analytic"):
             scheduler = chain(variance_type, {"mse_eps": mse_eps.tolist()}, prediction_type="sample")
             for name, times in (
-                ("even", kept_times("even", 1000, K)),
+                ("even", respaced_timesteps("even", 1000, K)),
                 ("optimal", optimal_trajectory(TABLES, mse_eps, K)),
             ):
                 total = under_fixed_variance(found, scheduler, times[::-1]).bits_per_dim.total

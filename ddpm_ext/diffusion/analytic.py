@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .images import HALF_RANGE
 from .process import Jump, jump
 from .schedules import Tables
@@ -75,7 +76,7 @@ def optimal_variance(tables: Tables, mse_eps: Tensor, s: Tensor, t: Tensor, eta:
         float64 in the shape of t. At s = -1 it is Cov_t (η = 1), though sampling adds no noise there.
 
     Raises:
-        ValueError: mse_eps is not one finite number >= 0 per step, or η is outside [0, 1].
+        UserError: mse_eps is not one finite number >= 0 per step, or η is outside [0, 1].
 
     Source: Bao et al. 2022, arXiv:2201.06503, Theorem 1 and Eq. (8); 2206.07309 for the imperfect mean.
     """
@@ -95,7 +96,7 @@ def ddim_variance(step: Jump, eta: float) -> Tensor:
     Source: Song et al. 2020, arXiv:2010.02502, Eq. (16).
     """
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie between 0 (DDIM) and 1 (DDPM), got {eta!r}.")
+        raise UserError(f"eta must lie between 0 (DDIM) and 1 (DDPM), got {eta!r}.")
     return eta**2 * step.var
 
 
@@ -179,7 +180,7 @@ def optimal_trajectory(tables: Tables, mse_eps: Tensor, K: int, cost: Trajectory
         K ascending code indices, from 0 to T - 1.
 
     Raises:
-        ValueError: K that is not an int in [2, T], an unknown cost, mse_eps that does not fit, or one so large that
+        UserError: K that is not an int in [2, T], an unknown cost, mse_eps that does not fit, or one so large that
             no path has a finite cost.
 
     Source: Bao et al. 2022, arXiv:2201.06503, §4, Algorithm 1; Watson et al. 2021, arXiv:2106.03802.
@@ -204,7 +205,7 @@ def optimal_trajectories(
     T = tables.num_timesteps
     for K in steps:
         if isinstance(K, bool) or not isinstance(K, int) or not 2 <= K <= T:
-            raise ValueError(f"A trajectory has from 2 to T = {T} steps, got K = {K!r}.")
+            raise UserError(f"A trajectory has from 2 to T = {T} steps, got K = {K!r}.")
     from_s = trajectory_edges(tables, mse_eps, cost).T.copy()  # row t, column s: the minimum runs along memory
     best = np.full(T, math.inf)
     best[0] = 0.0
@@ -217,7 +218,7 @@ def optimal_trajectories(
         cheapest.append(best[-1])
     for K in steps:
         if K < T and not math.isfinite(cheapest[K - 1]):
-            raise ValueError(f"No trajectory of {K} steps has a finite cost: mse_eps is too large. Measure it again.")
+            raise UserError(f"No trajectory of {K} steps has a finite cost: mse_eps is too large. Measure it again.")
     return {K: list(range(T)) if K == T else _walk_back(came_from[:K], T) for K in steps}
 
 
@@ -246,7 +247,7 @@ def checked_errors(name: str, errors: Tensor, tables: Tables) -> Tensor:
     """Measured errors as float64 on the tables' device, when there is one finite number >= 0 per step."""
     values = torch.as_tensor(errors, dtype=torch.float64, device=tables.beta.device)
     if values.shape != (tables.num_timesteps,) or not bool((values.isfinite() & (values >= 0)).all()):
-        raise ValueError(
+        raise UserError(
             f"{name} must hold one finite number of at least 0 per step, {tables.num_timesteps} of them, got shape "
             f"{tuple(values.shape)}. Measure it on the network with this schedule."
         )

@@ -12,6 +12,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .images import HALF_RANGE
 from .words import Cdf, check_word
 
@@ -35,7 +36,7 @@ class BoundTerms(NamedTuple):
 def mean_over_dims(x: Tensor) -> Tensor:
     """Mean over everything but the first dimension: (B, ...) -> (B,)."""
     if x.ndim < 2:
-        raise ValueError(f"x must have a batch dimension and at least one more, got shape {tuple(x.shape)}.")
+        raise UserError(f"x must have a batch dimension and at least one more, got shape {tuple(x.shape)}.")
     return x.flatten(1).mean(1)
 
 

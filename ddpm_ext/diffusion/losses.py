@@ -11,6 +11,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .likelihood import decoder_nll, mean_over_dims, step_kl
 from .process import check_range, check_same_shape, check_steps, compute_dtype, jump, per_image, training_target
 from .reverse import decoder_log_var, p_mean_variance, split_output, variance_bounds
@@ -65,7 +66,7 @@ def training_loss(
         Shape (B,), at least float32.
 
     Raises:
-        ValueError: options that do not go together (`check_loss_options`), or shapes that do not fit.
+        UserError: options that do not go together (`check_loss_options`), or shapes that do not fit.
     """
     check_loss_options(loss, variance_type, snr_gamma)
     check_steps(t, x_t, tables)
@@ -233,7 +234,7 @@ def weighted_timesteps(u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_loss_options(loss: Loss, variance_type: VarianceType, snr_gamma: float | None) -> None:
-    """Raise a ValueError when a loss, a variance and a weighting do not go together.
+    """Raise a UserError when a loss, a variance and a weighting do not go together.
 
     A learned variance needs a loss with the bound in it, hybrid needs something for the bound to teach, and min-SNR
     weights the simple loss only.
@@ -242,16 +243,16 @@ def check_loss_options(loss: Loss, variance_type: VarianceType, snr_gamma: float
     check_word("variance_type", variance_type, get_args(VarianceType))
     learned = variance_type in LEARNED_VARIANCES
     if loss == "simple" and learned:
-        raise ValueError(
+        raise UserError(
             f'loss "simple" never trains the variance of variance_type "{variance_type}". Use loss "hybrid" or "vlb".'
         )
     if loss == "hybrid" and not learned:
-        raise ValueError(
+        raise UserError(
             f'loss "hybrid" trains a variance head, but variance_type "{variance_type}" has none. Use loss "simple", '
             'or variance_type "learned_range".'
         )
     if snr_gamma is not None and (loss == "vlb" or not snr_gamma > 0):
-        raise ValueError(
+        raise UserError(
             f'snr_gamma must be a positive number and weights loss "simple" or "hybrid", got {snr_gamma!r} with loss '
             f'"{loss}".'
         )

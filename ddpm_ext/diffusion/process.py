@@ -17,6 +17,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .schedules import Tables
 from .words import PredictionType, check_word
 
@@ -196,7 +197,7 @@ def q_posterior(x_0: Tensor, x_t: Tensor, t: Tensor, tables: Tables, s: Tensor |
         mean in x_t's dtype, var in at least float32. Where s = -1 the mean is x_0 and var is exactly 0.
 
     Raises:
-        ValueError: x_0 and x_t differ in shape, t or s is not one step per image, or s is not below t.
+        UserError: x_0 and x_t differ in shape, t or s is not one step per image, or s is not below t.
 
     Source: Ho et al. 2020, arXiv:2006.11239, Eqs. (6)-(7).
     """
@@ -294,12 +295,12 @@ def weighted_sum(
 
 
 def check_steps(t: Tensor, x: Tensor, tables: Tables) -> Tensor:
-    """t, when it is one step per image with 0 <= t < T; a ValueError that says what it is instead otherwise.
+    """t, when it is one step per image with 0 <= t < T; a UserError that says what it is instead otherwise.
 
     Values are looked at on the CPU only: on an accelerator the host would have to wait for them.
     """
     if t.dtype != torch.int64 or t.shape != x.shape[:1]:
-        raise ValueError(
+        raise UserError(
             f"t must be one int64 step per image, shape ({x.shape[0]},), got {t.dtype} of shape {tuple(t.shape)}."
         )
     check_range(t, tables)
@@ -307,23 +308,23 @@ def check_steps(t: Tensor, x: Tensor, tables: Tables) -> Tensor:
 
 
 def check_range(t: Tensor, tables: Tables) -> None:
-    """Raise a ValueError unless 0 <= t < T. Looked at on the CPU only."""
+    """Raise a UserError unless 0 <= t < T. Looked at on the CPU only."""
     if not torch.compiler.is_compiling() and t.device.type == "cpu" and t.numel():
         low, high = int(t.min()), int(t.max())
         if low < 0 or high >= tables.num_timesteps:
-            raise ValueError(f"t must lie in 0..{tables.num_timesteps - 1}, got values from {low} to {high}.")
+            raise UserError(f"t must lie in 0..{tables.num_timesteps - 1}, got values from {low} to {high}.")
 
 
 def check_targets(s: Tensor, t: Tensor) -> Tensor:
-    """s, when it is one earlier step per image, -1 <= s < t; a ValueError otherwise. Looked at on the CPU only."""
+    """s, when it is one earlier step per image, -1 <= s < t; a UserError otherwise. Looked at on the CPU only."""
     if s.dtype != torch.int64 or s.shape != t.shape:
-        raise ValueError(f"s must be int64 in the shape of t, {tuple(t.shape)}, got {s.dtype} of {tuple(s.shape)}.")
+        raise UserError(f"s must be int64 in the shape of t, {tuple(t.shape)}, got {s.dtype} of {tuple(s.shape)}.")
     if not torch.compiler.is_compiling() and s.device.type == "cpu" and bool(((s < -1) | (s >= t)).any()):
-        raise ValueError("s must lie in -1..t-1 for every image: a jump goes back, got an s outside.")
+        raise UserError("s must lie in -1..t-1 for every image: a jump goes back, got an s outside.")
     return s
 
 
 def check_same_shape(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
-    """Raise a ValueError when two tensors that belong together differ in shape (broadcasting would hide it)."""
+    """Raise a UserError when two tensors that belong together differ in shape (broadcasting would hide it)."""
     if x.shape != y.shape:
-        raise ValueError(f"{x_name} and {y_name} must have the same shape, got {tuple(x.shape)} and {tuple(y.shape)}.")
+        raise UserError(f"{x_name} and {y_name} must have the same shape, got {tuple(x.shape)} and {tuple(y.shape)}.")

@@ -12,6 +12,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .process import Jump, compute_dtype, jump, per_image, predict_x_0, weighted_sum
 from .schedules import Tables
 from .words import LEARNED_VARIANCES, DecoderVariance, PredictionType, VarianceType, check_word
@@ -99,10 +100,10 @@ def reverse_log_var(
     check_word("variance_type", variance_type, get_args(VarianceType))
     if variance_type == "analytic":
         if log_optimal is None:
-            raise ValueError('variance_type "analytic" needs the optimal variances of the network, got none.')
+            raise UserError('variance_type "analytic" needs the optimal variances of the network, got none.')
         return torch.where(last, log_small, log_optimal)
     if head is None:
-        raise ValueError(f'variance_type "{variance_type}" needs the network\'s variance channels, got none.')
+        raise UserError(f'variance_type "{variance_type}" needs the network\'s variance channels, got none.')
     if variance_type == "learned":
         return head
     f = (head + 1) / 2
@@ -118,12 +119,12 @@ def split_output(output: Tensor, x_t: Tensor, variance_type: VarianceType) -> tu
         variance_type: A variance's name.
 
     Raises:
-        ValueError: the output does not have the shape that x_t and the variance type ask for.
+        UserError: the output does not have the shape that x_t and the variance type ask for.
     """
     heads = 2 if variance_type in LEARNED_VARIANCES else 1
     expected = (x_t.shape[0], heads * x_t.shape[1], *x_t.shape[2:])
     if output.shape != expected:
-        raise ValueError(
+        raise UserError(
             f"model_output must have shape {expected} for images of shape {tuple(x_t.shape)} and variance_type "
             f'"{variance_type}", got {tuple(output.shape)}. '
             + (

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .words import SPACINGS, BetaSchedule, TimestepSpacing, check_word
 
 FAR_FROM_ZERO = 0.02  # ᾱ_T above this leaves an x_T that is visibly not standard normal
@@ -80,15 +81,15 @@ def make_tables(
         Float64 tables on the CPU.
 
     Raises:
-        ValueError: unknown word, T < 1, betas outside (0, 1] or NaN, or `trained_betas` whose length is not T.
+        UserError: unknown word, T < 1, betas outside (0, 1] or NaN, or `trained_betas` whose length is not T.
     """
     if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int) or num_timesteps < 1:
-        raise ValueError(f"num_train_timesteps must be an int of at least 1, got {num_timesteps!r}.")
+        raise UserError(f"num_train_timesteps must be an int of at least 1, got {num_timesteps!r}.")
     check_word("beta_schedule", schedule, get_args(BetaSchedule))
     if trained_betas is not None:
         beta = torch.as_tensor(trained_betas, dtype=torch.float64).detach().cpu().clone()
         if beta.ndim != 1 or beta.shape[0] != num_timesteps:
-            raise ValueError(
+            raise UserError(
                 f"trained_betas must hold one beta per step, num_train_timesteps = {num_timesteps}, got shape "
                 f"{tuple(beta.shape)}. Set num_train_timesteps to their number."
             )
@@ -127,17 +128,17 @@ def rescale_zero_terminal_snr(beta: Tensor) -> Tensor:
     Source: Lin et al. 2023, arXiv:2305.08891, Algorithm 1.
 
     Raises:
-        ValueError: T = 1, which would leave no signal at all.
+        UserError: T = 1, which would leave no signal at all.
     """
     if beta.shape[0] < 2:
-        raise ValueError("rescale_betas_zero_snr needs num_train_timesteps of at least 2, got 1.")
+        raise UserError("rescale_betas_zero_snr needs num_train_timesteps of at least 2, got 1.")
     r = torch.log1p(-beta).cumsum(0).mul(0.5).exp()
     r = (r - r[-1]) * (r[0] / (r[0] - r[-1]))
     alpha = torch.cat([r[:1] ** 2, (r[1:] / r[:-1]) ** 2])
     return 1 - alpha
 
 
-def kept_times(
+def respaced_timesteps(
     spacing: TimestepSpacing | Literal["even"], num_timesteps: int, num_inference_steps: int, offset: int = 0
 ) -> list[int]:
     r"""The steps that a respaced chain of K = `num_inference_steps` visits, as ascending code indices.
@@ -159,19 +160,19 @@ def kept_times(
         K distinct ints, 0 <= i < T.
 
     Raises:
-        ValueError: unknown word, K that is not an int in [1, T], or an offset that leaves [0, T).
+        UserError: unknown word, K that is not an int in [1, T], or an offset that leaves [0, T).
 
     Source: Lin et al. 2023, arXiv:2305.08891, Table 2; Bao et al. 2022, arXiv:2201.06503.
     """
     T, K = num_timesteps, num_inference_steps
     check_word("timestep_spacing", spacing, (*SPACINGS, "even"))
     if not is_whole(K) or not 1 <= K <= T:
-        raise ValueError(f"num_inference_steps must be an int from 1 to num_train_timesteps = {T}, got {K!r}.")
+        raise UserError(f"num_inference_steps must be an int from 1 to num_train_timesteps = {T}, got {K!r}.")
     K = operator.index(K)
     if spacing == "leading":
         times = [k * (T // K) + offset for k in range(K)]
         if not 0 <= times[0] <= times[-1] < T:
-            raise ValueError(
+            raise UserError(
                 f"steps_offset = {offset} moves the leading timesteps to {times[0]}..{times[-1]}, outside 0..{T - 1}. "
                 f"Choose an offset from 0 to {T - 1 - (K - 1) * (T // K)}."
             )
@@ -219,7 +220,7 @@ def _named_betas(schedule: BetaSchedule, T: int, beta_start: float, beta_end: fl
         return _capped_betas(T, _laplace_alpha_bar)
     for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
         if not 0 < value <= 1:
-            raise ValueError(f"{name} must lie in (0, 1], got {value!r}: a step that adds {value!r} variance is none.")
+            raise UserError(f"{name} must lie in (0, 1], got {value!r}: a step that adds {value!r} variance is none.")
     if schedule == "linear":
         return torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
     if schedule == "scaled_linear":
@@ -242,13 +243,11 @@ def _check_betas(beta: Tensor) -> None:
     wrong = (~((beta > 0) & (beta <= 1))).nonzero().flatten()  # NaN is wrong too
     if wrong.numel():
         i = int(wrong[0])
-        raise ValueError(
+        raise UserError(
             f"Every beta must lie in (0, 1], got {beta[i].item()} at step {i} ({wrong.numel()} of {beta.numel()} are "
             "outside). A beta is the variance that one step adds."
         )
     alpha = 1 - beta[:-1]
     if alpha.numel() and bool((alpha == 0).any()):
         i = int((alpha == 0).nonzero()[0])
-        raise ValueError(
-            f"Only the last beta may be 1, got 1 at step {i}: every later step would start from no signal."
-        )
+        raise UserError(f"Only the last beta may be 1, got 1 at step {i}: every later step would start from no signal.")

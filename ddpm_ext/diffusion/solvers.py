@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .process import PredictionType, eps_weights, x_0_weights
 from .reverse import Clip, clip_x_0
-from .schedules import Tables, check_word, kept_times
+from .schedules import Tables, check_word, respaced_timesteps
 
 __all__ = [
     "REFERENCES",
@@ -251,7 +251,7 @@ def solve_reference(predict: Predict, x_T: Tensor, tables: Tables, num_steps: in
         tables: One schedule, on the CPU.
         num_steps: Steps of the grid; at most T are taken.
     """
-    times = tuple(kept_times("even", tables.num_timesteps, min(num_steps, tables.num_timesteps))[::-1])
+    times = tuple(respaced_timesteps("even", tables.num_timesteps, min(num_steps, tables.num_timesteps))[::-1])
     plain = Solver(times, torch.zeros(len(times), 1, dtype=torch.float64))
     return Reference((*times, -1), [x_T, *solve(predict, x_T, plain, tables)])
 

@@ -42,7 +42,7 @@ class DenoiseDiffusion:
         n_steps: T.
 
     Raises:
-        ValueError: sigma2 is neither word, T < 1, or betas outside (0, 1].
+        UserError: sigma2 is neither word, T < 1, or betas outside (0, 1].
 
     Source: Ho et al. 2020, arXiv:2006.11239, §2-3, Algorithms 1 and 2.
     """

@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..diffusion.images import to_x_0
-from ..diffusion.schedules import kept_times
+from ..diffusion.schedules import respaced_timesteps
 from ..diffusion.words import LEARNED_VARIANCES, check_word
+from ..errors import UserError
 from ..hub import download, upload
 from ..schedulers.checks import Generators, check_generators
 from ..schedulers.ddpm import DDPMExtScheduler
@@ -105,7 +106,7 @@ class DDPMExtPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: Which tensors it gets: "latents", "pred_original_sample".
 
         Raises:
-            ValueError: input that does not fit network or scheduler, before the first step.
+            UserError: input that does not fit network or scheduler, before the first step.
             FloatingPointError: the network's output is not finite; names the step.
         """
         output_type = self._checked_output_type(output_type)
@@ -148,7 +149,7 @@ class DDPMExtPipeline(DiffusionPipeline):
             at: The steps to show, each of them in the chain; None for all. The x̂_0 of the last one is the image.
 
         Raises:
-            ValueError: a step of `at` is not in the chain, or as in calling.
+            UserError: a step of `at` is not in the chain, or as in calling.
         """
         labels = self._labels(class_labels, batch_size)
         x_T = self._prepare_latents(batch_size, generator, latents)
@@ -156,7 +157,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         x_T = x_T * self.scheduler.init_noise_sigma  # of these timesteps
         missing = set(at or ()) - {int(t) for t in self.scheduler.timesteps}
         if missing:
-            raise ValueError(f"at must hold steps of the chain, got {sorted(missing)}. The chain is in .timesteps.")
+            raise UserError(f"at must hold steps of the chain, got {sorted(missing)}. The chain is in .timesteps.")
         steps = self._denoise(x_T, generator, labels)
         return (progress for progress, _ in steps if at is None or progress.t in at)
 
@@ -191,11 +192,11 @@ class DDPMExtPipeline(DiffusionPipeline):
             One image per weight.
 
         Raises:
-            ValueError: images that do not fit the network, no weights, or a timestep outside [0, T).
+            UserError: images that do not fit the network, no weights, or a timestep outside [0, T).
         """
         a, b = self._clean_image(image_a), self._clean_image(image_b)
         if not len(weights):
-            raise ValueError("weights must hold at least one number, got none.")
+            raise UserError("weights must hold at least one number, got none.")
         times = self._times_from(timestep, num_inference_steps)
         if generator is None:
             generator = torch.Generator().manual_seed(int(torch.randint(2**63 - 1, ())))
@@ -229,11 +230,11 @@ class DDPMExtPipeline(DiffusionPipeline):
             class_labels: For class-conditional networks: one label for all images or one per sample.
 
         Raises:
-            ValueError: a latent that does not fit the network, or a timestep outside [0, T).
+            UserError: a latent that does not fit the network, or a timestep outside [0, T).
         """
         x_t = x_t.unsqueeze(0) if x_t.ndim == 3 else x_t
         if x_t.shape[0] != 1 or num_samples < 1:
-            raise ValueError(
+            raise UserError(
                 f"continue_from expects one latent and num_samples of at least 1, got {x_t.shape[0]} and {num_samples}."
             )
         times = self._times_from(timestep, num_inference_steps)
@@ -280,14 +281,14 @@ class DDPMExtPipeline(DiffusionPipeline):
     ) -> upload.Push:
         """Upload in the portable layout; see `ddpm_ext.push_to_hub`, which takes the same options."""
         if not safe_serialization:
-            raise ValueError("Weights are pushed as safetensors only: leave safe_serialization=False out.")
+            raise UserError("Weights are pushed as safetensors only: leave safe_serialization=False out.")
         return upload.push_to_hub(self, repo_id, commit_message=commit_message, **options)
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
         """The cached folder of a Hub repository, its content checked; `from_pretrained` calls this."""
         if kwargs.pop("trust_remote_code", False):
-            raise ValueError("trust_remote_code runs code of the repository; no DDPM needs it, leave it out.")
+            raise UserError("trust_remote_code runs code of the repository; no DDPM needs it, leave it out.")
         return str(download.pull(super().download, pretrained_model_name, **kwargs))
 
     def to_json_string(self) -> str:
@@ -360,20 +361,20 @@ class DDPMExtPipeline(DiffusionPipeline):
     def _image_shape(self) -> tuple[int, int, int]:
         size = self.unet.config["sample_size"]
         if size is None:
-            raise ValueError("The network's config names no sample_size: pass latents of the size you want.")
+            raise UserError("The network's config names no sample_size: pass latents of the size you want.")
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config["in_channels"], height, width
 
     def _prepare_latents(self, batch_size: int, generator: Generators, latents: Tensor | None) -> Tensor:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}.")
+            raise UserError(f"batch_size must be an int of at least 1, got {batch_size!r}.")
         generator = check_generators(generator, batch_size)
         device, dtype = self._execution_device, self.unet.dtype
         if latents is None:
             shape = (batch_size, *self._image_shape())
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif latents.ndim != 4 or latents.shape[:2] != (batch_size, self.unet.config["in_channels"]):
-            raise ValueError(
+            raise UserError(
                 f"latents must have shape ({batch_size}, {self.unet.config['in_channels']}, H, W), got "
                 f"{tuple(latents.shape)}."
             )
@@ -385,18 +386,18 @@ class DDPMExtPipeline(DiffusionPipeline):
         elif "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:
             self.scheduler.set_timesteps(timesteps=timesteps, device=self._execution_device)
         else:
-            raise ValueError(
+            raise UserError(
                 f"{type(self.scheduler).__name__} takes no custom timesteps: use num_inference_steps, or our scheduler."
             )
 
     def _times_from(self, timestep: int, num_inference_steps: int | None) -> list[int]:
         T = self.scheduler.config["num_train_timesteps"]
         if isinstance(timestep, bool) or not isinstance(timestep, int) or not 0 <= timestep < T:
-            raise ValueError(f"timestep must be an int in 0..{T - 1}, got {timestep!r}.")
+            raise UserError(f"timestep must be an int in 0..{T - 1}, got {timestep!r}.")
         steps = timestep + 1 if num_inference_steps is None else num_inference_steps
         if steps == 1:
             return [timestep]
-        return kept_times("linspace", timestep + 1, steps)[::-1]
+        return respaced_timesteps("linspace", timestep + 1, steps)[::-1]
 
     def _run(
         self, x_t: Tensor, generator: Generators, labels: Tensor | None, output_type: OutputType, *args: Any
@@ -413,7 +414,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         x_t = self._prepare_latents(x_t.shape[0], generator, x_t)
         self._set_timesteps(None, times)
         if float(self.scheduler.init_noise_sigma) != 1:
-            raise ValueError(
+            raise UserError(
                 f"{type(self.scheduler).__name__} keeps latents in other units than √ᾱ_t x_0 + √(1-ᾱ_t) ε "
                 f"(init_noise_sigma is {float(self.scheduler.init_noise_sigma):.4g}, not 1). Use DDPMExtScheduler here."
             )
@@ -426,7 +427,7 @@ class DDPMExtPipeline(DiffusionPipeline):
             image = to_x_0(torch.from_numpy(pixels if channels == 1 else pixels.transpose(2, 0, 1)))
         image = image.squeeze(0) if image.ndim == 4 else image
         if image.shape != (channels, height, width) or image.abs().max() > 1:
-            raise ValueError(
+            raise UserError(
                 f"An image must have shape {(channels, height, width)} and values in [-1, 1], got shape "
                 f"{tuple(image.shape)} and values up to {image.abs().max().item():.3g}."
             )
@@ -437,7 +438,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         classes = config.get("num_class_embeds")
         conditional = classes is not None or config.get("class_embed_type") is not None
         if conditional != (class_labels is not None):
-            raise ValueError(
+            raise UserError(
                 "This network is class-conditional: pass class_labels, one per image."
                 if conditional
                 else "This network was not trained with class labels: leave class_labels out."
@@ -448,9 +449,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         labels = labels.expand(batch_size) if labels.numel() == 1 else labels
         wrong = classes is not None and bool(((labels < 0) | (labels >= classes)).any())
         if labels.is_floating_point() or labels.shape != (batch_size,) or wrong:
-            raise ValueError(
-                f"class_labels must be {batch_size} ints in 0..{(classes or 0) - 1}, got {class_labels!r}."
-            )
+            raise UserError(f"class_labels must be {batch_size} ints in 0..{(classes or 0) - 1}, got {class_labels!r}.")
         return labels
 
     def _checked_output_type(self, output_type: str) -> Any:
@@ -458,7 +457,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         check_word("output_type", output_type, get_args(OutputType))
         channels = self.unet.config["in_channels"]
         if output_type == "pil" and channels > 4:
-            raise ValueError(f'output_type "pil" shows 1 to 4 channels, this network has {channels}. Use "np" or "pt".')
+            raise UserError(f'output_type "pil" shows 1 to 4 channels, this network has {channels}. Use "np" or "pt".')
         return output_type
 
     def _to_output(self, x_0: Tensor, output_type: OutputType) -> Any:

@@ -9,6 +9,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..errors import UserError
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Timesteps = int | Tensor
 
@@ -22,7 +24,7 @@ def draw_noise(sample: Tensor, generator: Generators) -> Tensor:
 
 
 def check_generators(generator: Generators, num_images: int) -> torch.Generator | list[torch.Generator] | None:
-    """The generator, or the list of one per image; a ValueError for anything else."""
+    """The generator, or the list of one per image; a UserError for anything else."""
     if generator is None or isinstance(generator, torch.Generator):
         return generator
     if (
@@ -31,20 +33,20 @@ def check_generators(generator: Generators, num_images: int) -> torch.Generator 
         or not all(isinstance(one, torch.Generator) for one in generator)
     ):
         count = f"a list of {len(generator)}" if isinstance(generator, list | tuple) else repr(generator)
-        raise ValueError(
+        raise UserError(
             f"generator must be one torch.Generator or a list of one per image, {num_images} here, got {count}."
         )
     return list(generator)
 
 
 def as_int(timestep: Timesteps) -> int:
-    """One timestep as an int; a ValueError for fractions, booleans and tensors of several."""
+    """One timestep as an int; a UserError for fractions, booleans and tensors of several."""
     if not isinstance(timestep, bool) and not (isinstance(timestep, Tensor) and timestep.dtype == torch.bool):
         try:
             return operator.index(timestep)  # pyright: ignore[reportArgumentType]
         except TypeError:
             pass
-    raise ValueError(f"timestep must be an int or a tensor of ints, got {timestep!r}.")
+    raise UserError(f"timestep must be an int or a tensor of ints, got {timestep!r}.")
 
 
 def as_steps(name: str, timesteps: Timesteps, device: torch.device | None = None) -> Tensor:
@@ -52,22 +54,22 @@ def as_steps(name: str, timesteps: Timesteps, device: torch.device | None = None
     try:
         t = torch.as_tensor(timesteps, device=device)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name} must be an int or a tensor of ints, got {timesteps!r}.") from None
+        raise UserError(f"{name} must be an int or a tensor of ints, got {timesteps!r}.") from None
     check_ints(name, t)
     return t.long()
 
 
 def check_ints(name: str, t: Tensor) -> None:
-    """Raise a ValueError unless t holds whole numbers and has at most one dimension."""
+    """Raise a UserError unless t holds whole numbers and has at most one dimension."""
     if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool or t.ndim > 1:
-        raise ValueError(
+        raise UserError(
             f"{name} must be an int, a 0-d or a (B,) tensor of ints, got {t.dtype} of shape {tuple(t.shape)}."
         )
 
 
 def check_one_per_image(name: str, t: Tensor, x: Tensor) -> None:
-    """Raise a ValueError unless t is one step for all images of x, or one per image."""
+    """Raise a UserError unless t is one step for all images of x, or one per image."""
     if t.numel() not in (1, x.shape[0]):
-        raise ValueError(
+        raise UserError(
             f"{name} must be one for all images or one per image, {x.shape[0]} here, got shape {tuple(t.shape)}."
         )

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from ..diffusion.schedules import Tables, warn_if_signal_remains
 from ..diffusion.words import LEARNED_VARIANCES, SPACINGS, PredictionType, Trajectory, VarianceType, check_word
+from ..errors import UserError
 
 EXTENSION_KEY = "_ddpm_ext"  # the one config key of ours: stock classes neither warn about nor drop a leading "_"
 
@@ -39,12 +40,12 @@ def extension(config: Mapping[str, Any]) -> Extension:
     """The extension's fields of a config, checked.
 
     Raises:
-        ValueError: an unknown field, a list that does not hold one number per step, η outside [0, 1], a trajectory
+        UserError: an unknown field, a list that does not hold one number per step, η outside [0, 1], a trajectory
             that is not as many ascending steps as its key says, or a field that contradicts the variance.
     """
     values = config.get(EXTENSION_KEY) or {}
     if not isinstance(values, Mapping):
-        raise ValueError(f"{EXTENSION_KEY} must hold fields by name, got {values!r}.")
+        raise UserError(f"{EXTENSION_KEY} must hold fields by name, got {values!r}.")
     for name in values:
         check_word(f"a field of {EXTENSION_KEY}", name, [f.name for f in fields(Extension)])
     found = Extension(**values)
@@ -54,9 +55,9 @@ def extension(config: Mapping[str, Any]) -> Extension:
             _check_per_step(name, getattr(found, name), T)
     _check_trajectories(found.trajectories, T)
     if not _are((int, float), [found.eta]) or not 0 <= found.eta <= 1:
-        raise ValueError(f"eta must lie between 0 (DDIM) and 1 (DDPM), got {found.eta!r}.")
+        raise UserError(f"eta must lie between 0 (DDIM) and 1 (DDPM), got {found.eta!r}.")
     if found.eta != 1 and config["variance_type"] in LEARNED_VARIANCES:
-        raise ValueError(
+        raise UserError(
             f"eta = {found.eta} fixes the noise of the DDIM family, which variance_type "
             f'"{config["variance_type"]}" learns. Use a fixed variance or "analytic".'
         )
@@ -73,35 +74,35 @@ def _are(kind: type | tuple[type, ...], values: Sequence[Any]) -> bool:
 def _check_per_step(name: str, numbers: Any, T: int) -> None:
     expected = f"{name} must be a list of {T} finite numbers of at least 0, one per step, got "
     if not isinstance(numbers, list | tuple):
-        raise ValueError(f"{expected}{type(numbers).__name__}.")
+        raise UserError(f"{expected}{type(numbers).__name__}.")
     if len(numbers) != T:
-        raise ValueError(f"{expected}{len(numbers)}.")
+        raise UserError(f"{expected}{len(numbers)}.")
     if _are((int, float), numbers) and min(numbers) >= 0 and math.isfinite(sum(numbers)):
         return  # the quick way: a NaN makes the sum NaN
     for step, value in enumerate(numbers):
         if not _are((int, float), [value]) or not 0 <= value < math.inf:
-            raise ValueError(f"{expected}{value!r} at step {step}.")
+            raise UserError(f"{expected}{value!r} at step {step}.")
 
 
 def _check_trajectories(trajectories: Any, T: int) -> None:
     if not isinstance(trajectories, Mapping):
-        raise ValueError(f"trajectories must map a number of steps to its steps, got {trajectories!r}.")
+        raise UserError(f"trajectories must map a number of steps to its steps, got {trajectories!r}.")
     for K, times in trajectories.items():
         listed: list[Any] = list(times) if isinstance(times, list | tuple) else []
         fits = bool(listed) and K == str(len(listed)) and _are(int, listed)
         if not fits or listed != sorted(set(listed)) or listed[0] < 0 or listed[-1] >= T:
-            raise ValueError(
+            raise UserError(
                 f'trajectories must map "K" to K strictly ascending steps from 0 to {T - 1}, as "3": [0, 5, {T - 1}], '
                 f"got {K!r}: {times!r}. Calibrate again."
             )
 
 
 def check_options(config: Mapping[str, Any]) -> None:
-    """Raise a ValueError for an option that is not one of its words or outside its range."""
+    """Raise a UserError for an option that is not one of its words or outside its range."""
     check_word("variance_type", config["variance_type"], get_args(VarianceType))
     check_word("prediction_type", config["prediction_type"], get_args(PredictionType))
     if config["timestep_spacing"] == "even":
-        raise ValueError(
+        raise UserError(
             'timestep_spacing "even" is no spacing of Diffusers: keep one of '
             f'{", ".join(map(repr, SPACINGS))} and choose set_timesteps(K, trajectory="even"), or '
             f'{{"trajectory": "even"}} in {EXTENSION_KEY}.'
@@ -118,7 +119,7 @@ def check_options(config: Mapping[str, Any]) -> None:
     }
     for name, (fits, expected) in ranges.items():
         if not fits:
-            raise ValueError(f"{name} must be {expected}, got {config[name]!r}.")
+            raise UserError(f"{name} must be {expected}, got {config[name]!r}.")
     extension(config)
 
 
@@ -126,7 +127,7 @@ def check_terminal_snr(config: Mapping[str, Any], tables: Tables) -> None:
     """Refuse epsilon prediction where ᾱ_T = 0 is sure to be visited; warn where ᾱ_T is far from 0."""
     gone = tables.alpha_bar[-1].item() == 0
     if gone and config["prediction_type"] == "epsilon" and config["timestep_spacing"] != "leading":
-        raise ValueError(
+        raise UserError(
             f"timestep_spacing {config['timestep_spacing']!r} visits the last step, whose signal is gone (ᾱ_T = 0): "
             'epsilon prediction is undefined there. Use prediction_type "v_prediction" or "sample".'
         )

@@ -21,6 +21,7 @@ from ..diffusion.process import Gaussian
 from ..diffusion.reverse import Clip, ReverseStep
 from ..diffusion.schedules import Tables, make_tables
 from ..diffusion.words import BetaSchedule, DecoderVariance, PredictionType, TimestepSpacing, Trajectory, VarianceType
+from ..errors import UserError
 from .checks import (
     Generators,
     Timesteps,
@@ -38,7 +39,15 @@ from .config import (
     extension,
 )
 from .portable import stock_words, true_config, true_defaults
-from .step_table import Chain, Weights, check_usable, checked_times, chosen_times, make_chain, measured_errors
+from .step_table import (
+    StepTable,
+    Weights,
+    check_usable,
+    checked_timesteps,
+    chosen_timesteps,
+    make_step_table,
+    measured_errors,
+)
 
 
 class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
@@ -64,12 +73,12 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         dynamic_thresholding_ratio: Its quantile, in [0, 1].
         clip_sample_range: In units of x_0, where images span [-1, 1].
         sample_max_value: Largest threshold of dynamic thresholding.
-        timestep_spacing: "leading", "linspace" or "trailing" (`kept_times`).
+        timestep_spacing: "leading", "linspace" or "trailing" (`respaced_timesteps`).
         steps_offset: Added to "leading" timesteps.
         rescale_betas_zero_snr: Make ᾱ_T exactly 0; needs a prediction other than epsilon where T - 1 is visited.
 
     Raises:
-        ValueError: an option that is not one of its words, betas outside (0, 1] or NaN, trained_betas whose length is
+        UserError: an option that is not one of its words, betas outside (0, 1] or NaN, trained_betas whose length is
             not T, T < 1, or epsilon prediction where ᾱ_t = 0 would be used.
 
     Source: Ho et al. 2020, arXiv:2006.11239.
@@ -117,7 +126,7 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         self.custom_timesteps = False
         self.num_inference_steps: int | None = None
         # Nobody has asked for the full chain yet: `step` refuses the one timestep that epsilon may not be able to take.
-        self._start(self._chain_of(list(range(num_train_timesteps - 1, -1, -1))), device=None)
+        self._start(self._table_of(list(range(num_train_timesteps - 1, -1, -1))), device=None)
 
     # -- config: one key of ours, stock words on disk ---------------------------------------------------------------
 
@@ -140,7 +149,7 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         super().register_to_config(**kwargs)
         if "_chain" in self.__dict__:
             try:
-                self._current_chain()  # here and not in the first step, which may be compiled
+                self._current_table()  # here and not in the first step, which may be compiled
             except ValueError:
                 self._internal_dict = before
                 raise
@@ -186,21 +195,21 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
                 measured mse_eps) in place of the spacing; None is the default that `_ddpm_ext` names.
 
         Raises:
-            ValueError: neither or both given, K that is not an int in [1, T], or timesteps that are empty, fractional,
+            UserError: neither or both given, K that is not an int in [1, T], or timesteps that are empty, fractional,
                 repeated, ascending or outside [0, T). The scheduler stays as it was.
         """
         if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError(
+            raise UserError(
                 "set_timesteps needs num_inference_steps or timesteps, one of the two, got "
                 + ("neither." if timesteps is None else "both.")
             )
         if timesteps is not None:
             if trajectory is not None:
-                raise ValueError("timesteps and trajectory both name the steps: give one of them.")
-            times = checked_times(timesteps, len(self))
+                raise UserError("timesteps and trajectory both name the steps: give one of them.")
+            times = checked_timesteps(timesteps, len(self))
         else:
-            times = chosen_times(self.tables, self.config, num_inference_steps, trajectory)[::-1]
-        chain = self._chain_of(times)
+            times = chosen_timesteps(self.tables, self.config, num_inference_steps, trajectory)[::-1]
+        chain = self._table_of(times)
         check_usable(chain)
         self._start(chain, device)
         self.num_inference_steps = len(times)
@@ -217,7 +226,7 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         """
         t = as_steps("timestep", timestep)
         self._check_steps(t)
-        return self._current_chain().previous.to(t.device)[t]
+        return self._current_table().previous.to(t.device)[t]
 
     # -- the reverse process ----------------------------------------------------------------------------------------
 
@@ -243,13 +252,13 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
             prev_sample x_s and pred_original_sample x̂_0, in the sample's shape and dtype.
 
         Raises:
-            ValueError: shapes that do not fit, a timestep that is not in the schedule (on an accelerator, where
+            UserError: shapes that do not fit, a timestep that is not in the schedule (on an accelerator, where
                 looking would make the host wait, the result is NaN instead), or a list of generators that is not one
                 per image.
 
         Source: Ho et al. 2020, arXiv:2006.11239, Algorithm 2, Eqs. (6)-(7).
         """
-        chain = self._current_chain()
+        chain = self._current_table()
         if chain.lacks_errors:
             measured_errors(self.config, 'variance_type "analytic"')
         prediction, head = reverse.split_output(model_output, sample, self.config["variance_type"])
@@ -285,8 +294,8 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         t, s = self._jump_times(timestep, sample)
         tables = self._tables_on(t.device)
         if extension(self.config).eta != 1:
-            raise ValueError("p(x_s | x_t) of the bound is DDPM's: it needs eta = 1 in the config's _ddpm_ext.")
-        last = reverse.decoder_log_var(self.tables, self._current_chain().times[::-1], decoder_variance)
+            raise UserError("p(x_s | x_t) of the bound is DDPM's: it needs eta = 1 in the config's _ddpm_ext.")
+        last = reverse.decoder_log_var(self.tables, self._current_table().times[::-1], decoder_variance)
         log_optimal = None
         if self.config["variance_type"] == "analytic":
             mse_eps = measured_errors(self.config, 'variance_type "analytic"')
@@ -360,33 +369,33 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
     def _get_variance(self, t: Timesteps, predicted_variance: Tensor | None = None) -> Tensor:
         """σ² with which `step` samples at t, 0 at the last jump. Diffusers' name for it."""
         t = as_steps("timestep", t)
-        weights = self._weights(self._current_chain(), t, torch.empty(t.numel(), dtype=torch.float64))
+        weights = self._weights(self._current_table(), t, torch.empty(t.numel(), dtype=torch.float64))
         if self.variance_type not in reverse.LEARNED_VARIANCES:
             return torch.as_tensor(weights.std, dtype=torch.float64) ** 2
         if predicted_variance is None:
-            raise ValueError(f'variance_type "{self.variance_type}" needs predicted_variance, got none.')
+            raise UserError(f'variance_type "{self.variance_type}" needs predicted_variance, got none.')
         return self._learned_std(weights, predicted_variance) ** 2
 
-    def _chain_of(self, times: list[int]) -> Chain:
-        return make_chain(self.tables, times, self.config)
+    def _table_of(self, times: list[int]) -> StepTable:
+        return make_step_table(self.tables, times, self.config)
 
-    def _start(self, chain: Chain, device: str | torch.device | None) -> None:
+    def _start(self, chain: StepTable, device: str | torch.device | None) -> None:
         self.timesteps = torch.tensor(chain.times, dtype=torch.int64, device=device)
         self._chain = chain
 
-    def _current_chain(self) -> Chain:
+    def _current_table(self) -> StepTable:
         if self._chain.config is not self._internal_dict:  # an option was registered anew
             check_options(self.config)
-            self._chain = self._chain_of(self._chain.times)
+            self._chain = self._table_of(self._chain.times)
         return self._chain
 
-    def _weights(self, chain: Chain, timestep: Timesteps, x: Tensor) -> Weights:
+    def _weights(self, chain: StepTable, timestep: Timesteps, x: Tensor) -> Weights:
         if torch.compiler.is_compiling():
             timestep = torch.as_tensor(timestep, device=x.device)
         elif not isinstance(timestep, Tensor) or (timestep.ndim == 0 and timestep.device.type == "cpu"):
             index = as_int(timestep)
             if index not in chain.rows:
-                raise ValueError(self._not_scheduled(index))
+                raise UserError(self._not_scheduled(index))
             return chain.rows[index]
         self._check_steps(timestep)
         check_one_per_image("timestep", timestep, x)
@@ -419,18 +428,18 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         self._check_steps(t)
         check_one_per_image("timestep", t, x)
         t = t.reshape(-1).expand(x.shape[0])
-        return t, self._current_chain().previous.to(t.device)[t]
+        return t, self._current_table().previous.to(t.device)[t]
 
     def _check_steps(self, t: Tensor) -> None:
         check_ints("timestep", t)
         if t.device.type == "cpu" and not torch.compiler.is_compiling():
-            rows = self._current_chain().rows
+            rows = self._current_table().rows
             for index in set(t.reshape(-1).tolist()):
                 if index not in rows:
-                    raise ValueError(self._not_scheduled(index))
+                    raise UserError(self._not_scheduled(index))
 
     def _not_scheduled(self, index: int) -> str:
-        times = self._current_chain().times
+        times = self._current_table().times
         if index in times:
             return (
                 f"At timestep {index} the signal is gone (ᾱ_t = 0) and epsilon prediction has no x_0 there. Use "
@@ -456,7 +465,7 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
             low, high = int(t.min()), int(t.max())
             if 0 <= low and high < len(self):
                 raise
-            raise ValueError(f"timesteps must lie in 0..{len(self) - 1}, got values from {low} to {high}.") from None
+            raise UserError(f"timesteps must lie in 0..{len(self) - 1}, got values from {low} to {high}.") from None
         shape = (-1, *(1,) * (x.ndim - 1))
         return signal.view(shape), spread.view(shape)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 
+from ..errors import UserError
 from .config import EXTENSION_KEY
 
 __all__ = ["stock_words", "true_config", "true_defaults"]
@@ -45,12 +46,12 @@ def true_config(config: Mapping[str, Any], cls: type) -> dict[str, Any]:
         cls: The class that is to be built.
 
     Raises:
-        ValueError: an option that has another meaning here, or words of `_ddpm_ext` that are none.
+        UserError: an option that has another meaning here, or words of `_ddpm_ext` that are none.
     """
     origin = _origin(config, cls)
     foreign = "_class_name" in config and origin is not None and "beta_start" not in _defaults(origin)
     if foreign and not config.keys() & {"beta_start", "beta_schedule", "trained_betas"}:
-        raise ValueError(
+        raise UserError(
             f"The config of a {config['_class_name']} describes no DDPM: it has no betas. Build {cls.__name__} with "
             "the options of the process that the network was trained on."
         )
@@ -61,7 +62,7 @@ def true_config(config: Mapping[str, Any], cls: type) -> dict[str, Any]:
     extension = dict(config.pop(EXTENSION_KEY))
     words = extension.pop("words", {})
     if not isinstance(words, Mapping):
-        raise ValueError(f"words of {EXTENSION_KEY} must map options to their true words, got {words!r}.")
+        raise UserError(f"words of {EXTENSION_KEY} must map options to their true words, got {words!r}.")
     saved_as = stock_words({"variance_type": None, "prediction_type": None, **config, **words})
     words = {key: word for key, word in words.items() if config.get(key) == saved_as.get(key)}
     return {**config, **words, **({EXTENSION_KEY: extension} if extension else {})}
@@ -117,11 +118,11 @@ def _without_old_words(config: dict[str, Any]) -> dict[str, Any]:
     unset = config["_use_default_values"]
     for name, value in said.items():
         if name in config and name not in unset and config[name] != value:
-            raise ValueError(
+            raise UserError(
                 f"{name} is {config[name]!r} and an option of an older Diffusers ({', '.join(old)}) says {value!r}. "
                 "Remove the one that is not meant."
             )
     for name, reason in _REFUSED.items():
         if config.get(name) is not None and name not in unset:
-            raise ValueError(f"{name} {reason}, which DDPMExtScheduler cannot do, got {config[name]!r}.")
+            raise UserError(f"{name} {reason}, which DDPMExtScheduler cannot do, got {config[name]!r}.")
     return {**config, **said, "_use_default_values": [name for name in unset if name not in said]}

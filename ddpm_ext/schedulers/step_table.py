@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..diffusion import analytic, process, reverse
-from ..diffusion.schedules import Tables, kept_times
+from ..diffusion.schedules import Tables, respaced_timesteps
 from ..diffusion.words import Trajectory, check_word
+from ..errors import UserError
 from .config import Extension, extension
 
 
@@ -34,7 +35,7 @@ class Weights(NamedTuple):
 
 
 @dataclass
-class Chain:
+class StepTable:
     """The jumps of one choice of timesteps. Rows of steps that are not visited are NaN: never a wrong number."""
 
     config: Mapping[str, Any]  # the options it was made for
@@ -66,7 +67,7 @@ class Chain:
         return self.by_device[device]
 
 
-def make_chain(tables: Tables, times: list[int], config: Mapping[str, Any]) -> Chain:
+def make_step_table(tables: Tables, times: list[int], config: Mapping[str, Any]) -> StepTable:
     """The weights of every jump of a chain.
 
     Args:
@@ -96,7 +97,7 @@ def make_chain(tables: Tables, times: list[int], config: Mapping[str, Any]) -> C
     previous = torch.full((tables.num_timesteps,), -1, dtype=torch.int64)
     previous[t] = s
     lacks_errors = config["variance_type"] == "analytic" and extra.mse_eps is None
-    return Chain(config, times, table, previous, extra.eta != 1, lacks_errors, usable.tolist())
+    return StepTable(config, times, table, previous, extra.eta != 1, lacks_errors, usable.tolist())
 
 
 def _mean_weights(
@@ -120,29 +121,29 @@ def _analytic_std(tables: Tables, s: Tensor, t: Tensor, extra: Extension, first:
     return torch.where(s == first, var.clamp(max=cap), var).sqrt()
 
 
-def check_usable(chain: Chain) -> None:
-    """Raise a ValueError when a chain visits a step at which x̂_0 is undefined (epsilon at ᾱ_t = 0)."""
+def check_usable(chain: StepTable) -> None:
+    """Raise a UserError when a chain visits a step at which x̂_0 is undefined (epsilon at ᾱ_t = 0)."""
     missing = [i for i, fits in zip(chain.times, chain.usable, strict=True) if not fits]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"timestep {missing[0]} has no signal left (ᾱ_t = 0), where epsilon prediction is undefined. Use "
             'prediction_type "v_prediction" or "sample", or fewer steps with "leading" spacing.'
         )
 
 
-def chosen_times(
+def chosen_timesteps(
     tables: Tables, config: Mapping[str, Any], num_inference_steps: Any, trajectory: Trajectory | None
 ) -> list[int]:
     """The K steps that a config and a trajectory's name choose, ascending code indices.
 
     Raises:
-        ValueError: K outside [1, T], an unknown trajectory, or an optimal one before errors are measured.
+        UserError: K outside [1, T], an unknown trajectory, or an optimal one before errors are measured.
     """
     extra = extension(config)
     trajectory = extra.trajectory if trajectory is None else trajectory
     if trajectory is None or trajectory == "even":
         spacing = "even" if trajectory else config["timestep_spacing"]
-        return kept_times(spacing, tables.num_timesteps, num_inference_steps, config["steps_offset"])
+        return respaced_timesteps(spacing, tables.num_timesteps, num_inference_steps, config["steps_offset"])
     check_word("trajectory", trajectory, get_args(Trajectory))
     variance: str = config["variance_type"]
     cost: Any = variance.removesuffix("_log") if variance.startswith("fixed") else "analytic"
@@ -154,33 +155,33 @@ def chosen_times(
 
 
 def measured_errors(config: Mapping[str, Any], what: str) -> Tensor:
-    """mse_eps of a config, float64, shape (T,); a ValueError that says how to get it where there is none."""
+    """mse_eps of a config, float64, shape (T,); a UserError that says how to get it where there is none."""
     mse_eps = extension(config).mse_eps
     if mse_eps is None:
-        raise ValueError(
+        raise UserError(
             f"{what} needs the network's measured errors, and this scheduler has none. Measure them with "
             "scripts/calibrate.py, or put mse_eps, one number per step, into the config's _ddpm_ext."
         )
     return torch.tensor(mse_eps, dtype=torch.float64)
 
 
-def checked_times(timesteps: Sequence[int] | Tensor | np.ndarray, T: int) -> list[int]:
-    """Custom timesteps as ints, when they are whole, strictly descending and in [0, T); a ValueError otherwise."""
+def checked_timesteps(timesteps: Sequence[int] | Tensor | np.ndarray, T: int) -> list[int]:
+    """Custom timesteps as ints, when they are whole, strictly descending and in [0, T); a UserError otherwise."""
     arrays = isinstance(timesteps, Tensor | np.ndarray)
     times: Any = timesteps.tolist() if arrays else timesteps  # pyright: ignore[reportAttributeAccessIssue]
     if not isinstance(times, Iterable):
-        raise ValueError(f"timesteps must be a sequence of descending steps, got {timesteps!r}.")
+        raise UserError(f"timesteps must be a sequence of descending steps, got {timesteps!r}.")
     times = list(times)
     if not times:
-        raise ValueError("timesteps must hold at least one step, got none.")
+        raise UserError("timesteps must hold at least one step, got none.")
     for time in times:
         if isinstance(time, bool) or not isinstance(time, int | float | np.integer) or time % 1 != 0:  # NaN, inf too
-            raise ValueError(f"timesteps must be whole numbers, got {time!r}.")
+            raise UserError(f"timesteps must be whole numbers, got {time!r}.")
     times = [int(time) for time in times]
     wrong = [time for time in times if not 0 <= time < T]
     if wrong:
-        raise ValueError(f"timesteps must lie in 0..{T - 1} (num_train_timesteps = {T}), got {wrong[0]}.")
+        raise UserError(f"timesteps must lie in 0..{T - 1} (num_train_timesteps = {T}), got {wrong[0]}.")
     for before, after in pairwise(times):
         if after >= before:
-            raise ValueError(f"timesteps must be strictly descending, got {before} before {after}.")
+            raise UserError(f"timesteps must be strictly descending, got {before} before {after}.")
     return times
