@@ -102,10 +102,15 @@ def sampling_bar(network: nn.Module, calls: int, update: int, shown: bool) -> It
     if not shown:
         yield
         return
-    slow = {} if sys.stderr.isatty() else {"mininterval": 10}
-    with tqdm(
-        total=calls, desc=f"samples of update {update}", unit="call", dynamic_ncols=True, leave=False, **slow
-    ) as bar:
+    bar = tqdm(
+        total=calls,
+        desc=f"samples of update {update}",
+        unit="call",
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+        dynamic_ncols=True,
+        leave=False,
+    )
+    with bar:
 
         def count(*_: Any) -> None:
             bar.update()

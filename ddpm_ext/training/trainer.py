@@ -99,9 +99,8 @@ class Trainer:
         self.saved_at = self.state.update if found is None or is_of(run, found.folder) else None
         self.every_grid = config.save_images_steps or self._updates_of("save_images_epochs")
         self.every_export = self._updates_of("save_model_epochs")
-        self.validation = (
-            make_validation(config, builders.data_spec(config, self.data), accelerator) if config.eval_steps else None
-        )
+        self.data_spec = builders.data_spec(config, self.data)
+        self.validation = make_validation(config, self.data_spec, accelerator) if config.eval_steps else None
         self.started = False  # whether the start stands in config.json
         self.publisher: Publisher | None = None  # the main process's, with --push_to_hub
 
