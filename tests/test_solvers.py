@@ -151,8 +151,8 @@ def test_adams_bashforth_is_recovered(order: int, known: list[float]):
     r"""ε̂ a polynomial of degree m - 1 in σ, steps equal in σ: Adams-Bashforth is exact, and the only such method.
 
     Its weights 3/2, -1/2 and 23/12, -16/12, 5/12 are 1 + Σ c_j and -c_j. The first m - 1 jumps lack history and err;
-    the m-th mends that to the last digit, since its estimates span all such errors; from there on only Adams-Bashforth is
-    left.
+    the m-th mends that to the last digit, since its estimates span all such errors. From there on only Adams-Bashforth
+    is left.
     """
     T, width = 12, 0.3
     sigma = width * torch.arange(1, T + 1, dtype=F64)

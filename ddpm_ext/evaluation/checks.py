@@ -41,7 +41,7 @@ def grid_images(images: Tensor) -> Tensor:
 
 def as_ours(scheduler: Any) -> DDPMExtScheduler:
     """The scheduler itself, or ours with the noise schedule of a stock one."""
-    if isinstance(scheduler, DDPMExtScheduler):
+    if type(scheduler) is DDPMExtScheduler:
         return scheduler
     config = getattr(scheduler, "config", None)
     if not isinstance(config, Mapping) or not {"num_train_timesteps", "beta_schedule"} <= set(config):

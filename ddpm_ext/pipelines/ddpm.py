@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, ImagePipelineOutput, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -25,6 +25,7 @@ from ..errors import UserError
 from ..hub import download, upload
 from ..schedulers.checks import Generators, check_generators
 from ..schedulers.ddpm import DDPMExtScheduler
+from ..schedulers.solver import DDPMExtSolverScheduler, is_portable_solver
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Callback = Callable[["DDPMExtPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]
@@ -45,7 +46,7 @@ class DDPMExtPipeline(DiffusionPipeline):
     Args:
         unet: A `UNet2DModel` that predicts what the scheduler's `prediction_type` says.
         scheduler: `DDPMExtScheduler`, or any Diffusers scheduler. A stock `DDPMScheduler` is turned into
-            `DDPMExtScheduler` with the same options.
+            `DDPMExtScheduler` with the same options, a calibrated one into the `DDPMExtSolverScheduler` it is.
 
     Example:
         ```py
@@ -65,6 +66,8 @@ class DDPMExtPipeline(DiffusionPipeline):
         super().__init__()
         if type(scheduler) is DDPMScheduler:
             scheduler = DDPMExtScheduler.from_config(scheduler.config)
+        elif type(scheduler) is DPMSolverMultistepScheduler and is_portable_solver(scheduler.config):
+            scheduler = DDPMExtSolverScheduler.from_config(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler)
         self._interrupt = False
 
@@ -298,8 +301,8 @@ class DDPMExtPipeline(DiffusionPipeline):
             return text
         index = {**json.loads(text), "_class_name": "DDPMPipeline"}
         index.pop("_name_or_path", None)  # where it was loaded from is nobody's business
-        if type(self.scheduler) is DDPMExtScheduler:
-            index["scheduler"] = ["diffusers", "DDPMScheduler"]
+        if type(self.scheduler) in (DDPMExtScheduler, DDPMExtSolverScheduler):
+            index["scheduler"] = ["diffusers", json.loads(self.scheduler.to_json_string())["_class_name"]]
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     # -- inside -----------------------------------------------------------------------------------------------------

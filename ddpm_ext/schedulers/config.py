@@ -26,6 +26,7 @@ class Extension:
         trajectory: How `set_timesteps(K)` chooses its steps: "even" or "optimal"; None is `timestep_spacing`.
         trajectories: Optimal trajectories found before, K -> ascending code indices.
         standard_error: Standard errors of mse_eps, T numbers.
+        solver: Fitted solvers of DDPMExtSolverScheduler; see `schedulers.solver.fitted_solvers`.
     """
 
     mse_eps: Sequence[float] | None = None
@@ -34,6 +35,7 @@ class Extension:
     trajectory: Trajectory | None = None
     trajectories: Mapping[str, Sequence[int]] = field(default_factory=dict)
     standard_error: Sequence[float] | None = None
+    solver: Mapping[str, Any] | None = None
 
 
 def extension(config: Mapping[str, Any]) -> Extension:
