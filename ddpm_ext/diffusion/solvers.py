@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .process import PredictionType, eps_weights, x_0_weights
 from .reverse import Clip, clip_x_0
 from .schedules import Tables, check_word, respaced_timesteps
@@ -138,13 +139,13 @@ def estimate_weights(
         kind: One of the words above.
 
     Raises:
-        ValueError: epsilon prediction at ᾱ_t = 0, where there is no x̂_0.
+        UserError: epsilon prediction at ᾱ_t = 0, where there is no x̂_0.
     """
     check_word("reference", kind, REFERENCES)
     at = torch.tensor(t)
     x_0, eps = x_0_weights(tables, at, prediction_type), eps_weights(tables, at, prediction_type)
     if not math.isfinite(x_0.of_output.item()):
-        raise ValueError(
+        raise UserError(
             f"timestep {t} has no signal left (ᾱ_t = 0), where {prediction_type} prediction gives no x_0. Use "
             'prediction_type "v_prediction" or "sample".'
         )
@@ -312,7 +313,7 @@ def power_times(grid: Sequence[int], num_steps: int, power: float) -> list[int]:
     """
     count = len(grid)
     if not 1 <= num_steps <= count:
-        raise ValueError(f"The number of steps must lie in 1..{count}, the steps of the reference, got {num_steps}.")
+        raise UserError(f"The number of steps must lie in 1..{count}, the steps of the reference, got {num_steps}.")
     if num_steps == 1:
         return [0]
     wanted = [grid[0] * (i / (num_steps - 1)) ** power for i in range(num_steps)][::-1]
@@ -400,18 +401,18 @@ class _Fitting:
         self.with_x_0, self.ridge = with_x_0, ridge
         self.states = dict(zip(reference.times, reference.states, strict=True))
         if order < 1:
-            raise ValueError(f"order must be at least 1, got {order}.")
+            raise UserError(f"order must be at least 1, got {order}.")
         self.num_fit = len(reference.states[0]) if num_fit is None else num_fit
         if not 1 <= self.num_fit <= len(reference.states[0]):
-            raise ValueError(f"num_fit must lie in 1..{len(reference.states[0])}, got {self.num_fit}.")
+            raise UserError(f"num_fit must lie in 1..{len(reference.states[0])}, got {self.num_fit}.")
         self.path: list[tuple[int, _State]] = []  # the chain fitted last, state by state
 
     def fit(self, times: tuple[int, ...]) -> Fit:
         missing = [t for t in times if t not in self.states]
         if missing or not times or list(times) != sorted(set(times), reverse=True) or times[-1] < 0:
-            raise ValueError(f"times must be descending steps of the reference, got {list(times)}.")
+            raise UserError(f"times must be descending steps of the reference, got {list(times)}.")
         if times[0] != max(self.states):
-            raise ValueError(f"times must begin where the reference does, at {max(self.states)}, got {times[0]}.")
+            raise UserError(f"times must begin where the reference does, at {max(self.states)}, got {times[0]}.")
         shared = 0
         while shared < min(len(times), len(self.path)) and self.path[shared][0] == times[shared]:
             shared += 1

@@ -32,6 +32,7 @@ from ..diffusion.solvers import (
     jump_weights,
     solver_step,
 )
+from ..errors import UserError
 from .checks import Generators, Timesteps, as_int, check_generators
 from .config import EXTENSION_KEY
 from .ddpm import DDPMExtScheduler
@@ -98,7 +99,7 @@ def fitted_solvers(config: Mapping[str, Any]) -> FittedSolvers | None:
     """Return the fitted solvers of a scheduler's config, checked; None where it has none.
 
     Raises:
-        ValueError: fields that are missing or unknown, steps that are not K strictly descending ones, or coefficients
+        UserError: fields that are missing or unknown, steps that are not K strictly descending ones, or coefficients
             that are not as many finite numbers for each.
     """
     record = (config.get(EXTENSION_KEY) or {}).get("solver")
@@ -106,12 +107,12 @@ def fitted_solvers(config: Mapping[str, Any]) -> FittedSolvers | None:
         return None
     known = ("reference", "setting", "steps", "portable")
     if not isinstance(record, Mapping) or not {"reference", "steps"} <= record.keys():
-        raise ValueError(f'solver of {EXTENSION_KEY} must hold "reference" and "steps", got {record!r}.')
+        raise UserError(f'solver of {EXTENSION_KEY} must hold "reference" and "steps", got {record!r}.')
     for name in record:
         check_word(f"a field of {EXTENSION_KEY}'s solver", name, known)
     check_word("reference", record["reference"], REFERENCES)
     if not isinstance(record["steps"], Mapping) or not record["steps"]:
-        raise ValueError(f"steps of a fitted solver must map a number of calls to its fit, got {record['steps']!r}.")
+        raise UserError(f"steps of a fitted solver must map a number of calls to its fit, got {record['steps']!r}.")
     solvers = {int(K): _solver_of(K, one, config["num_train_timesteps"]) for K, one in record["steps"].items()}
     return FittedSolvers(record["reference"], dict(sorted(solvers.items())), record.get("setting") or {})
 
@@ -124,12 +125,12 @@ def _solver_of(K: str, record: Any, T: int) -> Solver:
     try:
         times, rows = list(record["timesteps"]), torch.tensor(record["coefficients"], dtype=torch.float64)
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{expected}, got {K!r}: {type(error).__name__} {error}. Calibrate again.") from None
+        raise UserError(f"{expected}, got {K!r}: {type(error).__name__} {error}. Calibrate again.") from None
     whole = all(isinstance(t, int) and not isinstance(t, bool) for t in times)
     ordered = whole and times == sorted(set(times), reverse=True) and bool(times) and 0 <= times[-1] <= times[0] < T
     fits = str(len(times)) == K and rows.ndim == 2 and len(rows) == len(times) and rows.shape[1] % 2 == 1
     if not (ordered and fits and torch.isfinite(rows).all()):
-        raise ValueError(f"{expected}, got {K!r}: {record!r}. Calibrate again.")
+        raise UserError(f"{expected}, got {K!r}: {record!r}. Calibrate again.")
     return Solver(tuple(times), rows)
 
 
@@ -222,35 +223,36 @@ class DDPMExtSolverScheduler(DDPMExtScheduler):
             trajectory: Not here.
 
         Raises:
-            ValueError: a K that was not fitted, or steps of the caller's own.
+            UserError: a K that was not fitted, or steps of the caller's own.
         """
         if timesteps is not None or trajectory is not None:
-            raise ValueError(
+            raise UserError(
                 "A fitted solver has steps of its own, from x_T to the image: give num_inference_steps alone. For "
                 "other steps use DDPMExtScheduler.from_config(scheduler.config)."
             )
         fitted = fitted_solvers(self.config)
         if fitted is None:
-            raise ValueError(
+            raise UserError(
                 "This scheduler has no fitted solver. Fit one to the network with scripts/calibrate.py --solver_steps "
                 "4,5,10, or sample with DDPMExtScheduler.from_config(scheduler.config)."
             )
-        if isinstance(num_inference_steps, bool) or num_inference_steps not in fitted.solvers:
-            raise ValueError(
+        K = num_inference_steps
+        if K is None or isinstance(K, bool) or K not in fitted.solvers:
+            raise UserError(
                 f"num_inference_steps must be one of {', '.join(map(str, fitted.solvers))}, for which a solver was "
-                f"fitted, got {num_inference_steps!r}. Fit others with scripts/calibrate.py --solver_steps, or sample "
+                f"fitted, got {K!r}. Fit others with scripts/calibrate.py --solver_steps, or sample "
                 "with DDPMExtScheduler.from_config(scheduler.config)."
             )
         self._warn_of_other_setting(fitted.setting)
-        solver = fitted.solvers[num_inference_steps]
-        self._start(self._chain_of(list(solver.times)), device)
+        solver = fitted.solvers[K]
+        self._start(self._table_of(list(solver.times)), device)
         self._rows = _rows_of(self.tables, solver, self.config["prediction_type"], fitted.reference)
         self._order, self._clips = solver.order, fitted.reference != "unclipped"
-        self._tables_of_rows = {torch.device("cpu"): _table_of(self._rows, len(self), 2 * (self._order - 1))}
+        self._tables_of_rows = {torch.device("cpu"): _weights_by_step(self._rows, len(self), 2 * (self._order - 1))}
         if device is not None:
             self._table_on(self.timesteps.device)  # here and not in the first step, which may be compiled
         self._forget()
-        self.num_inference_steps, self.custom_timesteps, self._chosen = num_inference_steps, False, True
+        self.num_inference_steps, self.custom_timesteps, self._chosen = K, False, True
 
     def warn_of_guidance(self, guidance_scale: float | None) -> None:
         """Warn when images are drawn with another guidance than the solver was fitted under."""
@@ -287,15 +289,15 @@ class DDPMExtSolverScheduler(DDPMExtScheduler):
             prev_sample x_s and pred_original_sample x̂_0, in the sample's shape and dtype.
 
         Raises:
-            ValueError: a timestep that is not the next one, one per image, or shapes that do not fit. On an
+            UserError: a timestep that is not the next one, one per image, or shapes that do not fit. On an
                 accelerator, where looking would make the host wait, the result of a wrong timestep is NaN instead.
         """
         if not self._chosen:
-            raise ValueError("Choose the number of calls first: scheduler.set_timesteps(K).")
+            raise UserError("Choose the number of calls first: scheduler.set_timesteps(K).")
         prediction, _ = reverse.split_output(model_output, sample, self.config["variance_type"])
         check_generators(generator, sample.shape[0])
         if isinstance(timestep, Tensor) and timestep.numel() != 1:
-            raise ValueError(
+            raise UserError(
                 "A fitted solver takes all images through the same steps: timestep must be one for all, got shape "
                 f"{tuple(timestep.shape)}. For one per image use DDPMExtScheduler."
             )
@@ -319,12 +321,12 @@ class DDPMExtSolverScheduler(DDPMExtScheduler):
     def _step_by_number(self, prediction: Tensor, t: int, x_t: Tensor) -> tuple[Tensor, Tensor]:
         times = self._chain.times
         if t not in self._rows:
-            raise ValueError(self._not_scheduled(t))
+            raise UserError(self._not_scheduled(t))
         if t == times[0]:
             self._forget()
         expected = times[self._next] if self._next < len(times) else times[0]
         if t != expected or (self._before and self._before[0].x_0.shape != x_t.shape):
-            raise ValueError(
+            raise UserError(
                 f"A fitted solver starts at timestep {times[0]} and takes its steps in order with the same images: "
                 f"timestep {expected} has to come now, got {t} and images of shape {tuple(x_t.shape)}. To start "
                 "elsewhere use DDPMExtScheduler.from_config(scheduler.config)."
@@ -383,7 +385,7 @@ def _rows_of(
     return found
 
 
-def _table_of(rows: Mapping[int, _Row], T: int, width: int) -> Tensor:
+def _weights_by_step(rows: Mapping[int, _Row], T: int, width: int) -> Tensor:
     """All weights by timestep, with the step that comes before in the last column; NaN where none is visited."""
     lines = []
     for before, row in zip([-1, *rows], rows.values(), strict=False):
