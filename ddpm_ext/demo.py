@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .conversion.convert import is_hub_name, open_pipeline
 from .diffusion.images import to_uint8
 from .errors import UserError
 from .evaluation.bits_per_dim import bits_per_dim
 from .evaluation.samplers import make_scheduler
 from .pipelines.ddpm import DDPMExtPipeline
+from .pipelines.loading import load_pipeline
+from .pipelines.locate import is_hub_name
 
 Shown = Literal["ddpm", "ddim"]  # the samplers whose steps tell x̂_0
 SIDE = 384  # of a shown picture, in screen pixels
@@ -53,7 +54,7 @@ class Studio:
         return f"{model}: pictures of {size}, {len(pipeline.scheduler)} steps of training."
 
     def _open(self, model: str) -> DDPMExtPipeline:
-        pipeline: Any = open_pipeline(model)
+        pipeline: Any = load_pipeline(model)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         self.pipeline = pipeline = pipeline.to(device or torch.device("cpu"))
         return pipeline

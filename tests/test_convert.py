@@ -488,8 +488,11 @@ def run_script(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
         ("--source pytorch-ddpm --checkpoint {tmp}/file --output_dir {tmp}/file", "{tmp}/file is a file"),
         ("--source diffusers --checkpoint a/b --output_dir {tmp}/file/out", "{tmp}/file is a file"),
         ("--source diffusers --checkpoint {tmp} --output_dir {tmp}/out", "model_index.json, and {tmp} holds none"),
-        ("--source diffusers --checkpoint {tmp}/run --output_dir {tmp}/out", "Give {tmp}/run/pipeline."),
-        ("--source diffusers --checkpoint {tmp}/file --output_dir {tmp}/out", "and {tmp}/file holds none"),
+        (
+            "--source diffusers --checkpoint {tmp}/run --output_dir {tmp}/out",
+            "{tmp}/run/pipeline/model_index.json names",
+        ),
+        ("--source diffusers --checkpoint {tmp}/file --output_dir {tmp}/out", "and {tmp}/file is a file"),
         ("--source diffusers --checkpoint no/such/dir --output_dir {tmp}/out", "There is no folder no/such/dir"),
         ("--source diffusers --checkpoint {tmp}/no --output_dir {tmp}/out", "There is no folder {tmp}/no"),
         ("--source diffusers --checkpoint no/such --output_dir {tmp}/out", "no/such is not in the cache"),

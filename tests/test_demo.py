@@ -215,7 +215,7 @@ def run_script(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     [
         ("--model {model}", "pip install 'ddpm-ext[demo]'"),
         ("--model nosuch/dir/here", "There is no folder nosuch/dir/here, and a model of the Hub is named user/model"),
-        ("--model {tmp}", "a folder with model_index.json, and {tmp} holds none. Give {tmp}/pipeline."),
+        ("--model {tmp}/here", "a folder with model_index.json, and {tmp}/here holds none."),
         ("--model {model} --push_to_space a/b", "named user/model, and {model} is a path on this machine"),
         ("--model here/too --push_to_space a/b", "named user/model, and here/too is a path on this machine"),
         ("--model runs/no/pipeline --push_to_space a/b", "and runs/no/pipeline is no such name. Push it first"),

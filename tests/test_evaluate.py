@@ -499,11 +499,11 @@ def test_a_folder_that_is_no_pipeline_is_a_sentence(model: Path, tmp_path: Path)
     (tmp_path / "empty").mkdir()
     shutil.copytree(model, tmp_path / "broken")
     shutil.rmtree(tmp_path / "broken" / "unet")
-    for folder in ("empty", "broken"):
-        with pytest.raises(ValueError, match=f"model must be a folder or Hub name of a DDPM pipeline.*{folder}"):
+    for folder, sentence in (("empty", "empty holds none"), ("broken", "config.json is missing")):
+        with pytest.raises(ValueError, match=sentence):
             evaluate(small(tmp_path / folder, tmp_path))
     config = CalibrateConfig(model=str(tmp_path / "empty"), extractor="pixels", cpu=True)
-    with pytest.raises(ValueError, match="model must be a folder or Hub name of a DDPM pipeline"):
+    with pytest.raises(ValueError, match="A pipeline is a folder with model_index.json"):
         calibrate(config)
 
 
@@ -513,7 +513,7 @@ def test_the_command_says_so_and_ends_with_code_1(command: str, tmp_path: Path) 
     words = [f"scripts/{command}.py", "--cpu", f"--model={tmp_path}", "--extractor=pixels"]
     code, said = finish(start([*words, f"--output_dir={tmp_path / 'out'}"]))
     assert code == 1
-    assert "error: model must be a folder or Hub name of a DDPM pipeline" in said and "Traceback" not in said
+    assert "error: A pipeline is a folder with model_index.json" in said and "Traceback" not in said
 
 
 def test_plots_that_cannot_be_drawn_are_refused_before_anything_is_measured(

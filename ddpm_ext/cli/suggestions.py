@@ -107,7 +107,7 @@ MEANT: dict[str, tuple[str, ...]] = {
     "size": ("resolution",),
     "split": ("train_split", "bpd_split"),
     "steps": ("max_train_steps", "num_inference_steps", "update"),
-    "t": ("ddpm_num_steps",),
+    "t": ("ddpm_num_steps", "num_timesteps"),
     "tensorboard": ("report_to",),
     "timestep_respacing": ("num_inference_steps",),
     "timesteps": ("ddpm_num_steps", "num_inference_steps", "num_timesteps"),

@@ -20,11 +20,10 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from ..pipelines.ddpm import DDPMExtPipeline
+from ..pipelines.loading import load_pipeline
 from ..schedulers.ddpm import DDPMExtScheduler
 from .config import AVERAGE, ConvertError, ConvertOptions
 from .state_dict_maps import CODES, Code, Place, Shape, all_places, find, measure
-
-INDEX = "model_index.json"
 
 
 def convert(options: ConvertOptions) -> Path:
@@ -41,7 +40,7 @@ def convert(options: ConvertOptions) -> Path:
     target = Path(options.output_dir)
     check_target(target, options.checkpoint)
     if options.source == "diffusers":
-        pipeline = open_pipeline(options.checkpoint, options.token)
+        pipeline = load_pipeline(options.checkpoint, options.token)
     else:
         pipeline = convert_weights(read_weights(options.checkpoint, options.weights), options)
     pipeline.save_pretrained(target)
@@ -82,34 +81,6 @@ def convert_weights(weights: Mapping[str, Tensor], options: ConvertOptions) -> D
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
-
-
-def open_pipeline(name: str, token: str | None = None) -> DDPMExtPipeline:
-    """A pipeline by its folder or its Hub name.
-
-    Raises:
-        ConvertError: it is neither.
-        HubError: the Hub does not give it.
-    """
-    folder = Path(name)
-    if folder.exists() and not (folder / INDEX).is_file():
-        inner = folder / "pipeline"
-        better = inner if (inner / INDEX).is_file() else "the folder that holds it, or a Hub name such as user/model"
-        raise ConvertError(f"A pipeline is a folder with {INDEX}, and {folder} holds none. Give {better}.")
-    if not folder.exists() and not is_hub_name(name):
-        raise ConvertError(f"There is no folder {name}, and a model of the Hub is named user/model. Look at the path.")
-    try:
-        return DDPMExtPipeline.from_pretrained(name, token=token)
-    except (AttributeError, LookupError, TypeError) as error:  # Diffusers, of an index that it does not understand
-        raise ConvertError(
-            f"{name} has a {INDEX} that is none of a DDPM, which names a unet and a scheduler: "
-            f"{type(error).__name__} {error}. Give another, or save the pipeline anew."
-        ) from error
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether a model of the Hub may be called so: one slash between two names, neither of them "." or ".."."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
 def read_weights(path: str | os.PathLike[str], which: str = AVERAGE) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 from ..diffusion.words import SPACINGS, Cdf, DecoderVariance, Trajectory, VarianceType, check_word
 from ..options import option
+from ..pipelines.locate import run_folder
 from .words import HandOff, Metric, Sampler, Score
 
 OF_BOUND = ("bpd", "rate_distortion")
@@ -110,10 +111,7 @@ class EvalConfig:
         """Where eval.json goes."""
         if self.output_dir is not None:
             return Path(self.output_dir)
-        path = Path(self.model)
-        if path.name == "pipeline" and path.is_dir():
-            return path.parent
-        return Path("evals") / path.name
+        return run_folder(self.model) or Path("evals") / Path(self.model).name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,8 @@ from accelerate import Accelerator
 from ..data.dataset import ImageSet, load_images
 from ..distributed import check_world
 from ..pipelines.identity import network_hash, scheduler_options, weights_hash
+from ..pipelines.loading import load_pipeline
+from ..pipelines.locate import run_folder
 from ..run_dir import environment, read_json, write_atomically, write_json
 from .config import EvalConfig, recorded, words_of
 from .features import Extractor, make_extractor
@@ -31,7 +33,6 @@ from .measure import (
     bits_of,
     images_and_labels,
     is_fixed,
-    load_pipeline,
     rows_of,
     sample_features,
     set_bound,
@@ -316,10 +317,10 @@ class Session:
 
     def averaged(self) -> bool | None:
         """Whether the weights are averages, as the option or the run's record says; None where nothing does."""
-        record = Path(self.config.model).parent / "config.json"
-        if self.config.averaged is not None or not (Path(self.config.model).name == "pipeline" and record.exists()):
+        run = run_folder(self.config.model)
+        if self.config.averaged is not None or run is None or not (run / "config.json").exists():
             return self.config.averaged
-        return read_json(record).get("config", {}).get("use_ema")
+        return read_json(run / "config.json").get("config", {}).get("use_ema")
 
     def draw(self, figures: list[dict[str, Any]]) -> None:
         """The plots that the measurements allow, in the folder `plots`."""

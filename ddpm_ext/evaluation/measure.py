@@ -22,7 +22,6 @@ from ..diffusion.likelihood import gaussian_kl
 from ..diffusion.process import jump
 from ..diffusion.reverse import reverse_log_var, variance_bounds
 from ..diffusion.words import Cdf, DecoderVariance
-from ..hub.retry import HubError
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.sampling import images_from_seeds
 from ..schedulers.config import extension
@@ -50,28 +49,6 @@ class SetBound(NamedTuple):
 
     bits_per_dim: BitsPerDim  # per image; standard_error that of the mean over the set
     sweep: Sweep | None  # None where the steps were sampled
-
-
-def load_pipeline(model: str) -> DDPMExtPipeline:
-    """A pipeline from a folder or the Hub, its bars off.
-
-    Raises:
-        ValueError: what lies there is no pipeline of a UNet2DModel and a scheduler.
-        HubError: it cannot be had.
-    """
-    try:
-        pipeline: Any = DDPMExtPipeline.from_pretrained(model)
-    except HubError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"model must be a folder or Hub name of a DDPM pipeline, got {model!r}: {reason}") from error
-    if not isinstance(pipeline.unet, UNet2DModel):
-        raise ValueError(
-            f"model must be a pipeline of a UNet2DModel, got a {type(pipeline.unet).__name__} in {model!r}."
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def labels_in_turn(pipeline: DDPMExtPipeline, numbers: range) -> list[int] | None:

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_token
+from huggingface_hub import constants, get_token, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import validate_repo_id
 
 from .checksums import has_checksum
 from .client import Client, State
 from .messages import Operation, hub_errors
-from .pipeline_files import INDEX
+from .pipeline_files import INDEX, read_record
 from .retry import HubError, RetryPolicy, is_connection_error, is_transient, response_of, retried, short
 
-__all__ = ["pull"]
+__all__ = ["pull", "pull_config"]
 logger = logging.getLogger(__name__)
 
 
@@ -53,6 +53,41 @@ def pull(
     """
     options |= {"revision": revision, "token": token, "cache_dir": cache_dir}
     return _Pull(download, repo_id, options, retry).run()
+
+
+def pull_config(
+    repo_id: str,
+    names: Sequence[str],
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    retry: RetryPolicy | None = None,
+) -> dict[str, Any]:
+    """Return the object in the first of these JSON files that a repository of the Hub holds.
+
+    Args:
+        repo_id: "user/model".
+        names: Names of the files.
+        token: None takes HF_TOKEN or the one of `hf auth login`, False none.
+        cache_dir: None takes HF_HUB_CACHE.
+        retry: How often and how long failing calls are retried.
+
+    Raises:
+        HubError: it holds none of them, or cannot be asked; says what to do about it.
+    """
+    has_token = token is not False and bool(token if isinstance(token, str) else get_token())
+    with hub_errors(Operation(repo_id, "pull", "the same command", has_token=has_token)):
+        validate_repo_id(repo_id)
+        for name in names:
+            cached = try_to_load_from_cache(repo_id, name, cache_dir=cache_dir)
+            if isinstance(cached, str):
+                return read_record(Path(cached))
+        known = Client(token, retry).state(repo_id, None).checksums
+        name = next((name for name in names if name in known), None)
+        if name is None:
+            raise HubError(f"{repo_id} holds neither {' nor '.join(names)}: it is no network of Diffusers.")
+        path = retried(lambda: hf_hub_download(repo_id, name, token=token, cache_dir=cache_dir), retry)
+        return read_record(Path(path))
 
 
 class _Pull:

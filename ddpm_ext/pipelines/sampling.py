@@ -19,6 +19,7 @@ from ..signals import PREEMPTED, StopRequest, die_with_launcher, exit_process
 from .config import SampleConfig
 from .ddpm import DDPMExtPipeline
 from .identity import identity
+from .loading import load_pipeline
 
 __all__ = [
     "POLL_EVERY",
@@ -168,7 +169,7 @@ class _Folder:
 
     def __init__(self, config: SampleConfig, accelerator: Accelerator) -> None:
         self.config, self.path = config, Path(config.output_dir)
-        self.pipeline = DDPMExtPipeline.from_pretrained(config.model).to(accelerator.device)
+        self.pipeline = load_pipeline(config.model).to(accelerator.device)
         options = {name: value for name, value in asdict(config).items() if name not in _FREE}
         self.record = {"model": config.model, **options, **identity(self.pipeline)}
         if config.dtype != "float32":

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DModel
@@ -23,6 +21,7 @@ from ..data.spec import DataSpec
 from ..data.streaming import ImageStream, stream_images
 from ..diffusion.words import LEARNED_VARIANCES
 from ..models.unet import UNET_PRESETS, build_unet, unet_config
+from ..pipelines.loading import load_network_config
 from ..run_dir import RunError
 from ..schedulers.ddpm import DDPMExtScheduler
 from .config import TrainConfig
@@ -153,17 +152,6 @@ def network_config(config: TrainConfig) -> dict[str, Any]:
     if config.variance_type in LEARNED_VARIANCES:
         found["out_channels"] = 2 * channels
     return found
-
-
-def load_network_config(source: str, cache_dir: str | None) -> dict[str, Any]:
-    """A network's configuration from a JSON file, the folder of a network or of a pipeline, or the Hub."""
-    path = Path(source)
-    for file in (path, path / "config.json", path / "unet" / "config.json"):
-        if file.is_file():
-            return json.loads(file.read_text(encoding="utf-8"))
-    if path.exists():
-        raise RunError(f"--model_config_name_or_path {source} holds neither config.json nor unet/config.json.")
-    return cast(dict[str, Any], UNet2DModel.load_config(source, cache_dir=cache_dir))
 
 
 def named_data(config: TrainConfig) -> tuple[str | None, str | None, str | None, str, str | None, str | None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..hub.retry import HubError
 from ..pipelines.ddpm import DDPMExtPipeline
+from ..pipelines.loading import load_pipeline
 from ..publishing.publisher import Publisher
 from ..run_dir import RunDir, RunError
 from .checkpoint import checkpoint_name
@@ -58,7 +59,7 @@ def reconstruct(config: ReconstructConfig) -> int:
     end = config.update or max(update for update, _ in marks)
     used = [(path, mark) for path, mark in zip(paths, marks, strict=True) if mark[0] <= end]
     weights = reconstruction_weights([n for _, (n, _) in used], [s for _, (_, s) in used], end, config.sigma_rel)
-    pipeline = DDPMExtPipeline.from_pretrained(run.pipeline)
+    pipeline = load_pipeline(run.pipeline)
     pipeline.unet.load_state_dict(weighted_sum((load_file(path) for path, _ in used), weights))
     assert config.output_dir is not None  # set when the options were built
     pipeline.save_pretrained(config.output_dir)

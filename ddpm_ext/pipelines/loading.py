@@ -1,0 +1,94 @@
+"""The one way in which commands load a model: a run folder, a pipeline's folder or a name on the Hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DModel
+from safetensors import SafetensorError
+
+from ..errors import UserError
+from ..hub.download import pull_config
+from ..hub.pipeline_files import check_not_pointer, component_names, read_record
+from .ddpm import DDPMExtPipeline
+from .locate import INDEX, find_pipeline
+
+__all__ = ["load_network_config", "load_pipeline"]
+
+
+def load_pipeline(model: str | os.PathLike[str], token: str | None = None) -> DDPMExtPipeline:
+    """Load a pipeline of a UNet2DModel and a scheduler, its progress bars off.
+
+    Args:
+        model: A run folder, the folder of a pipeline, or user/model on the Hub.
+        token: For a private repository; None takes the stored one.
+
+    Raises:
+        UserError: there is none of that name, it is incomplete, or it is of another kind.
+        HubError: it cannot be had from the Hub.
+    """
+    folder = find_pipeline(model)
+    if not os.path.isdir(folder):
+        folder = DDPMExtPipeline.download(folder, token=token)
+    _check_parts(Path(folder))
+    try:
+        pipeline: Any = DDPMExtPipeline.from_pretrained(folder)
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:  # what Diffusers says of files; no bug of ours is told so
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"The pipeline {model} cannot be loaded: {reason}") from error
+    if not isinstance(pipeline.unet, UNet2DModel):
+        raise UserError(
+            f"model must be a pipeline of a UNet2DModel, got a {type(pipeline.unet).__name__} in {os.fspath(model)}."
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_network_config(source: str | os.PathLike[str], cache_dir: str | None = None) -> dict[str, Any]:
+    """Load the options of a UNet2DModel, without its weights.
+
+    Args:
+        source: A JSON file, the folder of a network, a pipeline or a run, or user/model on the Hub.
+        cache_dir: Where downloads are kept; None for the usual place.
+
+    Raises:
+        UserError: there is no such file, or it holds no options.
+        HubError: it cannot be had from the Hub.
+    """
+    path = Path(source)
+    places = ("unet/config.json", "pipeline/unet/config.json", "config.json")
+    for file in (path, *(path / place for place in places)):
+        if file.is_file():
+            return read_record(file)
+    if path.is_dir():
+        raise UserError(f"{path} holds neither {places[0]} nor {places[2]}: it is the folder of no network.")
+    return pull_config(find_pipeline(source), (places[0], places[2]), cache_dir=cache_dir)
+
+
+def _check_parts(folder: Path) -> None:
+    """Refuse a folder without unet or scheduler, or with pointers of Git LFS in place of weights.
+
+    Raises:
+        UserError: names the first that is missing.
+    """
+    names = component_names(folder / INDEX)
+    missing = [part for part in ("unet", "scheduler") if part not in names]
+    if missing:
+        raise UserError(
+            f"{folder / INDEX} names {', '.join(names) or 'no parts'}: a DDPM is a unet and a scheduler, and "
+            f"{' and '.join(missing)} is not among them. Give another pipeline, or save this one anew."
+        )
+    unet, scheduler = (folder / part if (folder / part).is_dir() else folder for part in ("unet", "scheduler"))
+    for file in (unet / "config.json", scheduler / "scheduler_config.json"):
+        if not file.is_file():
+            raise UserError(f"{file} is missing, and {folder / INDEX} needs it: save or download the pipeline anew.")
+        read_record(file)
+    weights = [path for path in unet.glob("diffusion_pytorch_model*") if path.suffix in (".safetensors", ".bin")]
+    if not weights:
+        raise UserError(f"{unet} holds no weights (diffusion_pytorch_model.safetensors): save or download it anew.")
+    for path in weights:
+        check_not_pointer(path)
