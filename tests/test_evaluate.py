@@ -503,7 +503,7 @@ def test_a_folder_that_is_no_pipeline_is_a_sentence(model: Path, tmp_path: Path)
         with pytest.raises(ValueError, match=sentence):
             evaluate(small(tmp_path / folder, tmp_path))
     config = CalibrateConfig(model=str(tmp_path / "empty"), extractor="pixels", cpu=True)
-    with pytest.raises(ValueError, match="A pipeline is a folder with model_index.json"):
+    with pytest.raises(ValueError, match="A pipeline is a folder with model_index"):
         calibrate(config)
 
 
