@@ -67,17 +67,17 @@ def jump(tables: Tables, t: Tensor, s: Tensor | None = None) -> Jump:
     s = t - 1 if s is None else check_targets(s, t)
     clean = s < 0
     s = s.clamp(min=0)
-    log_alpha_bar_t = tables.log_alpha_bar[t]
-    log_alpha_bar_s = tables.log_alpha_bar[s].masked_fill(clean, 0.0)
-    alpha_bar_s = tables.alpha_bar[s].masked_fill(clean, 1.0)
-    one_minus_alpha_bar_t = tables.one_minus_alpha_bar[t]
-    one_minus_alpha_bar_s = tables.one_minus_alpha_bar[s].masked_fill(clean, 0.0)
+    log_alpha_bar_t = entries(tables.log_alpha_bar, t)
+    log_alpha_bar_s = entries(tables.log_alpha_bar, s).masked_fill(clean, 0.0)
+    alpha_bar_s = entries(tables.alpha_bar, s).masked_fill(clean, 1.0)
+    one_minus_alpha_bar_t = entries(tables.one_minus_alpha_bar, t)
+    one_minus_alpha_bar_s = entries(tables.one_minus_alpha_bar, s).masked_fill(clean, 0.0)
 
     # 1 - ᾱ_t/ᾱ_s loses its digits where the two are close; expm1 of the logarithms keeps them.
     log_a = log_alpha_bar_t - log_alpha_bar_s
     a, b = log_a.exp(), -torch.expm1(log_a)
     return Jump(
-        alpha_bar_t=tables.alpha_bar[t],
+        alpha_bar_t=entries(tables.alpha_bar, t),
         alpha_bar_s=alpha_bar_s,
         one_minus_alpha_bar_t=one_minus_alpha_bar_t,
         one_minus_alpha_bar_s=one_minus_alpha_bar_s,
@@ -106,7 +106,7 @@ def x_0_weights(tables: Tables, t: Tensor, prediction_type: PredictionType) -> A
         Float64 weights in the shape of t. Where ᾱ_t = 0, epsilon has none: they are infinite.
     """
     check_range(t, tables)
-    alpha_bar, one_minus_alpha_bar = tables.alpha_bar[t], tables.one_minus_alpha_bar[t]
+    alpha_bar, one_minus_alpha_bar = entries(tables.alpha_bar, t), entries(tables.one_minus_alpha_bar, t)
     if prediction_type == "epsilon":
         return Affine(alpha_bar.rsqrt(), -(one_minus_alpha_bar / alpha_bar).sqrt())
     if prediction_type == "sample":
@@ -129,7 +129,7 @@ def eps_weights(tables: Tables, t: Tensor, prediction_type: PredictionType) -> A
     Returns:
         Float64 weights in the shape of t; epsilon is the output itself.
     """
-    signal, rstd = tables.alpha_bar[t].sqrt(), tables.one_minus_alpha_bar[t].rsqrt()
+    signal, rstd = entries(tables.alpha_bar, t).sqrt(), entries(tables.one_minus_alpha_bar, t).rsqrt()
     if prediction_type == "epsilon":
         return Affine(torch.zeros_like(rstd), torch.ones_like(rstd))
     x_0 = x_0_weights(tables, t, prediction_type)
@@ -268,6 +268,11 @@ def training_target(
     check_word("prediction_type", prediction_type, get_args(PredictionType))
     alpha_bar = tables.alpha_bar[check_steps(t, x_0, tables)]
     return weighted_sum(eps, alpha_bar.sqrt(), x_0, -tables.one_minus_alpha_bar[t].sqrt())
+
+
+def entries(table: Tensor, t: Tensor) -> Tensor:
+    """Return a table's entries at t of any shape; indexing by a 0-d tensor would make the host wait for it."""
+    return table.index_select(0, t.reshape(-1)).reshape(t.shape)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -51,16 +51,17 @@ def decoder_log_var(tables: Tables, kept: list[int] | None = None, convention: D
     if tables.num_timesteps == 1:
         return tables.beta[0].log()
     n_1, n_2 = kept[:2] if convention == "respaced" and kept is not None and len(kept) > 1 else (0, 1)
-    device = tables.beta.device
-    return jump(tables, torch.tensor(n_2, device=device), torch.tensor(n_1, device=device)).var.log()
+    # Entries by a Python number, unlike those by a tensor, are had without a wait of the host.
+    b = -torch.expm1(tables.log_alpha_bar[n_2] - tables.log_alpha_bar[n_1])
+    return (b * tables.one_minus_alpha_bar[n_1] / tables.one_minus_alpha_bar[n_2]).log()
 
 
-def variance_bounds(step: Jump, last_log_var: Tensor) -> tuple[Tensor, Tensor]:
+def variance_bounds(step: Jump, last_log_var: Tensor | float) -> tuple[Tensor, Tensor]:
     r"""(log β̃, log b) of each jump, log β̃ replaced by `last_log_var` at the last one, where β̃ = 0.
 
     Args:
         step: Coefficients of any shape.
-        last_log_var: 0-d, `decoder_log_var`.
+        last_log_var: A number or 0-d, `decoder_log_var`.
     """
     return torch.where(step.var > 0, step.var.log(), last_log_var), step.b.log()
 
@@ -171,7 +172,7 @@ def p_mean_variance(
     prediction_type: PredictionType = "epsilon",
     variance_type: VarianceType = "fixed_small",
     clip: Clip = None,
-    last_log_var: Tensor | None = None,
+    last_log_var: Tensor | float | None = None,
     log_optimal: Tensor | None = None,
 ) -> ReverseStep:
     r"""The network's step back: p(x_s | x_t) = N(c1 x̂_0 + c2 x_t, σ² I).
@@ -185,7 +186,7 @@ def p_mean_variance(
         prediction_type: What the first C channels are.
         variance_type: Which σ².
         clip: x̂_0 is clamped to ±clip; None for not at all, as in training on the bound; or a function of x̂_0.
-        last_log_var: log σ² of the last jump, 0-d; None means `decoder_log_var(tables)`.
+        last_log_var: log σ² of the last jump, a number or 0-d; None means `decoder_log_var(tables)`.
         log_optimal: log σ*² of each image's jump, shape (B,); only for variance_type "analytic".
 
     Returns:

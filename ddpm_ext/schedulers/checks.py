@@ -9,14 +9,26 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..diffusion.schedules import is_whole
 from ..errors import UserError
+
+__all__ = [
+    "Generators",
+    "Timesteps",
+    "as_int",
+    "as_steps",
+    "check_generators",
+    "check_ints",
+    "check_one_per_image",
+    "draw_noise",
+]
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Timesteps = int | Tensor
 
 
 def draw_noise(sample: Tensor, generator: Generators) -> Tensor:
-    """z ~ N(0, I) in the sample's shape and dtype, drawn as Diffusers draws it."""
+    """Draw z ~ N(0, I) in the sample's shape and dtype, drawn as Diffusers draws it."""
     if generator is None:
         return torch.randn(sample.shape, device=sample.device, dtype=sample.dtype)
     generator = check_generators(generator, sample.shape[0])
@@ -24,7 +36,7 @@ def draw_noise(sample: Tensor, generator: Generators) -> Tensor:
 
 
 def check_generators(generator: Generators, num_images: int) -> torch.Generator | list[torch.Generator] | None:
-    """The generator, or the list of one per image; a UserError for anything else."""
+    """Return the generator, or the list of one per image; a UserError for anything else."""
     if generator is None or isinstance(generator, torch.Generator):
         return generator
     if (
@@ -40,7 +52,7 @@ def check_generators(generator: Generators, num_images: int) -> torch.Generator 
 
 
 def as_int(timestep: Timesteps) -> int:
-    """One timestep as an int; a UserError for fractions, booleans and tensors of several."""
+    """Return one timestep as an int; a UserError for fractions, booleans and tensors of several."""
     if not isinstance(timestep, bool) and not (isinstance(timestep, Tensor) and timestep.dtype == torch.bool):
         try:
             return operator.index(timestep)  # pyright: ignore[reportArgumentType]
@@ -50,13 +62,21 @@ def as_int(timestep: Timesteps) -> int:
 
 
 def as_steps(name: str, timesteps: Timesteps, device: torch.device | None = None) -> Tensor:
-    """Timesteps as an int64 tensor of their own shape, () or (B,)."""
+    """Return timesteps as an int64 tensor of their own shape, () or (B,), on a device without a wait of the host."""
+    if not isinstance(timesteps, Tensor) and is_whole(timesteps):
+        return torch.full((), int(timesteps), dtype=torch.int64, device=device)
     try:
-        t = torch.as_tensor(timesteps, device=device)
+        t = torch.as_tensor(timesteps)
     except (TypeError, ValueError, RuntimeError):
         raise UserError(f"{name} must be an int or a tensor of ints, got {timesteps!r}.") from None
     check_ints(name, t)
-    return t.long()
+    if device is None or device == t.device:
+        return t.long()
+    if t.device.type == "cpu" and t.numel() == 1:
+        return torch.full(t.shape, int(t), dtype=torch.int64, device=device)
+    if t.device.type == "cpu" and device.type not in ("meta", "mps"):
+        t = t.pin_memory()  # from other memory the copy would make the host wait
+    return t.to(device, torch.int64, non_blocking=True)
 
 
 def check_ints(name: str, t: Tensor) -> None:

@@ -1,15 +1,27 @@
-"""The scheduler's options: their words and ranges."""
+"""The scheduler's options as one typed record, parsed and checked once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, get_args
 
+from ..diffusion import reverse
 from ..diffusion.schedules import Tables, warn_if_signal_remains
-from ..diffusion.words import LEARNED_VARIANCES, SPACINGS, PredictionType, Trajectory, VarianceType, check_word
+from ..diffusion.words import (
+    LEARNED_VARIANCES,
+    SPACINGS,
+    PredictionType,
+    TimestepSpacing,
+    Trajectory,
+    VarianceType,
+    check_word,
+)
 from ..errors import UserError
+
+__all__ = ["EXTENSION_KEY", "Extension", "SchedulerOptions", "check_terminal_snr", "extension", "parse_options"]
 
 EXTENSION_KEY = "_ddpm_ext"  # the one config key of ours: stock classes neither warn about nor drop a leading "_"
 
@@ -27,6 +39,7 @@ class Extension:
         trajectories: Optimal trajectories found before, K -> ascending code indices.
         standard_error: Standard errors of mse_eps, T numbers.
         solver: Fitted solvers of DDPMExtSolverScheduler; see `schedulers.solver.fitted_solvers`.
+        guidance_scale: w of the class guidance that all of this was measured with; 0 is none.
     """
 
     mse_eps: Sequence[float] | None = None
@@ -36,10 +49,75 @@ class Extension:
     trajectories: Mapping[str, Sequence[int]] = field(default_factory=dict)
     standard_error: Sequence[float] | None = None
     solver: Mapping[str, Any] | None = None
+    guidance_scale: float = 0.0
+
+
+@dataclass(frozen=True)
+class SchedulerOptions:
+    """The options of `DDPMExtScheduler` that a step needs; their meaning stands there."""
+
+    num_train_timesteps: int
+    variance_type: VarianceType
+    prediction_type: PredictionType
+    clip_sample: bool
+    clip_sample_range: float
+    thresholding: bool
+    dynamic_thresholding_ratio: float
+    sample_max_value: float
+    timestep_spacing: TimestepSpacing
+    steps_offset: int
+    extension: Extension
+
+    @property
+    def clip(self) -> reverse.Clip:
+        """How x̂_0 is bounded: a number, a function, or None."""
+        if self.thresholding:
+            return partial(
+                reverse.threshold_x_0, quantile=self.dynamic_thresholding_ratio, max_value=self.sample_max_value
+            )
+        return self.clip_sample_range if self.clip_sample else None
+
+    @property
+    def lacks_errors(self) -> bool:
+        """Whether the analytic variance waits for measured errors."""
+        return self.variance_type == "analytic" and self.extension.mse_eps is None
+
+
+def parse_options(config: Mapping[str, Any]) -> SchedulerOptions:
+    """Return the options of a config, checked.
+
+    Args:
+        config: Every option by name, and `_ddpm_ext` where there is one.
+
+    Raises:
+        UserError: an option that is not one of its words or outside its range, or a wrong field (`extension`).
+    """
+    names = [f.name for f in fields(SchedulerOptions) if f.name != "extension"]
+    values: dict[str, Any] = {name: config[name] for name in names}
+    check_word("variance_type", values["variance_type"], get_args(VarianceType))
+    check_word("prediction_type", values["prediction_type"], get_args(PredictionType))
+    if values["timestep_spacing"] == "even":
+        raise UserError(
+            'timestep_spacing "even" is no spacing of Diffusers: keep one of '
+            f'{", ".join(map(repr, SPACINGS))} and choose set_timesteps(K, trajectory="even"), or '
+            f'{{"trajectory": "even"}} in {EXTENSION_KEY}.'
+        )
+    check_word("timestep_spacing", values["timestep_spacing"], SPACINGS)
+    T = values["num_train_timesteps"]
+    rules: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+        ("clip_sample_range", lambda v: v > 0, "a positive number"),
+        ("sample_max_value", lambda v: v > 0, "a positive number"),
+        ("dynamic_thresholding_ratio", lambda v: 0 <= v <= 1, "between 0 and 1"),
+        ("steps_offset", lambda v: isinstance(v, int) and 0 <= v < T, f"an int from 0 to {T - 1}"),
+    )
+    for name, fits, expected in rules:
+        if not fits(values[name]):
+            raise UserError(f"{name} must be {expected}, got {values[name]!r}.")
+    return SchedulerOptions(**values, extension=extension(config))
 
 
 def extension(config: Mapping[str, Any]) -> Extension:
-    """The extension's fields of a config, checked.
+    """Return the extension's fields of a config, checked.
 
     Raises:
         UserError: an unknown field, a list that does not hold one number per step, η outside [0, 1], a trajectory
@@ -63,6 +141,8 @@ def extension(config: Mapping[str, Any]) -> Extension:
             f"eta = {found.eta} fixes the noise of the DDIM family, which variance_type "
             f'"{config["variance_type"]}" learns. Use a fixed variance or "analytic".'
         )
+    if not _are((int, float), [found.guidance_scale]) or not 0 <= found.guidance_scale < math.inf:
+        raise UserError(f"guidance_scale must be a number of at least 0, got {found.guidance_scale!r}.")
     if found.trajectory is not None:
         check_word("trajectory", found.trajectory, get_args(Trajectory))
     return found
@@ -99,38 +179,12 @@ def _check_trajectories(trajectories: Any, T: int) -> None:
             )
 
 
-def check_options(config: Mapping[str, Any]) -> None:
-    """Raise a UserError for an option that is not one of its words or outside its range."""
-    check_word("variance_type", config["variance_type"], get_args(VarianceType))
-    check_word("prediction_type", config["prediction_type"], get_args(PredictionType))
-    if config["timestep_spacing"] == "even":
-        raise UserError(
-            'timestep_spacing "even" is no spacing of Diffusers: keep one of '
-            f'{", ".join(map(repr, SPACINGS))} and choose set_timesteps(K, trajectory="even"), or '
-            f'{{"trajectory": "even"}} in {EXTENSION_KEY}.'
-        )
-    check_word("timestep_spacing", config["timestep_spacing"], SPACINGS)
-    ranges = {
-        "clip_sample_range": (config["clip_sample_range"] > 0, "a positive number"),
-        "sample_max_value": (config["sample_max_value"] > 0, "a positive number"),
-        "dynamic_thresholding_ratio": (0 <= config["dynamic_thresholding_ratio"] <= 1, "between 0 and 1"),
-        "steps_offset": (
-            isinstance(config["steps_offset"], int) and 0 <= config["steps_offset"] < config["num_train_timesteps"],
-            f"an int from 0 to {config['num_train_timesteps'] - 1}",
-        ),
-    }
-    for name, (fits, expected) in ranges.items():
-        if not fits:
-            raise UserError(f"{name} must be {expected}, got {config[name]!r}.")
-    extension(config)
-
-
-def check_terminal_snr(config: Mapping[str, Any], tables: Tables) -> None:
+def check_terminal_snr(options: SchedulerOptions, tables: Tables) -> None:
     """Refuse epsilon prediction where ᾱ_T = 0 is sure to be visited; warn where ᾱ_T is far from 0."""
     gone = tables.alpha_bar[-1].item() == 0
-    if gone and config["prediction_type"] == "epsilon" and config["timestep_spacing"] != "leading":
+    if gone and options.prediction_type == "epsilon" and options.timestep_spacing != "leading":
         raise UserError(
-            f"timestep_spacing {config['timestep_spacing']!r} visits the last step, whose signal is gone (ᾱ_T = 0): "
+            f"timestep_spacing {options.timestep_spacing!r} visits the last step, whose signal is gone (ᾱ_T = 0): "
             'epsilon prediction is undefined there. Use prediction_type "v_prediction" or "sample".'
         )
     warn_if_signal_remains(tables)

@@ -16,11 +16,19 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from torch import Tensor
 
-from ..diffusion import analytic, process, reverse
+from ..diffusion import process, reverse
 from ..diffusion.process import Gaussian
-from ..diffusion.reverse import Clip, ReverseStep
+from ..diffusion.reverse import ReverseStep
 from ..diffusion.schedules import Tables, make_tables
-from ..diffusion.words import BetaSchedule, DecoderVariance, PredictionType, TimestepSpacing, Trajectory, VarianceType
+from ..diffusion.words import (
+    LEARNED_VARIANCES,
+    BetaSchedule,
+    DecoderVariance,
+    PredictionType,
+    TimestepSpacing,
+    Trajectory,
+    VarianceType,
+)
 from ..errors import UserError
 from .checks import (
     Generators,
@@ -32,12 +40,7 @@ from .checks import (
     check_one_per_image,
     draw_noise,
 )
-from .config import (
-    EXTENSION_KEY,
-    check_options,
-    check_terminal_snr,
-    extension,
-)
+from .config import EXTENSION_KEY, SchedulerOptions, check_terminal_snr, parse_options
 from .portable import stock_words, true_config, true_defaults
 from .step_table import (
     StepTable,
@@ -48,6 +51,8 @@ from .step_table import (
     make_step_table,
     measured_errors,
 )
+
+__all__ = ["DDPMExtScheduler"]
 
 
 class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
@@ -112,8 +117,8 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         self.tables: Tables = make_tables(
             beta_schedule, num_train_timesteps, beta_start, beta_end, betas, rescale_betas_zero_snr
         )
-        check_options(self.config)
-        check_terminal_snr(self.config, self.tables)
+        options = parse_options(self.config)
+        check_terminal_snr(options, self.tables)
         self._device_tables: dict[torch.device, Tables] = {}
         self._device_roots: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -126,13 +131,14 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         self.custom_timesteps = False
         self.num_inference_steps: int | None = None
         # Nobody has asked for the full chain yet: `step` refuses the one timestep that epsilon may not be able to take.
-        self._start(self._table_of(list(range(num_train_timesteps - 1, -1, -1))), device=None)
+        full_chain = list(range(num_train_timesteps - 1, -1, -1))
+        self._start(make_step_table(self.tables, full_chain, options), device=None)
 
     # -- config: one key of ours, stock words on disk ---------------------------------------------------------------
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """A scheduler from the config of this class or of any compatible stock scheduler; see `true_config`."""
+        """Return a scheduler from the config of this class or of any compatible stock scheduler; see `true_config`."""
         if isinstance(config, dict):
             config = true_config(config, cls)
             kwargs = {k: v for k, v in true_config(kwargs, cls).items() if k != "_use_default_values"}
@@ -147,12 +153,17 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         if "_use_default_values" in kwargs:
             kwargs["_use_default_values"] = true_defaults(kwargs, type(self))
         super().register_to_config(**kwargs)
-        if "_chain" in self.__dict__:
+        if "_table" in self.__dict__:
             try:
                 self._current_table()  # here and not in the first step, which may be compiled
-            except ValueError:
+            except UserError:
                 self._internal_dict = before
                 raise
+
+    @property
+    def options(self) -> SchedulerOptions:
+        """The options that a step needs, parsed once from the config."""
+        return self._current_table().options
 
     @property
     def variance_type(self) -> VarianceType:
@@ -160,7 +171,7 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         return self.config["variance_type"]
 
     def to_json_string(self) -> str:
-        """The portable config: stock's class name and values that stock samples rightly, ours in `_ddpm_ext`.
+        """Return the portable config: stock's class name and values that stock samples rightly, ours in `_ddpm_ext`.
 
         What stock cannot sample at all keeps a word that stock refuses, so that it raises instead of drawing a wrong
         picture.
@@ -208,10 +219,10 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
                 raise UserError("timesteps and trajectory both name the steps: give one of them.")
             times = checked_timesteps(timesteps, len(self))
         else:
-            times = chosen_timesteps(self.tables, self.config, num_inference_steps, trajectory)[::-1]
-        chain = self._table_of(times)
-        check_usable(chain)
-        self._start(chain, device)
+            times = chosen_timesteps(self.tables, self.options, num_inference_steps, trajectory)[::-1]
+        table = make_step_table(self.tables, times, self.options)
+        check_usable(table)
+        self._start(table, device)
         self.num_inference_steps = len(times)
         self.custom_timesteps = timesteps is not None
 
@@ -226,7 +237,7 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         """
         t = as_steps("timestep", timestep)
         self._check_steps(t)
-        return self._current_table().previous.to(t.device)[t]
+        return process.entries(self._current_table().on(t.device).previous, t)
 
     # -- the reverse process ----------------------------------------------------------------------------------------
 
@@ -258,23 +269,24 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
 
         Source: Ho et al. 2020, arXiv:2006.11239, Algorithm 2, Eqs. (6)-(7).
         """
-        chain = self._current_table()
-        if chain.lacks_errors:
-            measured_errors(self.config, 'variance_type "analytic"')
-        prediction, head = reverse.split_output(model_output, sample, self.config["variance_type"])
+        table = self._current_table()
+        options = table.options
+        if options.lacks_errors:
+            measured_errors(options, 'variance_type "analytic"')
+        prediction, head = reverse.split_output(model_output, sample, options.variance_type)
         dtype = process.compute_dtype(sample)
         x_t, prediction = sample.to(dtype), prediction.to(dtype)
-        weights = self._weights(chain, timestep, x_t)
+        weights = self._weights(table, timestep, x_t)
 
-        x_0 = self._predict_x_0(prediction, x_t, weights)
+        x_0 = _predict_x_0(prediction, x_t, weights, options)
         if isinstance(weights.noisy, float) and not weights.noisy:
             check_generators(generator, sample.shape[0])
             x_s = _mix(x_0, weights.c1, x_t, weights.c2)
         else:
             z = draw_noise(sample, generator).to(dtype)
-            std = weights.std if head is None else self._learned_std(weights, head.to(dtype))
+            std = weights.std if head is None else _learned_std(weights, head.to(dtype), options)
             x_s = _add_to_noise(z, std, x_0, weights.c1, x_t, weights.c2)
-        if chain.uses_output:
+        if options.extension.eta != 1:
             x_s = x_s + weights.c3 * prediction
 
         x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
@@ -291,26 +303,26 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
             sample: x_t.
             decoder_variance: Which log σ² stands at the last jump (`reverse.decoder_log_var`).
         """
-        t, s = self._jump_times(timestep, sample)
-        tables = self._tables_on(t.device)
-        if extension(self.config).eta != 1:
+        table = self._current_table()
+        options = table.options
+        if options.extension.eta != 1:
             raise UserError("p(x_s | x_t) of the bound is DDPM's: it needs eta = 1 in the config's _ddpm_ext.")
-        last = reverse.decoder_log_var(self.tables, self._current_table().times[::-1], decoder_variance)
-        log_optimal = None
-        if self.config["variance_type"] == "analytic":
-            mse_eps = measured_errors(self.config, 'variance_type "analytic"')
-            log_optimal = analytic.optimal_variance(self.tables, mse_eps, s.cpu(), t.cpu()).log().to(tables.beta)
+        if options.lacks_errors:
+            measured_errors(options, 'variance_type "analytic"')
+        t, s = self._jump_times(timestep, sample)
+        analytic = options.variance_type == "analytic"
+        last = reverse.decoder_log_var(self.tables, table.timesteps[::-1], decoder_variance)
         return reverse.p_mean_variance(
             model_output,
             sample,
             t,
-            tables,
+            self._tables_on(t.device),
             s=s,
-            prediction_type=self.config["prediction_type"],
-            variance_type=self.config["variance_type"],
-            clip=self._clip(),
-            last_log_var=last.to(tables.beta),
-            log_optimal=log_optimal,
+            prediction_type=options.prediction_type,
+            variance_type=options.variance_type,
+            clip=options.clip,
+            last_log_var=last.item(),
+            log_optimal=table.on(t.device).log_optimal[t] if analytic else None,
         )
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, timestep: Timesteps) -> Gaussian:
@@ -370,76 +382,51 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         """σ² with which `step` samples at t, 0 at the last jump. Diffusers' name for it."""
         t = as_steps("timestep", t)
         weights = self._weights(self._current_table(), t, torch.empty(t.numel(), dtype=torch.float64))
-        if self.variance_type not in reverse.LEARNED_VARIANCES:
+        if self.variance_type not in LEARNED_VARIANCES:
             return torch.as_tensor(weights.std, dtype=torch.float64) ** 2
         if predicted_variance is None:
             raise UserError(f'variance_type "{self.variance_type}" needs predicted_variance, got none.')
-        return self._learned_std(weights, predicted_variance) ** 2
+        return _learned_std(weights, predicted_variance, self.options) ** 2
 
-    def _table_of(self, times: list[int]) -> StepTable:
-        return make_step_table(self.tables, times, self.config)
-
-    def _start(self, chain: StepTable, device: str | torch.device | None) -> None:
-        self.timesteps = torch.tensor(chain.times, dtype=torch.int64, device=device)
-        self._chain = chain
+    def _start(self, table: StepTable, device: str | torch.device | None) -> None:
+        self.timesteps = torch.tensor(table.timesteps, dtype=torch.int64, device=device)
+        self._table, self._parsed = table, self._internal_dict
 
     def _current_table(self) -> StepTable:
-        if self._chain.config is not self._internal_dict:  # an option was registered anew
-            check_options(self.config)
-            self._chain = self._table_of(self._chain.times)
-        return self._chain
+        if self._parsed is not self._internal_dict:  # an option was registered anew
+            self._table = make_step_table(self.tables, self._table.timesteps, parse_options(self.config))
+            self._parsed = self._internal_dict
+        return self._table
 
-    def _weights(self, chain: StepTable, timestep: Timesteps, x: Tensor) -> Weights:
+    def _weights(self, table: StepTable, timestep: Timesteps, x: Tensor) -> Weights:
         if torch.compiler.is_compiling():
             timestep = torch.as_tensor(timestep, device=x.device)
         elif not isinstance(timestep, Tensor) or (timestep.ndim == 0 and timestep.device.type == "cpu"):
             index = as_int(timestep)
-            if index not in chain.rows:
+            if index not in table.floats:
                 raise UserError(self._not_scheduled(index))
-            return chain.rows[index]
+            return table.floats[index]
         self._check_steps(timestep)
         check_one_per_image("timestep", timestep, x)
-        return chain.weights(timestep.to(x.device, torch.int64, non_blocking=True), x)
-
-    def _predict_x_0(self, prediction: Tensor, x_t: Tensor, weights: Weights) -> Tensor:
-        if self.config["prediction_type"] == "sample":
-            return reverse.clip_x_0(prediction, self._clip())
-        x_0 = _mix(x_t, weights.of_x_t, prediction, weights.of_output)
-        if self.config["clip_sample"] and not self.config["thresholding"]:
-            return x_0.clamp_(-self.config["clip_sample_range"], self.config["clip_sample_range"])
-        return reverse.clip_x_0(x_0, self._clip())
-
-    def _clip(self) -> Clip:
-        config = self.config
-        if config["thresholding"]:
-            return lambda x_0: reverse.threshold_x_0(
-                x_0, config["dynamic_thresholding_ratio"], config["sample_max_value"]
-            )
-        return config["clip_sample_range"] if config["clip_sample"] else None
-
-    def _learned_std(self, weights: Weights, head: Tensor) -> Tensor:
-        # Floats stay floats: copying them to an accelerator would make the host wait.
-        small, large, noisy = weights.log_small, weights.log_large, weights.noisy
-        log_var = reverse.reverse_log_var(self.config["variance_type"], small, large, noisy == 0, head)
-        return (0.5 * log_var).exp() * noisy
+        return table.weights(as_steps("timestep", timestep, x.device), x)
 
     def _jump_times(self, timestep: Timesteps, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_steps(timestep if isinstance(timestep, Tensor) else as_steps("timestep", timestep))
         t = as_steps("timestep", timestep, x.device)
-        self._check_steps(t)
         check_one_per_image("timestep", t, x)
         t = t.reshape(-1).expand(x.shape[0])
-        return t, self._current_table().previous.to(t.device)[t]
+        return t, self._current_table().on(t.device).previous[t]
 
     def _check_steps(self, t: Tensor) -> None:
         check_ints("timestep", t)
         if t.device.type == "cpu" and not torch.compiler.is_compiling():
-            rows = self._current_table().rows
+            visited = self._current_table().floats
             for index in set(t.reshape(-1).tolist()):
-                if index not in rows:
+                if index not in visited:
                     raise UserError(self._not_scheduled(index))
 
     def _not_scheduled(self, index: int) -> str:
-        times = self._current_table().times
+        times = self._current_table().timesteps
         if index in times:
             return (
                 f"At timestep {index} the signal is gone (ᾱ_t = 0) and epsilon prediction has no x_0 there. Use "
@@ -453,11 +440,11 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
 
     def _marginal(self, timesteps: Timesteps, x: Tensor) -> tuple[Tensor, Tensor]:
         """(√ᾱ_t, √(1-ᾱ_t)) of each image, shaped beside it, in the dtype in which it is computed."""
-        t = as_steps("timesteps", timesteps)
+        t = as_steps("timesteps", timesteps, x.device)
         check_one_per_image("timesteps", t, x)
         roots = self._roots_on(x.device, process.compute_dtype(x))
         try:
-            signal, spread = roots.index_select(1, t.to(x.device, non_blocking=True).reshape(-1))
+            signal, spread = roots.index_select(1, t.reshape(-1))
         except (
             IndexError,
             RuntimeError,
@@ -483,6 +470,21 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
             roots = torch.stack([tables.alpha_bar.sqrt(), tables.one_minus_alpha_bar.sqrt()])
             self._device_roots[device, dtype] = roots.to(dtype)
         return self._device_roots[device, dtype]
+
+
+def _predict_x_0(prediction: Tensor, x_t: Tensor, weights: Weights, options: SchedulerOptions) -> Tensor:
+    if options.prediction_type == "sample":
+        return reverse.clip_x_0(prediction, options.clip)
+    x_0 = _mix(x_t, weights.of_x_t, prediction, weights.of_output)
+    clip = options.clip
+    return x_0.clamp_(-clip, clip) if isinstance(clip, int | float) else reverse.clip_x_0(x_0, clip)
+
+
+def _learned_std(weights: Weights, head: Tensor, options: SchedulerOptions) -> Tensor:
+    # Floats stay floats: copying them to an accelerator would make the host wait.
+    small, large, noisy = weights.log_small, weights.log_large, weights.noisy
+    log_var = reverse.reverse_log_var(options.variance_type, small, large, noisy == 0, head)
+    return (0.5 * log_var).exp() * noisy
 
 
 def _mix(x: Tensor, x_weight: Any, y: Tensor, y_weight: Any) -> Tensor:

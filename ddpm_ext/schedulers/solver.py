@@ -36,6 +36,7 @@ from ..errors import UserError
 from .checks import Generators, Timesteps, as_int, check_generators
 from .config import EXTENSION_KEY
 from .ddpm import DDPMExtScheduler
+from .step_table import make_step_table
 
 __all__ = ["DDPMExtSolverScheduler", "FittedSolvers", "fitted_solvers", "is_portable_solver", "solver_record"]
 
@@ -245,7 +246,7 @@ class DDPMExtSolverScheduler(DDPMExtScheduler):
             )
         self._warn_of_other_setting(fitted.setting)
         solver = fitted.solvers[K]
-        self._start(self._table_of(list(solver.times)), device)
+        self._start(make_step_table(self.tables, list(solver.times), self.options), device)
         self._rows = _rows_of(self.tables, solver, self.config["prediction_type"], fitted.reference)
         self._order, self._clips = solver.order, fitted.reference != "unclipped"
         self._tables_of_rows = {torch.device("cpu"): _weights_by_step(self._rows, len(self), 2 * (self._order - 1))}
@@ -254,17 +255,16 @@ class DDPMExtSolverScheduler(DDPMExtScheduler):
         self._forget()
         self.num_inference_steps, self.custom_timesteps, self._chosen = K, False, True
 
-    def warn_of_guidance(self, guidance_scale: float | None) -> None:
-        """Warn when images are drawn with another guidance than the solver was fitted under."""
+    def warn_of_guidance(self, guidance_scale: float) -> None:
+        """Warn when images are drawn with another guidance than the solver was fitted under; 0 is none."""
         fitted = fitted_solvers(self.config)
-        if fitted is not None:
-            there = fitted.setting.get("guidance_scale") or 1.0
-            if there != (guidance_scale or 1.0):
-                warnings.warn(
-                    f"The solver was fitted with guidance_scale {there:g}, the images are drawn with "
-                    f"{guidance_scale or 1.0:g}: it is not the best there. Calibrate with this guidance.",
-                    stacklevel=3,
-                )
+        there = 0.0 if fitted is None else fitted.setting.get("guidance_scale") or 0.0
+        if fitted is not None and there != guidance_scale:
+            warnings.warn(
+                f"The solver was fitted with guidance_scale {there:g}, the images are drawn with {guidance_scale:g}: it "
+                "is not the best there. Calibrate with this guidance.",
+                stacklevel=3,
+            )
 
     # -- the reverse process ----------------------------------------------------------------------------------------
 
@@ -319,7 +319,7 @@ class DDPMExtSolverScheduler(DDPMExtScheduler):
         self._last: Tensor | None = None  # and the step that came last
 
     def _step_by_number(self, prediction: Tensor, t: int, x_t: Tensor) -> tuple[Tensor, Tensor]:
-        times = self._chain.times
+        times = self._table.timesteps
         if t not in self._rows:
             raise UserError(self._not_scheduled(t))
         if t == times[0]:
@@ -332,7 +332,7 @@ class DDPMExtSolverScheduler(DDPMExtScheduler):
                 "elsewhere use DDPMExtScheduler.from_config(scheduler.config)."
             )
         row = self._rows[t]
-        now = estimate(prediction, x_t, row.estimate, self._clip() if self._clips else None)
+        now = estimate(prediction, x_t, row.estimate, self.options.clip if self._clips else None)
         if now.eps is prediction and self._order > 1:
             now = Estimate(now.x_0, prediction.clone())  # the network may reuse the memory of its output
         x_s = solver_step(now, self._before, row.jump)
@@ -349,7 +349,7 @@ class DDPMExtSolverScheduler(DDPMExtScheduler):
         first = row[-1] < 0
         row = torch.where(first | (row[-1] == last), row, torch.nan).to(x_t.dtype)
         before = torch.where(first, 0.0, before)
-        x_0 = reverse.clip_x_0(row[0] * x_t + row[1] * prediction, self._clip() if self._clips else None)
+        x_0 = reverse.clip_x_0(row[0] * x_t + row[1] * prediction, self.options.clip if self._clips else None)
         eps = row[2] * x_t + row[3] * prediction + row[4] * x_0
         x_s = row[5] * x_0 + row[6] * eps
         if kept:
