@@ -202,9 +202,8 @@ def test_other_options_than_the_fitted_ones_warn():
         changed = DDPMExtSolverScheduler.from_config({**scheduler.config, **changes})
         with pytest.warns(UserWarning, match=f"other options \\({'mean_alpha_bar' if 'beta_end' in changes else ''}"):
             changed.set_timesteps(4)
-    scheduler.warn_of_guidance(None)
-    scheduler.warn_of_guidance(1.0)
-    with pytest.warns(UserWarning, match="guidance_scale 1, .* 3"):
+    scheduler.warn_of_guidance(0.0)
+    with pytest.warns(UserWarning, match="guidance_scale 0, .* 3"):
         scheduler.warn_of_guidance(3.0)
 
 

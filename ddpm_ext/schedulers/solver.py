@@ -261,8 +261,8 @@ class DDPMExtSolverScheduler(DDPMExtScheduler):
         there = 0.0 if fitted is None else fitted.setting.get("guidance_scale") or 0.0
         if fitted is not None and there != guidance_scale:
             warnings.warn(
-                f"The solver was fitted with guidance_scale {there:g}, the images are drawn with {guidance_scale:g}: it "
-                "is not the best there. Calibrate with this guidance.",
+                f"The solver was fitted with guidance_scale {there:g}, the images are drawn with {guidance_scale:g}: "
+                "it is not the best there. Calibrate with this guidance.",
                 stacklevel=3,
             )
 
