@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from ddpm_ext.data import dataset, pixels
+from ddpm_ext.data import dataset, rows
 from ddpm_ext.data.dataset import (
     Batch,
     ImageSet,
@@ -28,7 +28,7 @@ from ddpm_ext.data.dataset import (
     prefetch,
     random_flip,
 )
-from ddpm_ext.data.decoding import PictureFormat, decode_picture
+from ddpm_ext.data.decoding import ImageFormat, decode_image
 
 
 def random_picture(height: int, width: int, mode: str = "RGB") -> Image.Image:
@@ -50,8 +50,8 @@ def save_folder(folder: Path, pictures: dict[str, Image.Image]) -> str:
     return str(folder)
 
 
-def fit(height: int, width: int, channels: int, center_crop: bool = True) -> PictureFormat:
-    return PictureFormat(height, width, channels, center_crop)
+def fit(height: int, width: int, channels: int, center_crop: bool = True) -> ImageFormat:
+    return ImageFormat(height, width, channels, center_crop)
 
 
 # One picture ----------------------------------------------------------------------------------------------------------
@@ -60,70 +60,70 @@ def fit(height: int, width: int, channels: int, center_crop: bool = True) -> Pic
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("LA", 2), ("RGBA", 4)])
 def test_a_picture_of_the_right_size_keeps_every_pixel(mode: str, channels: int) -> None:
     picture = random_picture(6, 9, mode)
-    pixels = decode_picture(encode(picture), fit(6, 9, channels))
+    pixels = decode_image(encode(picture), fit(6, 9, channels))
     assert pixels.dtype == np.uint8
     assert pixels.flags.c_contiguous
     expected = np.asarray(picture).reshape(6, 9, channels)
     assert np.array_equal(pixels, expected.transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize("channels", [3, 5])
-def test_grey_is_repeated(channels: int) -> None:
+def test_grey_is_repeated_for_a_network_of_colour() -> None:
     picture = random_picture(4, 4, "L")
-    pixels = decode_picture(encode(picture), fit(4, 4, channels))
-    assert pixels.shape == (channels, 4, 4)
+    pixels = decode_image(encode(picture), fit(4, 4, 3))
+    assert pixels.shape == (3, 4, 4)
     assert all(np.array_equal(channel, np.asarray(picture)) for channel in pixels)
 
 
 def test_colour_becomes_grey_by_the_luma_of_rec_601() -> None:
     picture = random_picture(4, 4)
     luma = np.asarray(picture).astype(float) @ [0.299, 0.587, 0.114]
-    assert np.abs(decode_picture(encode(picture), fit(4, 4, 1))[0] - luma).max() <= 0.51  # rounded once
+    assert np.abs(decode_image(encode(picture), fit(4, 4, 1))[0] - luma).max() <= 0.51  # rounded once
 
 
-def test_colour_cannot_fill_five_channels() -> None:
-    with pytest.raises(ValueError, match="cannot fill 5 channels"):
-        decode_picture(encode(random_picture(4, 4)), fit(4, 4, 5))
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 4), ("L", 4), ("RGB", 2), ("L", 2), ("RGB", 5), ("L", 5)])
+def test_neither_alpha_nor_bands_are_made_up(mode: str, channels: int) -> None:
+    with pytest.raises(ValueError, match=f"the network has {channels} channels"):
+        decode_image(encode(random_picture(4, 4, mode)), fit(4, 4, channels))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_what_is_clear_is_white_whatever_colour_hides_there(channels: int) -> None:
     hidden = Image.new("RGBA", (2, 1), (10, 20, 30, 0))
     hidden.putpixel((1, 0), (40, 40, 40, 255))
-    assert decode_picture(encode(hidden), fit(1, 2, channels)).tolist() == [[[255, 40]]] * channels
+    assert decode_image(encode(hidden), fit(1, 2, channels)).tolist() == [[[255, 40]]] * channels
     grey = Image.merge("LA", (Image.new("L", (2, 1), 40), Image.fromarray(np.array([[0, 255]], np.uint8))))
-    assert decode_picture(encode(grey), fit(1, 2, channels)).tolist() == [[[255, 40]]] * channels
+    assert decode_image(encode(grey), fit(1, 2, channels)).tolist() == [[[255, 40]]] * channels
 
 
 def test_half_clear_is_mixed_with_white() -> None:
     picture = Image.new("RGBA", (1, 1), (0, 100, 200, 51))  # alpha 1/5
-    assert decode_picture(encode(picture), fit(1, 1, 3)).ravel().tolist() == [204, 224, 244]
+    assert decode_image(encode(picture), fit(1, 1, 3)).ravel().tolist() == [204, 224, 244]
 
 
 def test_palettes_are_resolved() -> None:
     picture = Image.new("P", (2, 1))
     picture.putpalette([1, 2, 3, 200, 100, 50])
     picture.putpixel((1, 0), 1)
-    assert decode_picture(encode(picture), fit(1, 2, 3)).reshape(3, 2).T.tolist() == [[1, 2, 3], [200, 100, 50]]
-    clear = decode_picture(encode(picture, transparency=0), fit(1, 2, 3)).reshape(3, 2).T.tolist()
+    assert decode_image(encode(picture), fit(1, 2, 3)).reshape(3, 2).T.tolist() == [[1, 2, 3], [200, 100, 50]]
+    clear = decode_image(encode(picture, transparency=0), fit(1, 2, 3)).reshape(3, 2).T.tolist()
     assert clear == [[255, 255, 255], [200, 100, 50]]
 
 
 def test_sixteen_bits_are_rounded_to_eight() -> None:
     values = np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16)
-    pixels = decode_picture(encode(Image.fromarray(values)), fit(1, 6, 1))
+    pixels = decode_image(encode(Image.fromarray(values)), fit(1, 6, 1))
     assert pixels[0].tolist() == [np.round(values[0] / 257).astype(int).tolist()]
-    assert decode_picture(encode(Image.fromarray(values)), fit(1, 6, 3)).shape == (3, 1, 6)
+    assert decode_image(encode(Image.fromarray(values)), fit(1, 6, 3)).shape == (3, 1, 6)
 
 
 def test_one_bit_and_cmyk() -> None:
-    assert decode_picture(encode(Image.new("1", (1, 1), 1)), fit(1, 1, 1)).item() == 255
-    assert decode_picture(encode(Image.new("CMYK", (8, 8)), "jpeg"), fit(8, 8, 3)).min() == 255
+    assert decode_image(encode(Image.new("1", (1, 1), 1)), fit(1, 1, 1)).item() == 255
+    assert decode_image(encode(Image.new("CMYK", (8, 8)), "jpeg"), fit(8, 8, 3)).min() == 255
 
 
 def test_floats_are_refused() -> None:
     with pytest.raises(ValueError, match="no stated range"):
-        decode_picture(encode(Image.new("F", (1, 1)), "tiff"), fit(1, 1, 1))
+        decode_image(encode(Image.new("F", (1, 1)), "tiff"), fit(1, 1, 1))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -131,7 +131,7 @@ def test_pictures_are_upright(orientation: int) -> None:
     picture = random_picture(4, 6)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    turned = decode_picture(encode(picture, exif=exif), fit(*((6, 4) if orientation > 4 else (4, 6)), 3))
+    turned = decode_image(encode(picture, exif=exif), fit(*((6, 4) if orientation > 4 else (4, 6)), 3))
     # The EXIF standard: where row 0 and column 0 of the stored picture lie in the upright one.
     stored = np.asarray(picture)
     upright = {
@@ -151,16 +151,16 @@ def test_pictures_are_upright(orientation: int) -> None:
 def test_other_sizes_are_scaled_and_cropped_in_the_middle(size: tuple[int, int]) -> None:
     picture = random_picture(12, 18)
     expected = ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.LANCZOS)
-    pixels = decode_picture(encode(picture), fit(*size, 3))
+    pixels = decode_image(encode(picture), fit(*size, 3))
     assert np.array_equal(pixels.transpose(1, 2, 0), np.asarray(expected))
 
 
 def test_the_window_lies_where_asked_without_center_crop() -> None:
     wide = Image.fromarray(np.repeat(np.arange(0, 240, 10, dtype=np.uint8)[None], 8, axis=0))  # 8 × 24, a ramp
-    left, right = (decode_picture(encode(wide), fit(8, 8, 1, center_crop=False), place) for place in (0.0, 1.0))
+    left, right = (decode_image(encode(wide), fit(8, 8, 1, center_crop=False), place) for place in (0.0, 1.0))
     assert left[0, 0].tolist() == list(range(0, 80, 10))
     assert right[0, 0].tolist() == list(range(160, 240, 10))
-    assert decode_picture(encode(wide), fit(8, 8, 1), 0.0)[0, 0].tolist() == list(range(80, 160, 10))
+    assert decode_image(encode(wide), fit(8, 8, 1), 0.0)[0, 0].tolist() == list(range(80, 160, 10))
 
 
 # Order ----------------------------------------------------------------------------------------------------------------
@@ -380,9 +380,8 @@ def parquet(tmp_path: Path) -> str:
 
 def open_kept(folder: str, how: str, cache: Path, **options: Any) -> ImageSet:
     limits = {"memory": {}, "file": {"memory_bytes": 0}, "asked": {"memory_bytes": 0, "mapped_bytes": 0}}[how]
-    return load_images(
-        folder, resolution=8, channels=3, label_column="label", cache_dir=str(cache), **limits, **options
-    )
+    options = {"max_unreadable": 0.2, "cache_dir": str(cache), **limits, **options}
+    return load_images(folder, resolution=8, channels=3, label_column="label", **options)
 
 
 def test_memory_and_file_hold_the_same(parquet: str, tmp_path: Path) -> None:
@@ -420,16 +419,16 @@ def test_a_damaged_tiff_at_which_pillow_raises_a_type_error_is_a_corrupt_picture
     damaged = bytearray(encode(Image.new("RGB", (8, 8)), "tiff"))
     damaged[72] = 12  # the type of a tag's number becomes float64
     with pytest.raises(TypeError):
-        decode_picture(bytes(damaged), fit(8, 8, 3))
+        decode_image(bytes(damaged), fit(8, 8, 3))
     cells = [{"bytes": bytes(damaged), "path": "damaged.tiff"}, {"bytes": encode(random_picture(8, 8)), "path": "b"}]
     picture_table(cells).to_parquet(tmp_path / "train.parquet")
-    images = load_images(str(tmp_path), resolution=8, channels=3)
+    images = load_images(str(tmp_path), resolution=8, channels=3, max_unreadable=0.5)
     assert len(images) == 1 and "damaged.tiff" in images.skipped[0]
 
 
 @pytest.mark.parametrize("how", ["memory", "file", "asked"])
 def test_strict_stops_at_the_first_corrupt_picture(parquet: str, tmp_path: Path, how: str) -> None:
-    with pytest.raises(ValueError, match=r"The picture broken\.png .* cannot be read"):
+    with pytest.raises(ValueError, match=r"The image broken\.png .* cannot be read"):
         open_kept(parquet, how, tmp_path, strict=True).batch([5])
 
 
@@ -443,7 +442,7 @@ def test_the_file_is_written_once_and_read_by_the_others(
     parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = open_kept(parquet, "file", tmp_path)
-    monkeypatch.setattr(pixels, "decode_picture", None)  # nobody decodes again
+    monkeypatch.setattr(rows, "decode_image", None)  # nobody decodes again
     second = open_kept(parquet, "file", tmp_path)
     assert second.fingerprint == first.fingerprint
     assert torch.equal(second.batch([1, 2]).pixels, first.batch([1, 2]).pixels)
@@ -456,7 +455,7 @@ def test_an_interrupted_write_leaves_nothing_that_counts(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(pixels.np, "save", stop)
+        patched.setattr(rows.np, "save", stop)
         with pytest.raises(KeyboardInterrupt):
             open_kept(parquet, "file", tmp_path)
     assert len(open_kept(parquet, "file", tmp_path)) == 18
@@ -465,7 +464,7 @@ def test_an_interrupted_write_leaves_nothing_that_counts(
 def test_a_full_disk_is_said_before_anything_is_written(
     parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixels.shutil, "disk_usage", lambda _: _Usage)
+    monkeypatch.setattr(rows.shutil, "disk_usage", lambda _: _Usage)
     with pytest.raises(ValueError, match=r"needs 3,840 bytes .* and has 100: set cache_dir"):
         open_kept(parquet, "file", tmp_path)
 
@@ -477,14 +476,14 @@ class _Usage:
 def test_several_who_start_at_once_write_one_file(
     parquet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode, calls = pixels.decode_picture, []
+    decode, calls = rows.decode_image, []
 
     def counted(*arguments: Any) -> np.ndarray:
         calls.append(1)
         return decode(*arguments)
 
-    monkeypatch.setattr(pixels, "decode_picture", counted)
-    load_images(parquet, resolution=8, channels=3)  # datasets' own cache is made
+    monkeypatch.setattr(rows, "decode_image", counted)
+    load_images(parquet, resolution=8, channels=3, max_unreadable=1)  # datasets' own cache is made
     calls.clear()
     with ThreadPoolExecutor(4) as pool:
         sets = list(pool.map(lambda _: open_kept(parquet, "file", tmp_path), range(4)))
@@ -504,7 +503,8 @@ def test_a_cache_beside_the_folder_does_not_grow_into_it(tmp_path: Path) -> None
 def test_several_processes_may_start_at_once(parquet: str, tmp_path: Path) -> None:
     code = (
         "import sys; from ddpm_ext.data.dataset import load_images\n"
-        "s = load_images(sys.argv[1], resolution=8, channels=3, cache_dir=sys.argv[2], memory_bytes=0)\n"
+        "o = {'cache_dir': sys.argv[2], 'memory_bytes': 0, 'max_unreadable': 1}\n"
+        "s = load_images(sys.argv[1], resolution=8, channels=3, **o)\n"
         "print(s.fingerprint, s.batch(range(len(s))).pixels.long().sum().item())"
     )
     command = [sys.executable, "-c", code, parquet, str(tmp_path / "cache")]
@@ -561,21 +561,24 @@ def refused(tmp_path: Path) -> dict[str, tuple[Callable[[], object], str]]:
             r"columns \['image', 'label'\], got 'img'",
         ),
         "missing labels": (lambda: load_images(label_column="y"), r"columns \['image', 'label'\], got 'y'"),
-        "no pictures": (lambda: load_images(words, image_column="n"), "does not hold pictures"),
-        "no readable text": (lambda: load_images(words, image_column="text", resolution=4), "None of the 1 pictures"),
+        "no pictures": (lambda: load_images(words, image_column="n"), "does not hold images"),
+        "no readable text": (lambda: load_images(words, image_column="text", resolution=4), "None of the 1 images"),
         "negative labels": (
             lambda: load_images(two_, image_column="image", label_column="label"),
             "classes from 0 upwards",
         ),
         "no rows": (lambda: load_images(none), "no data"),
         "max_images 0": (lambda: load_images(max_images=0), "is empty"),
-        "empty folder": (lambda: load_images(train_data_dir=empty), "Cannot open split 'train'"),
+        "empty folder": (
+            lambda: load_images(train_data_dir=empty),
+            "Cannot open split 'train' .*holds no images: it is empty",
+        ),
         "no folder": (lambda: load_images(train_data_dir=empty + "x"), "no such folder"),
         "no split": (lambda: load_images("digits", split="dev"), '"train" and "test", got \'dev\''),
         "unknown name": (lambda: load_images("nobody/nothing"), "Cannot open split 'train' of 'nobody/nothing'"),
         "both": (lambda: load_images("digits", train_data_dir=mixed), "got both"),
-        "none readable": (lambda: load_images(bad), "None of the 2 pictures can be read"),
-        "none readable at a size": (lambda: load_images(bad, resolution=4, channels=3), "None of the 2 pictures"),
+        "none readable": (lambda: load_images(bad), "None of the 2 images can be read"),
+        "none readable at a size": (lambda: load_images(bad, resolution=4, channels=3), "None of the 2 images"),
         "resolution": (lambda: load_images(resolution=0), "resolution must be"),
         "channels": (lambda: load_images(channels=0), "channels must be"),
     }

@@ -1,8 +1,9 @@
-"""One picture file -> pixels: uint8 (C, H, W), with Pillow alone.
+"""One encoded image -> levels: uint8 or uint16 (C, H, W), with nothing cut off and nothing guessed.
 
-    encoded file -> upright (EXIF) -> 8 bits -> no hidden colour under alpha -> C channels -> cropped to (H, W)
+    file -> samples as stored -> upright (EXIF) -> 0 … 2^bits - 1 -> C channels -> scaled and cropped to (H, W)
 
-Channels are the network's: 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha; any other number repeats a grey picture.
+Channels are the network's: 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha, or as many bands as the file has. Images
+of 8 bits go through Pillow alone; deeper ones, arrays and files of several bands through `samples`.
 """
 
 from __future__ import annotations
@@ -10,89 +11,342 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-# What Pillow raises for a file that is no picture, is cut short, or claims to be absurdly large.
+from .files import read_bytes
+from .samples import TURNS, Samples, Unreadable, array_samples, deep_samples, is_array, is_tiff, reads_all, stored
+
+__all__ = ["NO_IMAGES", "UNREADABLE", "Encoded", "ImageFormat", "Seen", "decode_image", "is_image", "probe", "reason"]
+
+Encoded = bytes | str | np.ndarray | None  # the content of a file, its path, an array, or an empty row
+
+# Pillow lists these as images, but they are stubs, films, pages of text or lists of bytes.
+NO_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF", "IPTC", "XVTHUMB"}
+# What Pillow raises for a file that is no image, is cut short, or claims to be absurdly large.
 UNREADABLE = (
     *(OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError),
     *(TypeError, IndexError, KeyError, OverflowError, struct.error, zlib.error),  # its parsers, on damaged headers
 )
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+_LUMA = (0.299, 0.587, 0.114)  # Rec. 601, as Pillow's own
 
 
-class PictureFormat(NamedTuple):
-    """What every picture of a set is turned into."""
+class ImageFormat(NamedTuple):
+    """What every image of a set is turned into."""
 
     height: int
     width: int
     channels: int
     center_crop: bool  # False: the window lies where `place` says
+    bits: int = 8  # levels 0 … 2^bits - 1
+    value_range: tuple[float, float] | None = None  # stored values of the lowest and highest level; None: the file's
+    channel_axis: int = -1  # of arrays of three axes
+    array_key: str | None = None  # of .npz files
+
+    @property
+    def top(self) -> int:
+        """The highest level."""
+        return 2**self.bits - 1
+
+    @property
+    def dtype(self) -> type[np.uint8] | type[np.uint16]:
+        """Of the decoded images."""
+        return np.uint8 if self.bits <= 8 else np.uint16
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """The format as it enters fingerprints: at 8 bits as it always was."""
+        return tuple(self)[:4] if tuple(self)[4:] == ImageFormat(1, 1, 1, True)[4:] else tuple(self)
 
 
-def open_picture(encoded: bytes | str | None) -> Image.Image:
-    """A picture from its bytes or its path, not yet decoded."""
+class Seen:
+    """What decoding met on its way, for what must be said once of a whole set."""
+
+    def __init__(self) -> None:
+        self.cut = 0  # images whose stored bits are more than what was read
+        self.cut_bits = 0  # the most bits stored
+        self.largest: dict[int, int] = {}  # stored bits -> largest integer value met
+        self.films = 0  # animations, of which the first frame is read
+
+    def note_values(self, bits: int, largest: int) -> None:
+        """Remember the largest stored value of an image."""
+        self.largest[bits] = max(self.largest.get(bits, 0), largest)
+
+
+def reason(error: BaseException) -> str:
+    """Return why an image cannot be read, in words that count alike for alike files."""
+    if isinstance(error, Unreadable):
+        return error.kind
+    if isinstance(error, FileNotFoundError):
+        return "the file is not there"
+    text = str(error).split(" <")[0].split(" '")[0].strip() or type(error).__name__
+    return "no image format that Pillow knows" if "cannot identify image file" in text else text
+
+
+# Opening --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(encoded: bytes | str | None) -> Iterator[IO[bytes]]:
+    """The file of an encoded image."""
     if encoded is None:
-        raise OSError("the row is empty.")
-    return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
+        raise Unreadable("the row is empty")
+    if isinstance(encoded, str) and "://" not in encoded:
+        with open(encoded, "rb") as file:
+            yield file
+    else:
+        yield io.BytesIO(encoded if isinstance(encoded, bytes) else read_bytes(encoded))
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(H, W) of a picture after its EXIF orientation, from the header alone."""
-    width, height = image.size
-    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    return (width, height) if turned else (height, width)
+def is_image(path: str) -> bool:
+    """Whether a file is an image by its first bytes; one behind a URL is not looked at."""
+    if path.startswith(("hf://", "http://", "https://")):
+        return False
+    try:
+        with _opened(path) as file, Image.open(file, formats=_formats()):
+            return True
+    except UNREADABLE:
+        return False
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """The picture in one of L, LA, RGB, RGBA: palettes resolved, 16-bit values v rounded to v / 257."""
-    if image.mode.startswith("I"):
-        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("a picture of floats has no stated range; store it with 8 or 16 bits.")
-    if image.mode in ("P", "PA"):
-        return image.convert("RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB")
-    if "transparency" in image.info and image.mode in ("1", "L", "RGB"):  # one colour of the file stands for clear
-        return image.convert("RGBA")
-    if image.mode in MODES.values():
-        return image
-    return image.convert({"1": "L", "La": "LA", "RGBa": "RGBA"}.get(image.mode, "RGB"))
+@cache
+def _formats() -> list[str]:
+    """The formats that Pillow tells by their first bytes."""
+    Image.init()
+    return [name for name, (_, accept) in Image.OPEN.items() if accept is not None and name not in NO_IMAGES]
 
 
-def with_channels(image: Image.Image, channels: int) -> Image.Image:
-    """The picture with 1 to 4 channels. Alpha that the network does not ask for is laid on white."""
-    if image.mode in ("LA", "RGBA") and channels not in (2, 4):
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image.convert("RGBA")).convert("L" if image.mode == "LA" else "RGB")
-    if channels in MODES:
-        return image if image.mode == MODES[channels] else image.convert(MODES[channels])
-    if image.mode != "L":
-        raise ValueError(
-            f"a colour picture cannot fill {channels} channels; give the network 1, 2, 3 or 4, or grey pictures."
-        )
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; what cannot be read costs the orientation and not the image."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except (*UNREADABLE, AttributeError, AssertionError, Warning):
+        return 1
+
+
+def probe(encoded: Encoded, array_key: str | None = None, channel_axis: int = -1) -> tuple[int, int, int]:
+    """Return (H, W, channels) of an image as it stands upright, from its header alone where it has one.
+
+    Channels are those a network for it would have: 1 for grey, 3 for colour with or without alpha, else the bands.
+    """
+    if isinstance(encoded, np.ndarray):
+        return array_samples(encoded, channel_axis).values.shape[:3]
+    with _opened(encoded) as file:
+        if is_array(file):
+            return array_samples(file, channel_axis, array_key).values.shape[:3]
+        image = _pillow(file)
+        if image is None:
+            return deep_samples(file, None).values.shape[:3]
+        with image:
+            width, height = image.size
+            turned = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)  # Pillow turns a TIFF's itself
+            channels = 1 if _plain_mode(image) in ("L", "LA") else 3
+            return (width, height, channels) if turned else (height, width, channels)
+
+
+def _pillow(file: IO[bytes]) -> Image.Image | None:
+    """The image as Pillow opens it; None for a TIFF of which Pillow would read a part, or nothing."""
+    try:
+        image = Image.open(file)
+    except Image.UnidentifiedImageError:
+        if is_tiff(file):
+            return None
+        raise
+    if not reads_all(image):
+        image.close()
+        return None
     return image
 
 
-def decode_picture(encoded: bytes | str | None, form: PictureFormat, place: float = 0.5) -> np.ndarray:
-    """One encoded picture -> pixels, uint8, shape (C, H, W).
+# 8 bits, through Pillow -----------------------------------------------------------------------------------------------
 
-    The picture is scaled until it covers (H, W) and its longer side is cropped (`ImageOps.fit`, Lanczos); a picture
-    that has the size already keeps every pixel.
 
-    Args:
-        encoded: The file's bytes, or its path.
-        form: Size, channels and how to crop.
-        place: Where the window lies along the longer side without `center_crop`, in [0, 1].
-    """
-    with open_picture(encoded) as opened:
-        image = with_channels(eight_bits(ImageOps.exif_transpose(opened)), form.channels)
+def _plain_mode(image: Image.Image) -> str:
+    """The one of L, LA, RGB, RGBA that an image has at 8 bits."""
+    if image.mode in ("P", "PA"):
+        return "RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB"
+    if "transparency" in image.info and image.mode in ("1", "L", "RGB"):  # one colour of the file stands for clear
+        return "RGBA"
+    if image.mode in _MODES.values():
+        return image.mode
+    return {"1": "L", "La": "LA", "RGBa": "RGBA", "F": "L", "I": "L"}.get(image.mode.split(";")[0], "RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image in one of L, LA, RGB, RGBA: palettes resolved, 16-bit values v rounded to v / 257."""
+    if image.mode.startswith("I"):
+        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    mode = _plain_mode(image)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _check_channels(mode: str, channels: int) -> None:
+    """Refuse channels that an image does not have: neither alpha nor bands are made up, and none is cut off."""
+    if channels > 4 or (channels in (2, 4) and mode in ("L", "RGB")):
+        what = {"L": "grey", "LA": "grey and alpha", "RGB": "RGB", "RGBA": "RGB and alpha"}[mode]
+        raise Unreadable(
+            f"{what} for a network of {channels} channels",
+            f"it holds {what}, and the network has {channels} channels: give the network 1 or 3, or images with "
+            f"{'alpha' if channels in (2, 4) else f'{channels} bands'}.",
+        )
+
+
+def _with_channels(image: Image.Image, channels: int) -> Image.Image:
+    """The image with 1 to 4 channels. Alpha that the network does not ask for is laid on white."""
+    _check_channels(image.mode, channels)
+    if image.mode in ("LA", "RGBA") and channels not in (2, 4):
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image.convert("RGBA")).convert("L" if image.mode == "LA" else "RGB")
+    return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
+
+
+def _decode_8_bits(image: Image.Image, form: ImageFormat, place: float, seen: Seen) -> np.ndarray:
+    """Levels of an image of 8 bits, uint8, shape (C, H, W)."""
+    bits = stored(image).bits
+    image.load()
+    if bits > 8:
+        seen.cut += 1
+        seen.cut_bits = max(seen.cut_bits, bits)
+        if image.mode.startswith("I"):
+            seen.note_values(bits, int(np.asarray(image).max()))
+    turn = TURNS.get(_orientation(image))
+    image = _with_channels(_eight_bits(image if turn is None else image.transpose(turn)), form.channels)
     if image.size != (form.width, form.height):
         middle = 0.5 if form.center_crop else place
         image = ImageOps.fit(image, (form.width, form.height), Image.Resampling.LANCZOS, centering=(middle, middle))
     pixels = np.asarray(image, dtype=np.uint8).reshape(form.height, form.width, -1).transpose(2, 0, 1)
-    if pixels.shape[0] != form.channels:  # grey, repeated
-        pixels = np.repeat(pixels, form.channels, axis=0)
     return np.ascontiguousarray(pixels)
+
+
+# Any depth, in floating point -----------------------------------------------------------------------------------------
+
+
+def _levels(samples: Samples, form: ImageFormat, seen: Seen) -> np.ndarray:
+    """Samples as levels, not rounded yet, float64, shape (H, W, S).
+
+    level = (v - lo) / (hi - lo) · (2^bits - 1)
+    """
+    values = samples.values
+    if values.dtype.kind in "fc" and not np.isfinite(values).all():
+        raise Unreadable("values that are not finite", "it holds NaN or infinite values.")
+    smallest, largest = values.min(), values.max()
+    if form.value_range is None and samples.bits is None:
+        kind = "floats" if values.dtype.kind == "f" else f"{values.dtype} integers"
+        raise Unreadable(
+            f"{kind} without a stated range",
+            f"its {values.dtype} values, {smallest:g} to {largest:g}, have no stated range: give --value_range LO HI, "
+            "the values that become black and white.",
+        )
+    if samples.bits is not None and values.dtype.kind in "iu":
+        seen.note_values(samples.bits, int(largest))
+        if form.value_range is None and samples.bits > max(8, form.bits):
+            seen.cut += 1
+            seen.cut_bits = max(seen.cut_bits, samples.bits)
+    lo, hi = form.value_range or (0, 2 ** (samples.bits or 8) - 1)
+    slack = 0.5 * (hi - lo) / form.top  # what rounds to the outermost levels anyway
+    if smallest < lo - slack or largest > hi + slack:
+        raise Unreadable(
+            "values outside the stated range",
+            f"its values, {smallest:g} to {largest:g}, leave the range {lo:g} to {hi:g} of --value_range.",
+        )
+    return (values.astype(np.float64) - lo) * (form.top / (hi - lo))
+
+
+def _mix_channels(levels: np.ndarray, mode: str | None, form: ImageFormat) -> np.ndarray:
+    """Levels with the network's channels, shape (H, W, C); bands (mode None) stay what they are or are refused."""
+    if mode is None:
+        if levels.shape[2] != form.channels:
+            raise Unreadable(
+                f"{levels.shape[2]} bands for a network of {form.channels} channels",
+                f"it has {levels.shape[2]} bands of shape {levels.shape[:2]}, and the network has {form.channels} "
+                "channels: none is cut off. Give the network as many, or say by --channel_axis where the channels lie.",
+            )
+        return levels
+    _check_channels(mode, form.channels)
+    if mode in ("LA", "RGBA"):
+        if form.channels in (2, 4):
+            colour, alpha = levels[..., :-1], levels[..., -1:]
+            return np.concatenate([_colours(colour, form.channels - 1), alpha], axis=2)
+        share = levels[..., -1:] / form.top
+        levels = levels[..., :-1] * share + form.top * (1 - share)  # on white
+    return _colours(levels, form.channels)
+
+
+def _colours(levels: np.ndarray, channels: int) -> np.ndarray:
+    """Grey or RGB as 1 or 3 channels."""
+    if levels.shape[2] == 3 and channels == 1:
+        return (levels @ np.asarray(_LUMA))[..., None]
+    return np.repeat(levels, channels, axis=2) if levels.shape[2] == 1 else levels
+
+
+def _scaled(levels: np.ndarray, form: ImageFormat, place: float, *, alpha: bool) -> np.ndarray:
+    """Levels at (H, W), each band by itself; colour under real alpha is weighted by it."""
+    if levels.shape[:2] == (form.height, form.width):
+        return levels
+    middle = 0.5 if form.center_crop else place
+
+    def fit(band: np.ndarray) -> np.ndarray:
+        image = Image.fromarray(band.astype(np.float32))
+        size = (form.width, form.height)
+        return np.asarray(ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=(middle, middle)))
+
+    bands = list(np.moveaxis(levels, 2, 0))
+    if not alpha:
+        return np.stack([fit(band) for band in bands], axis=2)
+    share = fit(bands[-1])
+    weight = np.where(share > 0, share, 1)
+    return np.stack([*(fit(band * bands[-1]) / weight for band in bands[:-1]), share], axis=2)
+
+
+def _decode_samples(samples: Samples, form: ImageFormat, place: float, seen: Seen) -> np.ndarray:
+    """Levels of samples of any depth, shape (C, H, W)."""
+    levels = _mix_channels(_levels(samples, form, seen), samples.mode, form)
+    levels = _scaled(levels, form, place, alpha=samples.mode in ("LA", "RGBA") and form.channels in (2, 4))
+    return np.ascontiguousarray(np.rint(levels).clip(0, form.top).astype(form.dtype).transpose(2, 0, 1))
+
+
+def decode_image(encoded: Encoded, form: ImageFormat, place: float = 0.5, seen: Seen | None = None) -> np.ndarray:
+    """Decode one image: levels, uint8 or uint16, shape (C, H, W).
+
+    The image is scaled until it covers (H, W) and its longer side is cropped (`ImageOps.fit`, Lanczos); an image that
+    has the size already keeps every value.
+
+    Args:
+        encoded: The file's bytes, its path, or an array.
+        form: Size, channels, depth and how to crop.
+        place: Where the window lies along the longer side without `center_crop`, in [0, 1].
+        seen: Takes notes of what must be said of the set.
+
+    Raises:
+        Unreadable: the image has no values of this form.
+        OSError, ValueError, …: one of UNREADABLE, the file is damaged.
+    """
+    seen = seen or Seen()
+    if isinstance(encoded, np.ndarray):
+        return _decode_samples(array_samples(encoded, form.channel_axis), form, place, seen)
+    with _opened(encoded) as file:
+        if is_array(file):
+            return _decode_samples(array_samples(file, form.channel_axis, form.array_key), form, place, seen)
+        image = _pillow(file)
+        if image is None:
+            return _decode_samples(deep_samples(file, None), form, place, seen)
+        with image:
+            pages, depth = getattr(image, "n_frames", 1), stored(image)
+            if pages > 1 and image.format == "TIFF":
+                return _decode_samples(deep_samples(file, image), form, place, seen)
+            seen.films += pages > 1 and image.format != "MPO"  # a camera's preview is no second frame
+            # Pillow brings every depth to 8 bits but that of grey in 16, where it keeps the values.
+            fits = depth.integer and (depth.bits <= 8 or depth.bits == 16 or not image.mode.startswith("I"))
+            if form.value_range is None and form.bits == 8 and fits:
+                return _decode_8_bits(image, form, place, seen)
+            samples = deep_samples(file, image)
+            if (turn := TURNS.get(_orientation(image))) is not None and not samples.upright:
+                samples = samples.turned(turn)
+            return _decode_samples(samples, form, place, seen)

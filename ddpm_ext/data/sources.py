@@ -1,119 +1,280 @@
-"""Data set name or folder -> rows of encoded pictures and their labels, nothing decoded yet.
+"""Data set name or folder -> rows of encoded images and their labels, nothing decoded yet.
 
-Sources: "digits" (built in), a Hub name, a folder of pictures, of parquet files, or of `Dataset.save_to_disk`.
+Sources: "digits" (built in), a Hub name, a folder or archive of images or arrays, of parquet files, or of
+`Dataset.save_to_disk`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow
 import pyarrow.parquet
+import yaml
 from datasets.exceptions import DatasetsError
 from datasets.table import InMemoryTable
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-DIGITS = "digits"
+from .files import archive_kind, read_bytes
+from .folder import SPLIT_FOLDERS, Entry, Listing, image_count, list_images, local_entries
+from .spec import DIGITS, DataSpec
+
+__all__ = [
+    "Cell",
+    "Labels",
+    "Rows",
+    "Source",
+    "array_cell",
+    "encoded_image",
+    "file_bytes",
+    "find_image_column",
+    "find_label_column",
+    "image_name",
+    "number_labels",
+    "open_source",
+    "read_labels",
+    "undecoded",
+]
+
 DIGITS_DIR = Path(__file__).parent / "digits"
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
-# Sub-folders of these names are splits and not classes (the words of `datasets`).
-SPLIT_FOLDERS = (
-    *("train", "training", "validation", "valid", "val", "dev"),
-    *("test", "testing", "eval", "evaluation"),
-)
+# One cell of an image column as `datasets` gives it undecoded, an array; None where it is empty.
+Cell = dict[str, Any] | np.ndarray | None
 
-Cell = dict[str, Any] | None  # one cell of an image column as `datasets` gives it undecoded; None where it is empty
+
+class Source(NamedTuple):
+    """An opened split."""
+
+    table: Any  # datasets.Dataset, or datasets.IterableDataset of a stream
+    note: str | None = None  # what was left out of a folder, and why
+    files: list[str] | None = None  # of a folder of images: the file of each row
+
+
+class Labels(NamedTuple):
+    """Labels of the rows of a set."""
+
+    numbers: np.ndarray  # int64, shape (n,); -1 where a row has no class
+    num_classes: int
+    names: list[str] | None  # of each number, where the set states them
 
 
 # Opening --------------------------------------------------------------------------------------------------------------
 
 
-def open_source(
-    dataset_name: str | None,
-    dataset_config_name: str | None,
-    train_data_dir: str | None,
-    split: str,
-    cache_dir: str | None,
-    streaming: bool = False,
-) -> Any:
-    """One split as `datasets.Dataset`, or as `datasets.IterableDataset` with `streaming`; see `data.load_images`."""
-    if dataset_name is not None and train_data_dir is not None:
-        raise ValueError(f"Give dataset_name or train_data_dir, got both: {dataset_name!r} and {train_data_dir!r}.")
-    name = train_data_dir if dataset_name is None else dataset_name
+def open_source(spec: DataSpec, cache_dir: str | None, streaming: bool = False) -> Source:
+    """Open one split; see `load_images`.
+
+    Raises:
+        ValueError: it cannot be opened; the reason stands in the sentence.
+    """
+    if spec.dataset_name is not None and spec.data_dir is not None:
+        raise ValueError(f"Give dataset_name or train_data_dir, got both: {spec.dataset_name!r} and {spec.data_dir!r}.")
+    name, split = spec.data_dir if spec.dataset_name is None else spec.dataset_name, spec.split
     try:
         if name is None or name == DIGITS:
             return _open_digits(split, streaming)
-        if Path(name).is_dir():
-            return _open_folder(Path(name), dataset_config_name, split, cache_dir, streaming)
-        if train_data_dir is not None:
+        path = Path(name)
+        if path.is_file() and archive_kind(name) is not None:
+            return _open_listing(list_images([Entry(path.name, str(path))], split, name), split, streaming)
+        if path.is_dir():
+            return _open_folder(path, spec.dataset_config_name, split, cache_dir, streaming)
+        if spec.data_dir is not None:
             raise ValueError("there is no such folder.")
-        return datasets.load_dataset(name, dataset_config_name, split=split, cache_dir=cache_dir, streaming=streaming)
+        return _open_hub(name, spec.dataset_config_name, split, cache_dir, streaming)
     except (ValueError, FileNotFoundError, ConnectionError, DatasetsError) as error:
         raise ValueError(f"Cannot open split {split!r} of {name!r}: {error}") from error
 
 
-def _open_digits(split: str, streaming: bool) -> Any:
+def _open_digits(split: str, streaming: bool) -> Source:
     """The built-in digits, read without a cache folder."""
     if split not in ("train", "test"):
         raise ValueError(f'the digits have the splits "train" and "test", got {split!r}.')
     table = datasets.Dataset(InMemoryTable(pyarrow.parquet.read_table(DIGITS_DIR / f"{split}.parquet")))
-    return table.to_iterable_dataset() if streaming else table
+    return Source(table.to_iterable_dataset() if streaming else table)
 
 
-def _open_folder(folder: Path, config: str | None, split: str, cache_dir: str | None, streaming: bool) -> Any:
-    """A local folder, by what lies in it."""
+def _open_listing(listing: Listing, split: str, streaming: bool) -> Source:
+    """A folder of images as a table of their paths."""
+    columns: dict[str, Any] = {"image": [{"bytes": None, "path": path} for path in listing.paths]}
+    features: dict[str, Any] = {"image": datasets.Image(decode=False)}
+    if listing.classes is not None:
+        names = sorted(set(listing.classes))
+        number = {name: i for i, name in enumerate(names)}
+        columns["label"] = [number[name] for name in listing.classes]
+        features["label"] = datasets.ClassLabel(names=names)
+    table: Any = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    return Source(table.to_iterable_dataset() if streaming else table, listing.note, listing.paths)
+
+
+def _open_folder(folder: Path, config: str | None, split: str, cache_dir: str | None, streaming: bool) -> Source:
+    """A local folder, by what lies in it; files that are no data change nothing."""
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        saved = datasets.load_from_disk(str(folder))
-        if isinstance(saved, datasets.DatasetDict):
-            if split not in saved:
-                raise ValueError(f"it has the splits {list(saved)}.")
-            saved = saved[split]
-        elif split not in (own := str(saved.split or "train"), own.split("[")[0]):
-            raise ValueError(f"the folder holds the split {own!r} alone.")
-        return saved.to_iterable_dataset() if streaming else saved
+        return Source(_open_saved(folder, split, streaming))
     load: Callable[..., Any] = datasets.load_dataset  # its overloads know no variable `streaming`
     # In a cache beside the folder, `datasets` would write into the folder itself and read that as data the next time.
     cache = None if cache_dir is None else str(Path(cache_dir) / "opened_folders")
     options = {"split": split, "cache_dir": cache, "streaming": streaming}
-    if any(folder.rglob("*.parquet")) or any(folder.glob("*.md")):  # a card may say which files make which split
-        return load(str(folder), config, **options)
-    folder = _split_folder(folder, split)
-    # Every picture belongs to the split asked for: a file called test_1.png is no test split.
-    return load("imagefolder", data_files={split: [str(folder / "**")]}, **options)
+    entries = local_entries(folder)
+    if config is not None or _card_names_files(folder / "README.md"):
+        return Source(load(str(folder), config, **options))
+    tables = [entry for entry in entries if entry.name.endswith(".parquet") and not entry.name.startswith(".")]
+    images, rows = image_count(entries), _rows_of_images([entry.path for entry in tables])
+    if rows and rows == images:
+        raise ValueError(
+            f"it holds {images} images as files and as many in parquet files ({tables[0].name}): keep one of them."
+        )
+    if rows > images or (tables and not images):
+        other = len(entries) - len(tables)
+        note = f"{folder}: {len(tables)} parquet files are read; left out: {other} other files." if other else None
+        return Source(load("parquet", data_files=_parquet_splits(tables), **options), note)
+    metadata = [entry for entry in entries if _is_metadata(entry)]
+    if metadata:  # a table that names the images and says something of each
+        base = _metadata_folder(folder, split, metadata)
+        return Source(load("imagefolder", data_files={split: [str(base / "**")]}, **options))
+    return _open_listing(list_images(entries, split, str(folder)), split, streaming)
 
 
-def _split_folder(folder: Path, split: str) -> Path:
-    """Where the pictures of a split lie: in the sub-folder of its name; without any, all of a folder is "train"."""
-    names = {path.name for path in folder.iterdir() if path.is_dir()}
-    if split in names:
+def _open_saved(folder: Path, split: str, streaming: bool) -> Any:
+    """What `save_to_disk` wrote."""
+    saved = datasets.load_from_disk(str(folder))
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise ValueError(f"it has the splits {list(saved)}.")
+        saved = saved[split]
+    elif split not in (own := str(saved.split or "train"), own.split("[")[0]):
+        raise ValueError(f"the folder holds the split {own!r} alone.")
+    return saved.to_iterable_dataset() if streaming else saved
+
+
+def _card_names_files(card: Path) -> bool:
+    """Whether a README says in its header which files make which split."""
+    if not card.is_file():
+        return False
+    match = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        header = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return False
+    return isinstance(header, dict) and bool(header.get("configs"))
+
+
+def _rows_of_images(files: Sequence[str]) -> int:
+    """Rows of the parquet files that have a column of images."""
+    rows = 0
+    for file in files:
+        try:
+            found = pyarrow.parquet.ParquetFile(file)
+        except (OSError, pyarrow.ArrowException):
+            continue
+        features = datasets.Features.from_arrow_schema(found.schema_arrow)
+        if any(_may_be_images(name, feature) for name, feature in features.items()):
+            rows += found.metadata.num_rows
+    return rows
+
+
+def _parquet_splits(tables: Sequence[Entry]) -> dict[str, list[str]]:
+    """Parquet files by the split in their names, as on the Hub: train-00000-of-00002.parquet, test/a.parquet."""
+    same = {"training": "train", "testing": "test", "eval": "test", "evaluation": "test"}
+    same |= {"valid": "validation", "val": "validation", "dev": "validation"}
+    found: dict[str, list[str]] = {}
+    for pattern in (r"(?:^|/)([^/]+)-\d{5}-of-\d{5}", rf"(?:^|[-._ /\d])({'|'.join(SPLIT_FOLDERS)})(?:$|[-._ /\d])"):
+        for entry in tables:
+            if match := re.search(pattern, entry.name.removesuffix(".parquet")):
+                found.setdefault(same.get(match[1], match[1]), []).append(entry.path)
+        if found:
+            return found
+    return {"train": [entry.path for entry in tables]}
+
+
+def _is_metadata(entry: Entry) -> bool:
+    """Whether a file is a table of images as `datasets` knows it: metadata.csv and the like with a column file_name."""
+    if entry.name.rpartition("/")[2] not in _METADATA:
+        return False
+    if entry.name.endswith(".parquet"):
+        return "file_name" in pyarrow.parquet.read_schema(entry.path).names
+    with open(entry.path, encoding="utf-8", errors="replace") as file:
+        return "file_name" in file.readline()
+
+
+def _metadata_folder(folder: Path, split: str, metadata: Sequence[Entry]) -> Path:
+    """The folder of a split among those that hold a table of images."""
+    places = {entry.name.rpartition("/")[0].split("/")[0] for entry in metadata}
+    if split in places:
         return folder / split
-    found = [name for name in SPLIT_FOLDERS if name in names]
-    if found or split != "train":
-        has = f"the sub-folders {found}" if found else 'no sub-folder of a split\'s name, so that all of it is "train"'
-        raise ValueError(f"the folder has {has}. Ask for what is there, or make the sub-folder {split!r}.")
+    splits = sorted(place for place in places if place.lower() in SPLIT_FOLDERS)
+    if splits or split != "train":
+        raise ValueError(f"the folder has tables of images for {splits or ['train']}. Ask for what is there.")
     return folder
+
+
+def _open_hub(name: str, config: str | None, split: str, cache_dir: str | None, streaming: bool) -> Source:
+    """A set on the Hub: one of image files as a folder of them, others by `datasets`."""
+    load: Callable[..., Any] = datasets.load_dataset
+    repository = None if config is not None else _image_repository(name, cache_dir)
+    if repository is None:
+        return Source(load(name, config, split=split, cache_dir=cache_dir, streaming=streaming))
+    revision, names = repository
+    if streaming:
+        entries = [Entry(file, f"hf://datasets/{name}@{revision}/{file}") for file in names]
+    else:
+        folder = snapshot_download(name, repo_type="dataset", revision=revision, cache_dir=cache_dir)
+        entries = local_entries(Path(folder))
+    return _open_listing(list_images(entries, split, name), split, streaming)
+
+
+def _image_repository(name: str, cache_dir: str | None) -> tuple[str, list[str]] | None:
+    """(commit, files) of a repository that holds images as files; None for others and where it cannot be asked."""
+    try:
+        info = HfApi().dataset_info(name)
+        names = [file.rfilename for file in info.siblings or []]
+        if "README.md" in names:
+            card = hf_hub_download(name, "README.md", repo_type="dataset", revision=info.sha, cache_dir=cache_dir)
+            if _card_names_files(Path(card)):
+                return None
+    except (HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, EntryNotFoundError, OSError):
+        return None  # `datasets` looks into its cache, or tells why there is nothing
+    entries = [Entry(file, f"hf://datasets/{name}@{info.sha}/{file}") for file in names]
+    archives = sum(archive_kind(file) == "zip" for file in names)
+    tables = sum(file.endswith((".parquet", ".arrow", ".tar", ".jsonl", ".json", ".csv", ".tsv")) for file in names)
+    if any(file.rpartition("/")[2] in _METADATA for file in names) or image_count(entries) + archives <= tables:
+        return None
+    return str(info.sha), names
 
 
 # Columns --------------------------------------------------------------------------------------------------------------
 
 
+def _may_be_images(name: str, feature: Any) -> bool:
+    """Whether a column holds images or, under a name that says so, arrays or encoded files."""
+    if isinstance(feature, (datasets.Image, datasets.Array2D, datasets.Array3D)):
+        return True
+    return name in ("image", "img", "images") and not isinstance(feature, (datasets.ClassLabel, datasets.Audio))
+
+
 def find_image_column(features: datasets.Features, asked: str | None) -> str:
-    """The column of the pictures: the one asked for, or the only one that can be meant."""
+    """Return the column of the images: the one asked for, or the only one that can be meant."""
     if asked is not None:
         if asked not in features:
             raise ValueError(f"image_column must be one of the columns {list(features)}, got {asked!r}.")
         return asked
     found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    found = found or [name for name in ("image", "img") if name in features]
+    found = found or [name for name, feature in features.items() if _may_be_images(name, feature)]
     if len(found) != 1:
-        raise ValueError(f"Say by image_column which of the columns {list(features)} holds the pictures, {found} may.")
+        raise ValueError(f"Say by image_column which of the columns {list(features)} holds the images, {found} may.")
     return found[0]
 
 
 def find_label_column(features: datasets.Features, asked: str | None) -> str | None:
-    """The column of the labels: the one asked for, or the only one that can be meant, or None."""
+    """Return the column of the labels: the one asked for, or the only one that can be meant, or None."""
     if asked is not None:
         if asked not in features:
             raise ValueError(f"label_column must be one of the columns {list(features)}, got {asked!r}.")
@@ -122,16 +283,8 @@ def find_label_column(features: datasets.Features, asked: str | None) -> str | N
     return found[0] if len(found) == 1 else None
 
 
-def class_names(features: datasets.Features, column: str | None) -> list[str] | None:
-    """Names of the classes where the column states them."""
-    feature = features[column] if column is not None else None
-    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-
-
-def read_labels(
-    table: datasets.Dataset, column: str | None, known: Sequence[str] | None = None
-) -> tuple[np.ndarray | None, int | None, list[str] | None]:
-    """Labels, int64, shape (n,), their number and their names; None without a column.
+def read_labels(table: datasets.Dataset, column: str | None, known: Sequence[str] | None = None) -> Labels | None:
+    """Read the labels of all rows; None without a column.
 
     Args:
         table: The rows.
@@ -139,81 +292,143 @@ def read_labels(
         known: Class names whose places are the numbers, in place of the column's own order.
 
     Raises:
-        ValueError: a row without a class, or a class that is not among the known ones.
+        ValueError: values that are no classes, or a class that is not among the known ones.
     """
     if column is None:
-        return None, None, None
-    names = class_names(table.features, column)
-    values = np.asarray(table[column][:])
-    if values.dtype.kind in "US":
-        words, values = np.unique(values, return_inverse=True)
-        names = words.tolist()
-    if values.dtype.kind not in "iu" or values.min() < 0:
-        raise ValueError(f"label_column {column!r} must hold classes from 0 upwards in every row, got {values[:8]} …")
-    values = values.astype(np.int64)
+        return None
+    feature = table.features[column]
+    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    values = table[column][:]
+    if any(isinstance(value, str) for value in values):
+        names = sorted({value for value in values if value is not None})
+        place = {name: i for i, name in enumerate(names)}
+        values = [None if value is None else place[value] for value in values]
+    return number_labels(values, names, column, known)
+
+
+def number_labels(
+    values: Sequence[Any], names: Sequence[str] | None, column: str, known: Sequence[str] | None = None
+) -> Labels:
+    """Number labels as training did; see `read_labels`. Where there is none (None, NaN, below 0) it is -1."""
+    numbers = np.full(len(values), -1, np.int64)
+    for i, value in enumerate(values):
+        if value is None or value != value or (isinstance(value, (int, float)) and value < 0):
+            continue
+        if not isinstance(value, (int, float, np.integer, np.floating)) or value != int(value):
+            raise ValueError(
+                f"label_column {column!r} must hold classes, numbers from 0 upwards or words, got {value!r}."
+            )
+        numbers[i] = int(value)
+    if names is None and known is not None:
+        names = [str(number) for number in range(int(numbers.max(initial=-1)) + 1)]
+        names = names if set(names) <= set(known) else None
+        if names is None:
+            raise ValueError(
+                f"label_column {column!r} holds numbers without names, and the training's classes have the names "
+                f"{list(known)}: which number is which is not said."
+            )
     if names is None:
-        return values, int(values.max()) + 1, None
+        return Labels(numbers, int(numbers.max(initial=-1)) + 1, None)
     if known is None:
-        return values, len(names), names
-    return renumbered(names, known)[values], len(known), list(known)
-
-
-def renumbered(names: Sequence[str], known: Sequence[str]) -> np.ndarray:
-    """The number among the known classes of each of these names, int64.
-
-    Raises:
-        ValueError: one of them is not known.
-    """
-    unknown = [name for name in names if name not in known]
+        return Labels(numbers, len(names), list(names))
+    used = {names[number] for number in np.unique(numbers[numbers >= 0])}
+    unknown = [name for name in names if name in used and name not in known]
     if unknown:
         raise ValueError(f"the classes {unknown} are none of the training's, which are {list(known)}.")
-    return np.asarray([known.index(name) for name in names], np.int64)
+    place = np.asarray([known.index(name) if name in known else -1 for name in names] + [-1], np.int64)
+    return Labels(place[numbers], len(known), list(known))
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
 def undecoded(table: Any, column: str, label_column: str | None = None) -> Any:
-    """The table with the column of pictures, which stay encoded, and that of labels."""
+    """Return the table with the column of images, which stay encoded or become arrays, and that of labels."""
     wanted = [column] if label_column is None else [column, label_column]
     try:
-        return table.select_columns(wanted).cast_column(column, datasets.Image(decode=False))
-    except Exception as error:  # Arrow has many words for "this cannot be a picture"
-        raise ValueError(f"image_column {column!r} does not hold pictures: {table.features[column]}.") from error
+        table = table.select_columns(wanted)
+        if _array_type(table.features[column]) is not None:
+            return table
+        return table.cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError, KeyError, pyarrow.ArrowException) as error:
+        raise ValueError(f"image_column {column!r} does not hold images: {table.features[column]}.") from error
 
 
-def encoded_picture(cell: Cell) -> bytes | str | None:
-    """The bytes or the path of the picture in a cell."""
-    if cell is None:
-        return None
+def _array_type(feature: Any) -> str | None:
+    """The type of the numbers of a column of arrays or of lists of lists; None for another column."""
+    while isinstance(feature, (datasets.List, datasets.LargeList, list)):
+        feature = feature[0] if isinstance(feature, list) else feature.feature
+        if isinstance(feature, datasets.Value):
+            return None if pyarrow.types.is_string(feature.pa_type) else feature.dtype
+    return feature.dtype if isinstance(feature, (datasets.Array2D, datasets.Array3D)) else None
+
+
+def array_cell(value: Any, feature: Any) -> Cell:
+    """Return a cell as it is decoded: lists as the array they are, in the type of their column."""
+    kind = _array_type(feature)
+    if kind is None or value is None:
+        return value
+    try:
+        return np.asarray(value, dtype=np.dtype(kind))
+    except (TypeError, ValueError):  # rows of several lengths: an array of no axes, refused as such
+        return np.empty(0)
+
+
+def encoded_image(cell: Cell) -> bytes | str | np.ndarray | None:
+    """Return the bytes, the path or the array of the image in a cell."""
+    if cell is None or isinstance(cell, np.ndarray):
+        return cell
     return cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
 
 
 def file_bytes(cell: Cell) -> bytes:
-    """The encoded picture itself; nothing where the row is empty or the file is gone."""
-    encoded = encoded_picture(cell)
+    """Return the encoded image itself; nothing where the row is empty or the file is gone."""
+    encoded = encoded_image(cell)
+    if isinstance(encoded, np.ndarray):
+        return encoded.tobytes()
     if isinstance(encoded, str):
-        return Path(encoded).read_bytes() if Path(encoded).is_file() else b""
+        try:
+            return read_bytes(encoded)
+        except OSError:
+            return b""
     return encoded or b""
 
 
-def picture_name(cell: Cell, number: int) -> str:
-    """How a picture is called in messages: its path where it has one, and its number."""
-    path = cell.get("path") if cell is not None else None
+def image_name(cell: Cell, number: int) -> str:
+    """Return how an image is called in messages: its path where it has one, and its number."""
+    path = cell.get("path") if isinstance(cell, dict) else None
     return f"{path} (row {number})" if path else f"row {number}"
 
 
 class Rows:
-    """Encoded pictures by number."""
+    """Encoded images by number.
 
-    def __init__(self, table: datasets.Dataset, column: str) -> None:
-        self._table = undecoded(table, column)
-        self._column = column
-        self.identity = str(table._fingerprint)  # of the opened files: their names, sizes and times
+    Args:
+        source: The opened split.
+        column: The column of the images.
+    """
+
+    def __init__(self, source: Source, column: str) -> None:
+        self._table = undecoded(source.table, column)
+        self._column, self._feature = column, self._table.features[column]
+        self.identity = str(source.table._fingerprint)  # of the opened files: their names, sizes and times
+        if source.files is not None:
+            self.identity = _identity_of(source.files)
 
     def __len__(self) -> int:
+        """Return the number of rows."""
         return len(self._table)
 
     def cells(self, numbers: Sequence[int]) -> list[Cell]:
-        """The cells of these numbers."""
-        return self._table[list(numbers)][self._column]
+        """Return the cells of these numbers."""
+        return [array_cell(cell, self._feature) for cell in self._table[list(numbers)][self._column]]
+
+
+def _identity_of(files: Sequence[str]) -> str:
+    """Names, sizes and times of files, digested."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        local = file.rpartition("::")[2]
+        known = os.stat(local) if "://" not in local and os.path.exists(local) else None
+        digest.update(f"{file} {known and (known.st_size, known.st_mtime_ns)}\n".encode())
+    return digest.hexdigest()

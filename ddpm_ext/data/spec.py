@@ -6,7 +6,7 @@ run/config.json   {"config": {...}, "data": {"dataset_name": ..., "resolution": 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from .dataset import ImageSet
 
-__all__ = ["DataSpec"]
+__all__ = ["DIGITS", "DataSpec"]
+
+DIGITS = "digits"  # the name of the built-in set
 
 # What follows from the files themselves: it can be compared only where both specs name the same split of the same set.
 _CONTENT = ("class_counts", "num_images", "fingerprint")
@@ -51,6 +53,8 @@ class DataSpec:
         equal_sizes: Whether images of several sizes were refused.
         bits: Values are levels 0 … 2^bits - 1 and x_0 = 2 · level / (2^bits - 1) - 1.
         value_range: (lo, hi) of the stored values that became the lowest and the highest level; None: the file's own.
+        channel_axis: Which axis of arrays (.npy, .npz, columns of arrays) holds the channels.
+        array_key: Name of the array in .npz files, None for their only one.
         class_names: Name of each class number, None where the set has none or states no names.
         class_counts: Images of each class, None where unknown.
         num_images: Images of one epoch, None for a stream.
@@ -70,6 +74,8 @@ class DataSpec:
     equal_sizes: bool = False
     bits: int = 8
     value_range: tuple[float, float] | None = None
+    channel_axis: int = -1
+    array_key: str | None = None
     class_names: tuple[str, ...] | None = None
     class_counts: tuple[int, ...] | None = None
     num_images: int | None = None
@@ -78,7 +84,7 @@ class DataSpec:
     @property
     def name(self) -> str:
         """How the set is called: its Hub name or folder, "digits" for the built-in one."""
-        return self.dataset_name or self.data_dir or "digits"
+        return self.dataset_name or self.data_dir or DIGITS
 
     @property
     def num_classes(self) -> int | None:
@@ -137,7 +143,7 @@ class DataSpec:
         """A spec from the options of a run and its network: all that config.json held before it had "data"."""
         options, network = record["config"], record["network"]
         size = network["sample_size"]
-        name = options["dataset_name"] or (None if options["train_data_dir"] else "digits")
+        name = options["dataset_name"] or (None if options["train_data_dir"] else DIGITS)
         return cls(
             dataset_name=name,
             dataset_config_name=options["dataset_config_name"],
@@ -161,26 +167,25 @@ class DataSpec:
 
         Args:
             split: None for the split trained on.
-            **reading: How to read: strict, cache_dir, max_images, num_workers, memory_bytes, mapped_bytes.
+            **reading: How to read, as the fields of `Reading`: strict, max_unreadable, cache_dir, max_images …
 
         Raises:
             ValueError: the set cannot be opened, or holds classes that training did not know.
         """
-        from .dataset import load_images
+        from .dataset import class_names_of, open_images
+        from .rows import Reading
 
-        return load_images(
-            self.dataset_name,
-            self.dataset_config_name,
-            self.data_dir,
-            split or self.split,
-            self.image_column,
-            self.label_column,
-            self.resolution,
-            self.channels,
-            center_crop=self.center_crop,
-            class_names=self.class_names,
-            **reading,
-        )
+        spec = replace(self, split=split or self.split)
+        if self.class_names is None and spec.split != self.split:
+            spec = replace(spec, class_names=class_names_of(self, reading.get("cache_dir")))
+        images = open_images(spec, Reading(**reading))
+        known, found = self.num_classes, images.num_classes
+        if known is not None and found is not None and found > known:
+            raise UserError(
+                f"The classes {known} to {found - 1} of split {spec.split!r} of {self.name} are none of the "
+                f"training's, which are 0 to {known - 1}."
+            )
+        return images
 
     def differences(self, other: DataSpec) -> list[str]:
         """Name what `other` has otherwise than this spec, one sentence each; none where it is the same.

@@ -1,10 +1,10 @@
-"""A data set too large to open -> pictures at global positions, shard after shard, with exact and elastic resume.
+"""A data set too large to open -> images at global positions, shard after shard, with exact and elastic resume.
 
     epoch e:  shards in an order of (seed, e), read in blocks of N rows, each block permuted by (seed, e, its number)
 
 Every process reads the same rows and decodes those of its own positions alone, so the order is that of the global batch
 whatever the number of processes, and what must be stored is one place in the stream: the start of a block. An epoch
-ends with a shorter block; batches run on into the next epoch, and no picture is left out or doubled. Pictures that
+ends with a shorter block; batches run on into the next epoch, and no image is left out or doubled. Images that
 stand in one shard stay near each other: mix before writing shards.
 """
 
@@ -30,23 +30,25 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
-from ddpm_ext.data.dataset import Batch
-from ddpm_ext.data.pixels import Decoder, picture_format
-from ddpm_ext.data.sources import (
-    DIGITS,
+from .dataset import Batch, as_tensor, make_spec
+from .rows import Decoder, Reading, image_format, say_once, tell_of
+from .sources import (
     Cell,
-    class_names,
+    array_cell,
     file_bytes,
     find_image_column,
     find_label_column,
+    number_labels,
     open_source,
     undecoded,
 )
-from ddpm_ext.data.spec import DataSpec
+from .spec import DataSpec
+
+__all__ = ["BLOCK_ROWS", "ImageStream", "file_mark", "open_stream", "stream_images"]
 
 BLOCK_ROWS = 4096
-REMEMBERED_BLOCKS = 64  # block starts kept, so that a state can be asked for behind what was read ahead
-MARKED_ROWS = 16  # rows whose content enters the fingerprint, beside the name, size and row count of every file
+_REMEMBERED_BLOCKS = 64  # block starts kept, so that a state can be asked for behind what was read ahead
+_MARKED_ROWS = 16  # rows whose content enters the fingerprint, beside the name, size and row count of every file
 
 
 class Place(NamedTuple):
@@ -64,26 +66,26 @@ class Block(NamedTuple):
     """Rows of one block in their permuted order."""
 
     start: Place
-    pictures: list[Cell]
-    labels: list[int] | None
+    images: list[Cell]
+    labels: np.ndarray | None  # int64
     names: list[str]
 
     def __len__(self) -> int:
         """Number of rows."""
-        return len(self.pictures)
+        return len(self.images)
 
     def cells(self, numbers: Sequence[int]) -> list[Cell]:
         """The cells of these places in the block."""
-        return [self.pictures[number] for number in numbers]
+        return [self.images[number] for number in numbers]
 
     def name(self, cell: Cell, number: int) -> str:
-        """How the picture of a place is called in messages: the same in every epoch."""
-        path = cell.get("path") if cell is not None else None
+        """How the image of a place is called in messages: the same in every epoch."""
+        path = cell.get("path") if isinstance(cell, dict) else None
         return f"{path} ({self.names[number]})" if path else self.names[number]
 
 
 class ImageStream:
-    """Pictures by global position. Build it with `stream_images`.
+    """Images by global position. Build it with `stream_images`.
 
     The same attributes and methods as `data.ImageSet`, but its length is not known (`num_images` is None) and positions
     should be asked for in ascending order: going back reads again from the nearest block start that is remembered.
@@ -91,40 +93,45 @@ class ImageStream:
 
     num_images: int | None = None
 
-    def __init__(
-        self,
-        table: Any,
-        columns: tuple[str, str | None],
-        decoder: Decoder,
-        num_classes: int | None,
-        fingerprint: str,
-        block_rows: int,
-        shard_names: list[str],
-        spec: DataSpec,
-    ) -> None:
-        form = decoder.form
-        self.shape = (form.channels, form.height, form.width)
-        self.num_classes = num_classes
-        self.fingerprint = fingerprint
-        self.spec = replace(spec, resolution=self.shape[1:], channels=self.shape[0], fingerprint=fingerprint)
+    def __init__(self, rows: _StreamRows, decoder: Decoder, block_rows: int, spec: DataSpec) -> None:
+        assert spec.resolution is not None and spec.channels is not None and spec.fingerprint is not None
+        self.shape = (spec.channels, *spec.resolution)
+        self.num_classes = None if spec.class_names is None else len(spec.class_names)
+        self.fingerprint = spec.fingerprint
+        self.spec = spec
         self.skipped = decoder.skipped
-        self._shard_names = shard_names
-        self._table, self._columns, self._decoder, self._block_rows = table, columns, decoder, block_rows
+        self._rows, self._decoder, self._block_rows = rows, decoder, block_rows
+        self._classes_required = False
         self._seed: int | None = None
-        self._places: deque[Place] = deque([Place(0, 0, 0, 0, None)], maxlen=REMEMBERED_BLOCKS)
+        self._places: deque[Place] = deque([Place(0, 0, 0, 0, None)], maxlen=_REMEMBERED_BLOCKS)
         self._block: Block | None = None
         self._reader: list[Iterator[Block]] = []  # at most one
         self._lock = threading.Lock()
         # Readers that are still open when Python shuts down complain about modules that are gone.
         weakref.finalize(self, self._reader.clear)
 
+    def require_classes(self) -> None:
+        """Refuse a set without classes now, and an image without one when it is met.
+
+        Raises:
+            ValueError: it states no classes.
+        """
+        if self._rows.label_column is None:
+            raise ValueError(f"The images of {self.spec.name} have no classes: name their label_column.")
+        if self.num_classes is None:
+            raise ValueError(
+                f"The label_column {self._rows.label_column!r} of {self.spec.name} does not say how many classes there "
+                "are, and a stream is not read to count them: leave --streaming out."
+            )
+        self._classes_required = True
+
     def at(self, positions: Sequence[int] | Tensor, seed: int) -> Batch:
-        """The pictures at these global positions of a training with this seed, in the order given."""
+        """The images at these global positions of a training with this seed, in the order given."""
         asked = np.asarray(positions, dtype=np.int64).reshape(-1)
         if asked.size and asked.min() < 0:
             raise ValueError(f"positions count from 0, got {asked.min()}.")
-        shape = (len(asked), *self.shape)
-        pixels, labels = np.empty(shape, np.uint8), np.zeros(len(asked), np.int64)
+        levels = np.empty((len(asked), *self.shape), self._decoder.form.dtype)
+        labels = np.zeros(len(asked), np.int64)
         with self._lock:
             self._keep_to(seed)
             ascending = np.argsort(asked, kind="stable")
@@ -132,11 +139,23 @@ class ImageStream:
                 block = self._block_of(int(asked[ascending[0]]))
                 here = ascending[asked[ascending] < block.start.position + len(block)]
                 numbers = asked[here] - block.start.position
-                pixels[here], used = self._decoder.nearest_readable(block, numbers, block.name)
+                levels[here], used = self._decoder.nearest_readable(block, numbers, block.name)
                 if block.labels is not None:
-                    labels[here] = np.asarray(block.labels, np.int64)[used]
+                    labels[here] = block.labels[used]
+                    self._check_classes(block, used)
                 ascending = ascending[len(here) :]
-        return Batch(torch.from_numpy(pixels), torch.from_numpy(labels) if self._columns[1] is not None else None)
+        return Batch(as_tensor(levels), torch.from_numpy(labels) if self._rows.label_column is not None else None)
+
+    def _check_classes(self, block: Block, numbers: np.ndarray) -> None:
+        """Refuse an image without a class where classes were asked for."""
+        assert block.labels is not None
+        without = [int(number) for number in numbers if block.labels[number] < 0]
+        if without and self._classes_required:
+            name = block.name(block.images[without[0]], without[0])
+            raise ValueError(
+                f"The image {name} of {self.spec.name} has no class (its label is empty or below 0): classes cannot be "
+                "asked for."
+            )
 
     def state_dict(self, position: int) -> dict[str, Any]:
         """What must be stored to go on at a global position, on any number of processes; plain JSON."""
@@ -185,23 +204,22 @@ class ImageStream:
 
     def _read(self, place: Place, seed: int) -> Iterator[Block]:
         """Blocks from a place on, without end."""
-        num_shards = self._table.num_shards
+        num_shards = self._rows.num_shards
         while True:
             order = _generator(seed, place.epoch).permutation(num_shards)
             rows: list[dict[str, Any]] = []
             names: list[str] = []
             for number in range(place.shard, num_shards):
-                shard, first = self._table.shard(num_shards, int(order[number])), 0
-                if number == place.shard and place.rows is not None:
-                    shard.load_state_dict(place.rows)
-                    first = place.row
+                at = place if number == place.shard else None
+                shard, first = self._rows.shard(int(order[number]), at)
                 for in_shard, row in enumerate(shard, first):
                     rows.append(row)
-                    names.append(f"row {in_shard} of {self._shard_names[order[number]]}")
+                    names.append(f"row {in_shard} of {self._rows.names[order[number]]}")
                     if len(rows) == self._block_rows:
                         yield self._permuted(place, rows, names, seed)
                         end = place.position + len(rows)
-                        place = Place(end, place.epoch, place.block + 1, number, shard.state_dict(), in_shard + 1)
+                        state = self._rows.state(shard)
+                        place = Place(end, place.epoch, place.block + 1, number, state, in_shard + 1)
                         rows, names = [], []
             if rows:
                 yield self._permuted(place, rows, names, seed)
@@ -211,30 +229,86 @@ class ImageStream:
 
     def _permuted(self, start: Place, rows: list[dict[str, Any]], names: list[str], seed: int) -> Block:
         """One block in its permuted order."""
-        column, label_column = self._columns
         order = _generator(seed, start.epoch, 1 + start.block).permutation(len(rows))
-        labels = None if label_column is None else [int(rows[number][label_column]) for number in order]
-        return Block(start, [rows[number][column] for number in order], labels, [names[number] for number in order])
+        images, labels = self._rows.read([rows[number] for number in order])
+        return Block(start, images, labels, [names[number] for number in order])
+
+
+class _StreamRows:
+    """The rows of a stream, shard by shard.
+
+    Args:
+        spec: What to open.
+        cache_dir: Home of downloads.
+    """
+
+    def __init__(self, spec: DataSpec, cache_dir: str | None) -> None:
+        source = open_source(spec, cache_dir, streaming=True)
+        if source.note is not None:
+            say_once(source.note)
+        table = source.table if source.table.features is not None else source.table._resolve_features()
+        self.column = find_image_column(table.features, spec.image_column)
+        self.label_column = find_label_column(table.features, spec.label_column)
+        label = table.features[self.label_column] if self.label_column is not None else None
+        if isinstance(label, datasets.Value) and pyarrow.types.is_string(label.pa_type):
+            raise ValueError(
+                f"label_column {self.label_column!r} of a stream must hold numbers or ClassLabel, it holds {label}."
+            )
+        self._names = list(label.names) if isinstance(label, datasets.ClassLabel) else None
+        self._known = spec.class_names
+        self.class_names = self._names if self._known is None else list(self._known)
+        self._table = undecoded(table, self.column, self.label_column)
+        self._feature = self._table.features[self.column]
+        self.num_shards = self._table.num_shards
+        self._in_files = source.files is not None  # rows that are paths: a place is the number of rows before it
+        self.shards = [list(source.files)] if source.files is not None else _shard_files(self._table)
+        self.names = [Path(files[0]).name if len(files) == 1 else f"shard {i}" for i, files in enumerate(self.shards)]
+
+    def first(self, count: int) -> list[Cell]:
+        """Return the cells of the first rows."""
+        return self.read(list(islice(iter(self._table), count)))[0]
+
+    def read(self, rows: list[dict[str, Any]]) -> tuple[list[Cell], np.ndarray | None]:
+        """Return images and labels of rows."""
+        images = [array_cell(row[self.column], self._feature) for row in rows]
+        if self.label_column is None:
+            return images, None
+        values = [row[self.label_column] for row in rows]
+        return images, number_labels(values, self._names, self.label_column, self._known).numbers
+
+    def shard(self, number: int, place: Place | None) -> tuple[Any, int]:
+        """Return a shard from a place in it on, and how many of its rows lie before."""
+        shard = self._table.shard(self.num_shards, number)
+        if place is None or place.row == 0:
+            return shard, 0
+        if self._in_files:
+            return shard.skip(place.row), place.row
+        shard.load_state_dict(place.rows)
+        return shard, place.row
+
+    def state(self, shard: Any) -> dict[str, Any] | None:
+        """Return what `datasets` needs to go on in a shard."""
+        return None if self._in_files else shard.state_dict()
 
 
 def _generator(seed: int, *numbers: int) -> np.random.Generator:
     return np.random.default_rng((seed % 2**64, *numbers))
 
 
-def shard_files(table: Any) -> list[list[str]]:
+def _shard_files(table: Any) -> list[list[str]]:
     """The files of each shard, as far as `datasets` reads from files; a shard of unknown source has none."""
     source = table._ex_iterable
     while hasattr(source, "ex_iterable"):
         source = source.ex_iterable
     arguments = getattr(source, "kwargs", {})
     parts = next((arguments[name] for name in ("files", "shards", "tar_paths") if name in arguments), [])
-    shards = [list(dict.fromkeys(file_names(part))) for part in parts]
-    if len(shards) != table.num_shards:  # one shard of many files, as a folder of pictures is
-        shards = [list(dict.fromkeys(file_names(parts)))] if table.num_shards == 1 else [[]] * table.num_shards
+    shards = [list(dict.fromkeys(_file_names(part))) for part in parts]
+    if len(shards) != table.num_shards:  # one shard of many files, as a folder of images is
+        shards = [list(dict.fromkeys(_file_names(parts)))] if table.num_shards == 1 else [[]] * table.num_shards
     return shards
 
 
-def file_names(source: Any) -> Iterator[str]:
+def _file_names(source: Any) -> Iterator[str]:
     """The file names in what `datasets` calls a source: names, tuples and lists of them, opened sets."""
     if isinstance(source, str):
         yield source
@@ -242,21 +316,16 @@ def file_names(source: Any) -> Iterator[str]:
         yield from (file["filename"] for file in source.cache_files)
     elif isinstance(source, Iterable):
         for part in source:
-            yield from file_names(part)
+            yield from _file_names(part)
 
 
-def shard_names(shards: list[list[str]]) -> list[str]:
-    """How shards are called in messages."""
-    return [Path(files[0]).name if len(files) == 1 else f"shard {number}" for number, files in enumerate(shards)]
-
-
-def content_mark(shards: list[list[str]]) -> str:
+def _content_mark(shards: list[list[str]]) -> str:
     """Names, sizes in bytes and numbers of rows of all files, as far as they can be known without reading them."""
     return "\n".join(" ".join(map(str, file_mark(file))) for files in shards for file in files)
 
 
 def file_mark(file: str) -> tuple[str, int | None, int | None]:
-    """(name without folders, bytes, rows) of a file, None where that is not known: elsewhere, or no parquet."""
+    """Return (name without folders, bytes, rows) of a file, None where not known: elsewhere, or no parquet."""
     if not os.path.isfile(file):
         return Path(file).name, None, None
     rows = None
@@ -266,65 +335,40 @@ def file_mark(file: str) -> tuple[str, int | None, int | None]:
     return Path(file).name, os.path.getsize(file), rows
 
 
-def stream_images(
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    train_data_dir: str | None = None,
-    split: str = "train",
-    image_column: str | None = None,
-    label_column: str | None = None,
-    resolution: int | tuple[int, int] | None = None,
-    channels: int | None = None,
-    *,
-    center_crop: bool = True,
-    strict: bool = False,
-    cache_dir: str | None = None,
-    num_workers: int = 0,
-    block_rows: int = BLOCK_ROWS,
-) -> ImageStream:
-    """Open a data set as a stream; arguments as for `data.load_images`.
+def stream_images(*args: Any, block_rows: int = BLOCK_ROWS, **options: Any) -> ImageStream:
+    """Open a data set as a stream.
 
     Args:
-        resolution: Must be given: the sizes of what has not been read are not known.
-        label_column: Labels must be numbers; their count is known where the column states its classes.
+        *args: As for `load_images`; a resolution must be given: the sizes of what has not been read are not known.
         block_rows: N, rows that are held, still encoded, and permuted among themselves.
+        **options: As for `load_images`. Labels must be numbers; their count is known where the column states its
+            classes.
 
     Raises:
         ValueError: a set that cannot be opened or is empty, a missing column, no resolution.
     """
-    if resolution is None:
+    reading = {name: options.pop(name) for name in Reading._fields if name in options}
+    return open_stream(make_spec(*args, **options), Reading(**reading), block_rows)
+
+
+def open_stream(spec: DataSpec, reading: Reading | None = None, block_rows: int = BLOCK_ROWS) -> ImageStream:
+    """Open the images that a spec names as a stream; see `stream_images`."""
+    reading = reading or Reading()
+    if spec.resolution is None:
         raise ValueError("A stream needs a resolution: the sizes of what has not been read are not known.")
     if block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, got {block_rows}.")
-    table = open_source(dataset_name, dataset_config_name, train_data_dir, split, cache_dir, streaming=True)
-    if table.features is None:
-        table = table._resolve_features()
-    columns = find_image_column(table.features, image_column), find_label_column(table.features, label_column)
-    label = table.features[columns[1]] if columns[1] is not None else None
-    if isinstance(label, datasets.Value) and not pyarrow.types.is_integer(label.pa_type):
-        raise ValueError(f"label_column {columns[1]!r} of a stream must hold numbers or ClassLabel, it holds {label}.")
-    names = class_names(table.features, columns[1])
-    table = undecoded(table, *columns)
-    first = [row[columns[0]] for row in islice(iter(table), MARKED_ROWS)]
+    rows = _StreamRows(spec, reading.cache_dir)
+    first = rows.first(_MARKED_ROWS)
     if not first:
-        raise ValueError(f"The data set is empty: split {split!r} of {dataset_name or train_data_dir} has no rows.")
-
-    shards = shard_files(table)
-    form = picture_format(Block(Place(0, 0, 0, 0, None), first, None, []), resolution, channels, center_crop)
-    described = f"stream {table.num_shards} {block_rows} {tuple(form)}\n{content_mark(shards)}"
+        raise ValueError(f"The data set is empty: split {spec.split!r} of {spec.name} has no rows.")
+    some = Block(Place(0, 0, 0, 0, None), first, None, [])
+    form = image_format(some, spec)
+    described = f"stream {rows.num_shards} {block_rows} {form.identity}\n{_content_mark(rows.shards)}"
     mark = hashlib.blake2b(described.encode(), digest_size=16)
     for cell in first:
         mark.update(hashlib.blake2b(file_bytes(cell)).digest())
-    decoder = Decoder(form, strict, num_workers)
-    num_classes = None if names is None else len(names)
-    spec = DataSpec(
-        dataset_name=dataset_name or (None if train_data_dir else DIGITS),
-        dataset_config_name=dataset_config_name,
-        data_dir=train_data_dir,
-        split=split,
-        image_column=image_column,
-        label_column=label_column,
-        center_crop=center_crop,
-        class_names=None if names is None else tuple(names),
-    )
-    return ImageStream(table, columns, decoder, num_classes, mark.hexdigest(), block_rows, shard_names(shards), spec)
+    names = None if rows.class_names is None else tuple(rows.class_names)
+    spec = replace(spec, channels=form.channels, class_names=names, fingerprint=mark.hexdigest())
+    tell_of(some, form, reading)
+    return ImageStream(rows, Decoder(form, reading), block_rows, spec)

@@ -1,0 +1,318 @@
+"""The samples of an image as its file stores them, of any depth and number of bands, and what they mean.
+
+Pillow gives 8 bits of most formats, also of those that store 16; what it would cut is read by tifffile and imagecodecs
+(`pip install ddpm-ext[deep]`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+__all__ = [
+    "TURNS",
+    "Samples",
+    "Stored",
+    "Unreadable",
+    "array_samples",
+    "deep_samples",
+    "is_array",
+    "is_tiff",
+    "reads_all",
+    "stored",
+]
+
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_TAGS = {"bits": 258, "photometric": 262, "bands": 277, "extra": 338, "format": 339}
+_ALPHA = (1, 2)  # ExtraSamples: premultiplied, not premultiplied; 0 is anything
+# EXIF orientation -> how the image is turned upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_MODES = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
+
+
+class Unreadable(ValueError):
+    """An image that has no values of the form asked for.
+
+    Attributes:
+        kind: Why, in words that are the same for alike files, so that they can be counted.
+    """
+
+    def __init__(self, kind: str, message: str | None = None) -> None:
+        super().__init__(message or f"{kind}.")
+        self.kind = kind
+
+
+class Samples(NamedTuple):
+    """The values of an image as they are stored."""
+
+    values: np.ndarray  # shape (H, W, S)
+    mode: str | None  # L, LA, RGB, RGBA, or None: bands without a stated meaning
+    bits: int | None  # of unsigned integers, whose range is 0 … 2^bits - 1; None: no range is stated
+    upright: bool = True  # False: the EXIF orientation is still to be applied
+
+    def turned(self, turn: Image.Transpose) -> Samples:
+        """Return the samples turned or mirrored."""
+        bands = [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(self.values, 2, 0)]
+        return self._replace(values=np.stack([np.asarray(band.transpose(turn)) for band in bands], axis=2))
+
+
+class Stored(NamedTuple):
+    """What the header of a file says of its samples."""
+
+    bits: int
+    integer: bool
+
+
+def is_array(file: Any) -> bool:
+    """Whether an open file is a .npy or .npz."""
+    magic = file.read(6)
+    file.seek(0)
+    return magic == b"\x93NUMPY" or magic[:4] == b"PK\x03\x04"
+
+
+def is_tiff(file: Any) -> bool:
+    """Whether an open file is a TIFF."""
+    file.seek(0)
+    magic = file.read(4)
+    file.seek(0)
+    return magic in _TIFF_MAGIC
+
+
+# Headers --------------------------------------------------------------------------------------------------------------
+
+
+def stored(image: Any) -> Stored:
+    """Return the depth in which a file holds its samples, whatever Pillow makes of it."""
+    if image.format == "TIFF":
+        bits = max(_tag(image, "bits", (1,)))
+        return Stored(bits, set(_tag(image, "format", (1,))) == {1})
+    if image.mode == "F":
+        return Stored(32, False)
+    rawmode = str(image.tile[0][3]) if image.tile else ""
+    maxval = re.search(r"(\d+)\)$", rawmode) if image.format == "PPM" else None
+    if ";16" in rawmode or image.mode.startswith("I;16") or (maxval and int(maxval[1]) > 255):
+        return Stored(16, True)
+    if image.mode == "I":
+        return Stored(16 if image.format in ("PPM", "PNG") else 32, True)
+    return Stored(_bits_of_code_stream(image), True)
+
+
+def reads_all(image: Any) -> bool:
+    """Whether Pillow reads every band of a file, and calls only that alpha which the file calls alpha."""
+    if image.format != "TIFF":
+        return True
+    bands, extra = _tag(image, "bands", (1,))[0], _tag(image, "extra", ())
+    names = image.getbands()
+    return len(names) == bands and (names[-1].lower() != "a" or (bool(extra) and extra[0] in _ALPHA))
+
+
+def _tag(image: Any, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    value = image.tag_v2.get(_TAGS[name], default)
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _bits_of_code_stream(image: Any) -> int:
+    """Bits per sample of JPEG 2000 and AVIF, which Pillow decodes at 8 whatever they are."""
+    if image.format not in ("JPEG2000", "AVIF") or image.fp is None:
+        return 8
+    place = image.fp.tell()
+    image.fp.seek(0)
+    head = image.fp.read(1 << 16)
+    image.fp.seek(place)
+    if image.format == "AVIF":
+        at = head.find(b"av1C")
+        flags = head[at + 6] if at >= 0 and len(head) > at + 6 else 0
+        return (12 if flags & 0x20 else 10) if flags & 0x40 else 8
+    at = head.find(b"\xff\x4f\xff\x51")  # SOC, SIZ: 38 bytes later the first component's depth less one
+    return (head[at + 42] & 0x7F) + 1 if at >= 0 and len(head) > at + 42 else 8
+
+
+# Samples --------------------------------------------------------------------------------------------------------------
+
+
+def array_samples(source: Any, channel_axis: int = -1, key: str | None = None) -> Samples:
+    """Return the samples of an array, or of an open .npy or .npz file.
+
+    Args:
+        source: The array, shape (H, W) or of three axes, or the file.
+        channel_axis: Which of three axes holds the channels.
+        key: Name of the array in a .npz; None for its only one.
+
+    Raises:
+        Unreadable: several arrays and no key, another number of axes, values that are no real numbers.
+    """
+    values = source if isinstance(source, np.ndarray) else _loaded(source, key)
+    if values.ndim not in (2, 3) or 0 in values.shape:
+        raise Unreadable(
+            f"arrays of {values.ndim} axes",
+            f"it is an array of shape {values.shape}; an image is (H, W), (H, W, C), or another order with "
+            "--channel_axis.",
+        )
+    if values.dtype.kind not in "buif":
+        raise Unreadable(f"arrays of {values.dtype}", f"it is an array of {values.dtype}, which are no real numbers.")
+    values = values[..., None] if values.ndim == 2 else np.moveaxis(values, channel_axis, -1)
+    if values.dtype.kind == "b":
+        return Samples(values.astype(np.uint8), "L" if values.shape[2] == 1 else None, 1)
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
+    return Samples(values, "L" if values.shape[2] == 1 else None, _bits_of_type(values.dtype))
+
+
+def _loaded(file: Any, key: str | None) -> np.ndarray:
+    found = np.load(file, allow_pickle=False)
+    if isinstance(found, np.ndarray):
+        return found
+    with found:
+        names = list(found)
+        if key is None and len(names) != 1:
+            raise Unreadable(".npz files of several arrays", f"it holds the arrays {names}: name one by --array_key.")
+        if key is not None and key not in names:
+            raise Unreadable(
+                f".npz files without {key!r}", f"it holds the arrays {names} and no {key!r} (--array_key)."
+            )
+        return found[names[0] if key is None else key]
+
+
+def _bits_of_type(dtype: np.dtype) -> int | None:
+    return {"uint8": 8, "uint16": 16}.get(dtype.name)
+
+
+def deep_samples(file: Any, image: Any) -> Samples:
+    """Return all samples of an image file, each in its own depth.
+
+    Args:
+        file: The open file.
+        image: The same as Pillow opened it; None for a TIFF that Pillow cannot read, or not whole.
+
+    Raises:
+        Unreadable: the library that reads it is not installed, or the file holds more than one image.
+    """
+    if image is None:
+        return _tiff_samples(file)
+    depth, upright = stored(image), image.format == "TIFF"  # Pillow turns those itself
+    if image.format == "TIFF" and not _pillow_keeps(image, depth):
+        return _tiff_samples(file)
+    if image.mode == "F":
+        return Samples(np.asarray(image)[..., None], "L", None, upright)
+    if image.mode.startswith("I"):
+        values, bits = np.asarray(image)[..., None], depth.bits if depth.integer and depth.bits <= 16 else None
+        return Samples(values if bits is None else values.astype(np.uint16), "L", bits, upright)
+    if depth.bits > 8:
+        return _code_samples(file, image, depth.bits)
+    mode = {"1": "L", "La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)
+    if image.mode in ("P", "PA") or "transparency" in image.info:
+        mode = "RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB"
+    values = np.asarray(image.convert(mode if mode in _MODES else "RGB"))
+    return Samples(np.atleast_3d(values), mode if mode in _MODES else "RGB", 8, upright)
+
+
+def _pillow_keeps(image: Any, depth: Stored) -> bool:
+    """Whether Pillow has every value of a TIFF: one page, and 8 bits or one band of at most 32."""
+    if getattr(image, "n_frames", 1) > 1:
+        return False
+    if image.mode == "F":
+        return depth.bits == 32
+    signed = set(_tag(image, "format", (1,))) == {2}
+    if image.mode.startswith("I"):
+        return depth.bits <= 16 or signed
+    return depth.bits <= 8 and not signed
+
+
+def _library(name: str, what: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Unreadable(
+            f"{what} need {name}, which is not installed",
+            f"{what} are read whole by {name}, which is not installed: pip install ddpm-ext[deep].",
+        ) from error
+
+
+def _code_samples(file: Any, image: Any, bits: int) -> Samples:
+    """Colour of more than 8 bits, which Pillow cuts."""
+    file.seek(0)
+    data = file.read()
+    if image.format == "PPM":
+        start = re.match(rb"P6\s+(?:#.*\s+)*\d+\s+(?:#.*\s+)*\d+\s+(?:#.*\s+)*(\d+)\s", data)
+        if start is None:
+            raise Unreadable("PPM text of more than 8 bits", "it is a PPM of text: store it as PNG or TIFF.")
+        values = np.frombuffer(data[start.end() :], ">u2").reshape(*image.size[::-1], 3)
+        return Samples((values.astype(np.float64) * 65535 / int(start[1])).round().astype(np.uint16), "RGB", 16, False)
+    names = {"PNG": "png_decode", "JPEG2000": "jpeg2k_decode", "AVIF": "avif_decode"}
+    if image.format not in names:
+        raise Unreadable(
+            f"{bits}-bit {image.format} files",
+            f"it stores {bits} bits and would be read at 8: store it as PNG or TIFF.",
+        )
+    codecs = _library("imagecodecs", f"{bits}-bit {image.format} images in colour")
+    try:
+        values = np.atleast_3d(getattr(codecs, names[image.format])(data))
+    except RuntimeError as error:  # the base of imagecodecs' own
+        raise OSError(f"damaged {image.format}: {error}") from error
+    mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[values.shape[2]]
+    return Samples(values, mode, bits, False)
+
+
+def _tiff_samples(file: Any) -> Samples:
+    """Every band and page of a TIFF; pages become bands."""
+    tifffile = _library("tifffile", "TIFF files of several bands, pages or more than 8 bits")
+    file.seek(0)
+    try:
+        with tifffile.TiffFile(file) as tiff:
+            pages = [page for page in tiff.pages if not page.is_reduced]
+            first = pages[0]
+            parts = [_page_values(page) for page in pages]
+    except (tifffile.TiffFileError, RuntimeError, AttributeError, IndexError) as error:
+        if isinstance(error, Unreadable):
+            raise
+        raise OSError(f"damaged TIFF, or one that needs imagecodecs: {error}") from error
+    if len({part.shape[:2] for part in parts}) > 1:
+        raise Unreadable("TIFF pages of several sizes", f"its {len(parts)} pages have several sizes: split it.")
+    values = np.concatenate(parts, axis=2)
+    bits = None
+    if (depth := _bits_of_type(values.dtype)) is not None:
+        bits = min(depth, max(first.bitspersample if isinstance(first.bitspersample, tuple) else [first.bitspersample]))
+    if first.photometric == 0 and bits is not None:  # the lowest value is white
+        values = ((1 << bits) - 1 - values).astype(values.dtype)
+    mode = _tiff_mode(first, values.shape[2])
+    if mode in ("LA", "RGBA") and first.extrasamples[0] == 1 and bits is not None:  # premultiplied
+        alpha = values[..., -1:].astype(np.float64)
+        colour = np.divide(
+            values[..., :-1] * ((1 << bits) - 1.0), alpha, where=alpha > 0, out=np.zeros(values[..., :-1].shape)
+        )
+        values = np.concatenate([colour.round().clip(0, (1 << bits) - 1).astype(values.dtype), values[..., -1:]], 2)
+    samples = Samples(values, mode, bits)
+    orientation = first.tags.valueof(274, 1)
+    return samples.turned(TURNS[orientation]) if orientation in TURNS else samples
+
+
+def _page_values(page: Any) -> np.ndarray:
+    """The values of one page, (H, W, S)."""
+    values = page.asarray()
+    if page.axes == "YX":
+        return values[..., None]
+    if page.axes in ("YXS", "SYX"):
+        return values if page.axes == "YXS" else np.moveaxis(values, 0, -1)
+    raise Unreadable(f"TIFF pages of axes {page.axes}", f"its axes are {page.axes} of shape {values.shape}: split it.")
+
+
+def _tiff_mode(page: Any, bands: int) -> str | None:
+    """What the bands of a TIFF mean, as far as it says so itself."""
+    base = {0: "L", 1: "L", 2: "RGB"}.get(int(page.photometric))
+    if base is None or bands != page.samplesperpixel:
+        return None if bands > 1 else "L"
+    extra = bands - len(base)
+    if extra == 0:
+        return base
+    return f"{base}A" if extra == 1 and page.extrasamples and page.extrasamples[0] in _ALPHA else None
