@@ -215,7 +215,7 @@ def test_a_corrupt_picture_of_a_strict_stream_ends_in_a_sentence(broken_pictures
     process = start(options(tmp_path / "run", **given, train_batch_size=2, checkpointing_steps=1))
     code, output = finish(process)
     assert code == 1 and "Traceback" not in output, output
-    assert "error: The picture" in output.splitlines()[-1] and "cannot be read" in output.splitlines()[-1], output
+    assert "error: The image" in output.splitlines()[-1] and "cannot be read" in output.splitlines()[-1], output
     found = status(tmp_path / "run")
     assert found["status"] == "failed" and "cannot be read" in found["error"]
     checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
@@ -306,7 +306,7 @@ def test_a_corrupt_picture_on_one_of_two_processes_is_told_by_it(broken_pictures
     given = {"train_data_dir": broken_pictures, "resolution": "8", "streaming": True, "strict_data": True}
     words = options(tmp_path / "run", **given, global_batch_size=4, train_batch_size=2)
     code, output = finish(start(words, [*TORCHRUN, "2"]))
-    assert code == 1 and re.search(r"error( of process 1)?: The picture .* cannot be read", output), output
+    assert code == 1 and re.search(r"error( of process 1)?: The image .* cannot be read", output), output
     assert status(tmp_path / "run")["status"] == "failed" and "cannot be read" in status(tmp_path / "run")["error"]
 
 

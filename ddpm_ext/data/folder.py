@@ -45,6 +45,7 @@ class Listing(NamedTuple):
 
     paths: list[str]  # in the order of their names
     classes: list[str] | None  # class of each, None where the folder has no classes
+    class_names: list[str] | None  # in the order of their numbers: the training split's
     note: str | None  # a sentence: what is left out and why; None where every file is an image
 
 
@@ -132,8 +133,27 @@ def list_images(entries: Iterable[Entry], split: str, where: str) -> Listing:
         raise ValueError(f"it holds no images{f' ({note})' if note else ': it is empty'}.")
     chosen.sort()
     classes = _classes([entry.name for entry in chosen], where)
+    names = None if classes is None else _class_names([entry.name for entry in visible], part, set(classes), where)
     sentence = f"{where}: {len(chosen)} images of {total} files are read; left out: {note}." if note else None
-    return Listing([entry.path for entry in chosen], classes, sentence)
+    return Listing([entry.path for entry in chosen], classes, names, sentence)
+
+
+def _class_names(names: list[str], part: str, found: set[str], where: str) -> list[str]:
+    """The classes of the training split beside a split, so that one number is one class in both; else its own.
+
+    Raises:
+        ValueError: the split has a class that training has not.
+    """
+    above = part.rstrip("/").rpartition("/")[0]
+    folders = [f"{above}/{folder}/".lstrip("/") for folder in ("train", "training")]
+    for folder in folders:
+        beside = [name for name in names if name.lower().startswith(folder.lower()) and _suffix_kind(name) is not None]
+        classes = _classes(beside, where) if beside else None
+        if part.lower() != folder.lower() and classes is not None:
+            if unknown := sorted(found - set(classes)):
+                raise ValueError(f"the classes {unknown} of {part} are none of {folder}, which has {sorted(set(classes))}.")
+            return sorted(set(classes))
+    return sorted(found)
 
 
 def _is_hidden(name: str) -> bool:

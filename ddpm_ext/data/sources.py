@@ -106,11 +106,10 @@ def _open_listing(listing: Listing, split: str, streaming: bool) -> Source:
     """A folder of images as a table of their paths."""
     columns: dict[str, Any] = {"image": [{"bytes": None, "path": path} for path in listing.paths]}
     features: dict[str, Any] = {"image": datasets.Image(decode=False)}
-    if listing.classes is not None:
-        names = sorted(set(listing.classes))
-        number = {name: i for i, name in enumerate(names)}
+    if listing.classes is not None and listing.class_names is not None:
+        number = {name: i for i, name in enumerate(listing.class_names)}
         columns["label"] = [number[name] for name in listing.classes]
-        features["label"] = datasets.ClassLabel(names=names)
+        features["label"] = datasets.ClassLabel(names=listing.class_names)
     table: Any = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     return Source(table.to_iterable_dataset() if streaming else table, listing.note, listing.paths)
 

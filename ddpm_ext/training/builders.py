@@ -206,8 +206,8 @@ def refuse_several_sizes(config: TrainConfig, channels: int) -> None:
 
 def build_network(config: TrainConfig, network: dict[str, Any], data: ImageSet | ImageStream) -> UNet2DModel:
     """The network at the pictures' size, with first weights that the seed decides."""
-    if config.class_conditional and data.num_classes is None:
-        raise RunError("--class_conditional needs pictures with classes, this data set has none; see --label_column.")
+    if config.class_conditional:
+        data.require_classes()
     _, height, width = data.shape
     preset = None if config.model_config_name_or_path else config.unet or "train_unconditional"
     return build_unet(
