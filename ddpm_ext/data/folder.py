@@ -151,7 +151,9 @@ def _class_names(names: list[str], part: str, found: set[str], where: str) -> li
         classes = _classes(beside, where) if beside else None
         if part.lower() != folder.lower() and classes is not None:
             if unknown := sorted(found - set(classes)):
-                raise ValueError(f"the classes {unknown} of {part} are none of {folder}, which has {sorted(set(classes))}.")
+                raise ValueError(
+                    f"the classes {unknown} of {part} are none of {folder}, which has {sorted(set(classes))}."
+                )
             return sorted(set(classes))
     return sorted(found)
 

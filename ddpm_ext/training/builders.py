@@ -16,9 +16,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from ..data.dataset import ImageSet, load_images
+from ..data.dataset import ImageSet, make_spec, open_images
+from ..data.rows import Reading
 from ..data.spec import DataSpec
-from ..data.streaming import ImageStream, stream_images
+from ..data.streaming import ImageStream, open_stream
 from ..diffusion.words import LEARNED_VARIANCES
 from ..models.unet import UNET_PRESETS, build_unet, unet_config
 from ..pipelines.loading import load_network_config
@@ -154,54 +155,54 @@ def network_config(config: TrainConfig) -> dict[str, Any]:
     return found
 
 
-def named_data(config: TrainConfig) -> tuple[str | None, str | None, str | None, str, str | None, str | None]:
-    """Where the pictures come from, as `load_images` and `stream_images` take it: their first six arguments."""
-    place = config.dataset_name, config.dataset_config_name, config.train_data_dir
-    return *place, config.train_split, config.image_column, config.label_column
-
-
 def build_data(config: TrainConfig, network: dict[str, Any]) -> ImageSet | ImageStream:
-    """The pictures at the network's size and channels.
+    """Open the images at the network's size and channels.
 
     Raises:
-        ValueError: no pictures, or none that fit the network.
+        ValueError: no images, or none that fit the network.
     """
     size = network.get("sample_size")
-    if config.equal_sizes:
-        refuse_several_sizes(config, network["in_channels"])
-    open_set = stream_images if config.streaming else load_images
-    return open_set(
-        *named_data(config),
-        tuple(size) if isinstance(size, (list, tuple)) else size,
+    spec = make_spec(
+        config.dataset_name,
+        config.dataset_config_name,
+        config.train_data_dir,
+        config.train_split,
+        config.image_column,
+        config.label_column,
+        size,
         network["in_channels"],
         center_crop=config.center_crop,
+        bits=16 if config.bits is None and config.preserve_input_precision else config.bits,
+        value_range=config.value_range,
+        channel_axis=config.channel_axis,
+        array_key=config.array_key,
+    )
+    reading = Reading(
         strict=config.strict_data,
+        max_unreadable=config.max_unreadable,
         cache_dir=config.cache_dir,
         num_workers=config.dataloader_num_workers,
     )
+    if config.equal_sizes:
+        refuse_several_sizes(spec, reading, streaming=config.streaming)
+    return open_stream(spec, reading) if config.streaming else open_images(spec, reading)
 
 
 def data_spec(config: TrainConfig, data: ImageSet | ImageStream) -> DataSpec:
-    """The record of the images a run is trained on, for config.json."""
+    """Return the record of the images a run is trained on, for config.json."""
     return replace(data.spec, random_flip=config.random_flip, equal_sizes=config.equal_sizes)
 
 
-def refuse_several_sizes(config: TrainConfig, channels: int) -> None:
-    """Read the sizes in the headers of all pictures; nothing is decoded.
+def refuse_several_sizes(spec: DataSpec, reading: Reading, *, streaming: bool) -> None:
+    """Read the sizes in the headers of all images; nothing is decoded.
 
     Raises:
         ValueError: there are several, or a stream's are not known.
     """
-    if config.streaming:
+    if streaming:
         raise ValueError("A stream needs --resolution: the sizes of what has not been read are not known.")
-    load_images(
-        *named_data(config),
-        resolution=None,
-        channels=channels,
-        cache_dir=config.cache_dir,
-        memory_bytes=0,
-        mapped_bytes=0,
-    )
+    as_stored = replace(spec, resolution=None)
+    open_images(as_stored, reading._replace(memory_bytes=0, mapped_bytes=0, max_unreadable=1.0, strict=False))
 
 
 def build_network(config: TrainConfig, network: dict[str, Any], data: ImageSet | ImageStream) -> UNet2DModel:

@@ -21,7 +21,7 @@ class DataOptions:
 
     dataset_name: str | None = option(None, "Hub name or local folder of a data set; none: the built-in digits.")
     dataset_config_name: str | None = option(None, "Configuration of the Hub data set.")
-    train_data_dir: str | None = option(None, "Folder of images or of parquet files.")
+    train_data_dir: str | None = option(None, "Folder or archive of images or arrays, or folder of parquet files.")
     train_split: str = option("train", "Split to train on.")
     cache_dir: str | None = option(None, "Where downloaded data sets and models are kept.")
     image_column: str | None = option(None, "Column that holds the pictures; none: the only one that can.")
@@ -31,6 +31,16 @@ class DataOptions:
     random_flip: bool = option(False, "Mirror each picture with probability 1/2.")
     dataloader_num_workers: int = option(0, "Threads that decode pictures; 0: the main one.")
     streaming: bool = option(False, "Read the data set shard by shard instead of loading it.")
+    bits: int | None = option(
+        None, "Levels 0 to 2^bits - 1 of each value, 1 to 16; none: 8, or what value_range needs."
+    )
+    preserve_input_precision: bool = option(False, "16 bits where no --bits are given, as Diffusers' script names it.")
+    value_range: list[float] | None = option(
+        None, "The stored values that become black and white, as 0 4095; none: the file's own range."
+    )
+    channel_axis: int | None = option(None, "Axis of the channels in .npy, .npz and columns of arrays; none: the last.")
+    array_key: str | None = option(None, "Name of the array in .npz files; none: their only one.")
+    max_unreadable: float = option(0.01, "Share of unreadable images above which the run stops.")
     equal_sizes: bool = option(False, "Refuse pictures of several sizes instead of scaling and cropping them.")
     strict_data: bool = option(False, "Stop at the first corrupt picture instead of skipping and counting it.")
 
@@ -388,6 +398,7 @@ NEUTRAL = frozenset(
         "eval_max_images",
         "dataloader_num_workers",
         "strict_data",
+        "max_unreadable",
         "equal_sizes",
         "max_bad_steps",
         "cpu",
@@ -408,6 +419,6 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
 
 def config_changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Options that alter the weights and differ: name -> (old, new); batch and length are compared in resume.py."""
-    old = {"timestep_sampler": "uniform", **old}  # as before there was a choice
+    old = {"timestep_sampler": "uniform", "preserve_input_precision": False, **old}  # as before there was a choice
     names = sorted((old.keys() | new.keys()) - NEUTRAL)
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}

@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 _NETWORK_OPTIONS = ("model_config_name_or_path", "unet", "dropout", "class_conditional", "resolution")
 _DATA_OPTIONS = (
     *("dataset_name", "dataset_config_name", "train_data_dir", "train_split", "image_column", "label_column"),
-    *("resolution", "center_crop"),
+    *("resolution", "center_crop", "bits", "preserve_input_precision", "value_range", "channel_axis", "array_key"),
 )
 _BATCH_OPTIONS = ("train_batch_size", "gradient_accumulation_steps", "global_batch_size")
 
