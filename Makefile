@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train evaluate test test-slow test-order style format bench clean
+.PHONY: help install train evaluate test test-slow test-package test-order style format bench clean
 
 help:
-	@echo "make train | evaluate | test | test-slow | style | format | bench | clean      (ARGS=... are passed on, PYTHON=... picks the Python)"
+	@echo "make train | evaluate | test | test-slow | test-package | style | format | bench | clean      (ARGS=... are passed on, PYTHON=... picks the Python)"
 
 # Debian without python3-venv has no ensurepip: then the machine's own pip fills the environment.
 $(STAMP): pyproject.toml constraints.txt
@@ -34,6 +34,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu and not hub" $(ARGS)
+
+# The sdist and the wheel as they would be published, used outside the checkout.
+test-package: $(STAMP)
+	$(BIN)/python -m pytest -m slow tests/test_packaging.py $(ARGS)
 
 test-order: $(STAMP)
 	$(BIN)/python -m pytest tests/test_import_order.py

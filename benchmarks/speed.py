@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -80,6 +83,7 @@ def run_benchmark(options: BenchmarkOptions) -> str:
     preset = PRESETS["cifar10-small"].config
     rows.append(training_row(preset, 3 if options.quick else 21, options.num_threads))
     rows.append(sampling_row("cifar10-small", 4, 50, 1 if options.quick else 5))
+    rows.append(import_row(1 if options.quick else 5))
     return markdown(rows, options)
 
 
@@ -143,6 +147,23 @@ def set_up_rows(turns: int) -> list[Row]:
         Row("`set_timesteps(50)` alone", *by_turns([lambda s=s: s.set_timesteps(50) for s in made], turns)),
         Row("making a scheduler", *by_turns(kinds, turns)),
     ]
+
+
+def import_row(turns: int) -> Row:
+    """Importing network, scheduler and pipeline in fresh processes, as the seconds of CPU that each takes."""
+
+    def cpu_seconds(code: str) -> float:
+        before = os.times()
+        subprocess.run([sys.executable, "-c", code], check=True)
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    codes = (
+        "from ddpm_ext import build_unet, DDPMExtScheduler, DDPMExtPipeline",
+        "from diffusers import UNet2DModel, DDPMScheduler, DDPMPipeline",
+    )
+    measured = [[cpu_seconds(code) for code in codes] for _ in range(turns)]
+    return Row("import of network, scheduler and pipeline, CPU time", *map(median, zip(*measured, strict=True)))
 
 
 # -- training and sampling ---------------------------------------------------------------------------------------------

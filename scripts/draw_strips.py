@@ -1,24 +1,25 @@
 """Draw the strips of docs/ddpm.md: digits under more and more noise, and digits coming out of it.
 
-python scripts/draw_strips.py                                  # the forward process, docs/images/forward.png
-python scripts/draw_strips.py --model runs/digits/pipeline     # the reverse process as well, docs/images/reverse.png
+python scripts/draw_strips.py                                  # the forward process, runs/strips/forward.png
+python scripts/draw_strips.py --model runs/digits/pipeline     # the reverse process as well
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import HfArgumentParser
 
-from ddpm_ext import DDPMExtPipeline
-from ddpm_ext.data.dataset import load_images
+from ddpm_ext import load_images
+from ddpm_ext.cli.arguments import parse_options
 from ddpm_ext.diffusion.images import to_uint8, to_x_0
 from ddpm_ext.diffusion.process import q_sample
 from ddpm_ext.diffusion.schedules import make_tables
+from ddpm_ext.options import option
+from ddpm_ext.pipelines.loading import load_pipeline
 
 STEPS = (0, 50, 100, 200, 300, 500, 700, 999)
 
@@ -27,10 +28,10 @@ STEPS = (0, 50, 100, 200, 300, 500, 700, 999)
 class Options:
     """What to draw, and where."""
 
-    model: str | None = field(default=None, metadata={"help": "Folder or Hub name of a pipeline, for the way back."})
-    rows: int = field(default=6, metadata={"help": "Pictures in a strip."})
-    scale: int = field(default=6, metadata={"help": "Screen pixels per image pixel."})
-    output_dir: str = field(default="runs/strips", metadata={"help": "Where the images go."})
+    model: str | None = option(None, "Folder or Hub name of a pipeline, for the way back.")
+    rows: int = option(6, "Pictures in a strip.")
+    scale: int = option(6, "Screen pixels per image pixel.")
+    output_dir: str = option("runs/strips", "Where the images go.")
 
 
 def save(columns: list[Tensor], path: Path, scale: int) -> None:
@@ -44,6 +45,7 @@ def save(columns: list[Tensor], path: Path, scale: int) -> None:
 
 def main(options: Options) -> None:
     """Draw forward.png, and reverse.png where a model is given."""
+    Path(options.output_dir).mkdir(parents=True, exist_ok=True)
     digits = load_images(dataset_name="digits")
     chosen = torch.arange(options.rows) * (len(digits) // options.rows)  # spread over the set
     x_0 = to_x_0(digits.batch(chosen).pixels)
@@ -51,10 +53,10 @@ def main(options: Options) -> None:
     columns = [q_sample(x_0, torch.full((options.rows,), t), eps, make_tables()) for t in STEPS]
     save(columns, Path(options.output_dir) / "forward.png", options.scale)
     if options.model is not None:
-        pipe = DDPMExtPipeline.from_pretrained(options.model)
+        pipe = load_pipeline(options.model)
         views = pipe.progressive(options.rows, torch.Generator().manual_seed(0), at=STEPS)
         save([view.x_t for view in views], Path(options.output_dir) / "reverse.png", options.scale)
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Options).parse_args_into_dataclasses()[0])  # pyright: ignore[reportArgumentType]
+    main(parse_options(Options, "Draw the strips of docs/ddpm.md."))

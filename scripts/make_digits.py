@@ -1,7 +1,7 @@
 """Write the built-in data set: the 1,797 handwritten digits of the UCI set, 8×8, 1,500 to train and 297 to test.
 
-    python scripts/make_digits.py                     # writes ddpm_ext/data/digits/{train,test}.parquet
-    python scripts/make_digits.py --output_dir DIR    # the same files elsewhere
+    python scripts/make_digits.py                                       # writes runs/data/{train,test}.parquet
+    python scripts/make_digits.py --output_dir ddpm_ext/data/digits     # over the committed ones
 
 Needs scikit-learn (extra `test`), which carries the set; a few seconds on one core. Run once; its result
 is committed. The source counts ink in 17 steps, 0..16; here pixel = round(255 v / 16): paper 0, full ink 255.
@@ -25,9 +25,7 @@ SEED = 0
 def main() -> None:
     """Read the set, permute it once with a fixed seed, write two parquet files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path(__file__).parent.parent / "ddpm_ext" / "data" / "digits"
-    )
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/data"))
     output_dir: Path = parser.parse_args().output_dir
 
     source: Any = load_digits()

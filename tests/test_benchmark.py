@@ -91,6 +91,7 @@ def test_a_whole_run_holds_every_row_that_is_promised(monkeypatch: pytest.Monkey
     monkeypatch.setattr(benchmark, "SHAPES", ((1, 3, 4, 4), (2, 3, 4, 4)))
     monkeypatch.setattr(benchmark, "training_row", lambda *_: Row("training update", 1.0, 1.0))
     monkeypatch.setattr(benchmark, "sampling_row", lambda *_: Row("50 sampling steps", 1.0, 1.0))
+    monkeypatch.setattr(benchmark, "import_row", lambda *_: Row("import of", 1.0, 1.0))
     report = benchmark.run_benchmark(BenchmarkOptions(quick=True, num_threads=torch.get_num_threads()))
     for said in ("`step`, 1×3×4×4", "`add_noise`, 2×3×4×4", "`get_velocity`", "training update", "50 sampling steps"):
         assert said in report
