@@ -3,36 +3,84 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import sys
+import threading
+import time
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
+
+__all__ = ["INTERRUPTED", "PREEMPTED", "StopRequest", "die_with_launcher", "exit_process", "launched", "report_error"]
 
 PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
-PR_SET_PDEATHSIG = 1
+INTERRUPTED = 130  # as shells say it: 128 + SIGINT
+
+_STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_LAUNCHER_REPEATS = 2.0  # seconds within which torchrun sends its ranks the SIGINT that the terminal sent them too
+_PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """Remembers that SIGTERM or SIGUSR1 came; the loop looks at it between updates. A second signal changes nothing."""
+    """Remember that SIGTERM, SIGUSR1 or Ctrl-C came; a loop looks at it between its steps.
+
+    Before `begin` Ctrl-C interrupts as ever: there is nothing to save yet. After it the first Ctrl-C asks to stop and
+    the second ends the process at once. Other repeated signals change nothing.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self.former = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._promise: str | None = None
+        self._at_once: Callable[[], None] = _nothing
+        self._asked = math.inf  # when Ctrl-C came first
+        self._former: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
+            self._former = {number: signal.signal(number, self._receive) for number in _STOPPING}
+
+    def begin(self, promise: str, at_once: Callable[[], None] | None = None) -> None:
+        """From now on a Ctrl-C asks to stop.
+
+        Args:
+            promise: What is said at the first one, such as "a checkpoint is written after this update".
+            at_once: Called at the second one, before the process ends.
+        """
+        self._promise, self._at_once = promise, at_once or _nothing
 
     def release(self) -> None:
         """Hand the signals back to whoever had them."""
-        for number, handler in self.former.items():
+        for number, handler in self._former.items():
             signal.signal(number, handler)
 
-    def receive(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._promise is None:
+                signal.default_int_handler(number, frame)
+            self._count_interrupts()
         self.signal = signal.Signals(number)
+
+    def _count_interrupts(self) -> None:
+        """Say what happens after the first Ctrl-C, end the process at the second."""
+        now = time.monotonic()
+        if self._asked == math.inf:
+            self._asked = now
+            if os.environ.get("RANK", "0") == "0":  # not print: it may be what was interrupted
+                os.write(2, f"\nStopping: {self._promise}. Ctrl-C again ends at once.\n".encode())
+        elif not launched() or now > self._asked + _LAUNCHER_REPEATS:
+            self._at_once()
+            os._exit(INTERRUPTED)
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
 def launched() -> bool:
-    """Whether a launcher (torchrun or accelerate launch) started this process, and not a shell."""
+    """Return whether a launcher (torchrun or accelerate launch) started this process, and not a shell."""
     return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
@@ -44,7 +92,7 @@ def die_with_launcher() -> None:
     if not (launched() and sys.platform.startswith("linux")):
         return
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent or parent == 1:  # the launcher ended before the request
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -20,6 +20,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from diffusers import DDPMPipeline
 from training import (
     ROOT,
@@ -34,7 +35,14 @@ from training import (
     weights,
 )
 
-from ddpm_ext.distributed import FSDP_ON_CPU, asked_of_accelerate, refuse_idle_precision
+from ddpm_ext.distributed import (
+    FSDP_ON_CPU,
+    asked_of_accelerate,
+    launch_options,
+    refuse_idle_accumulation,
+    refuse_idle_precision,
+    refuse_idle_sharding,
+)
 from ddpm_ext.run_dir import RunError
 from ddpm_ext.signals import PREEMPTED
 from ddpm_ext.training.config import TrainConfig
@@ -162,6 +170,65 @@ def test_a_precision_for_the_launcher_alone_is_refused(
             refuse_idle_precision(config)
     else:
         refuse_idle_precision(config)
+
+
+@pytest.mark.parametrize(
+    ("environment", "kind", "sentence"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "MULTI_CPU", "it would train whole copies"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP", "give fsdp_version: 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "NO", "DeepSpeed, which needs a GPU"),
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "DEEPSPEED", "launch with zero_stage: 2"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "MULTI_GPU", "megatron_lm"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "MULTI_GPU", "parallelism_config"),
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED", None),
+        ({}, "MULTI_CPU", None),
+    ],
+)
+def test_ways_of_cutting_the_network_that_would_not_be_are_refused(
+    environment: dict[str, str], kind: str, sentence: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    accelerator = cast(Any, SimpleNamespace(distributed_type=DistributedType(kind), is_fsdp2=False))
+    if sentence is None:
+        refuse_idle_sharding(accelerator)
+        return
+    with pytest.raises(RunError, match=sentence):
+        refuse_idle_sharding(accelerator)
+
+
+@pytest.mark.parametrize("asked", ["environment", "command line"])
+def test_an_accumulation_for_the_launcher_alone_is_refused(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if asked == "environment":
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    else:  # without DeepSpeed the launcher keeps the number to itself
+        command = ["python", "-m", "accelerate.commands.launch", "--gradient_accumulation_steps", "4", "train.py"]
+        monkeypatch.setattr("ddpm_ext.distributed._launcher_options", lambda: launch_options(command))
+    refuse_idle_accumulation(4)
+    with pytest.raises(RunError, match="Give --gradient_accumulation_steps 4 behind the script's name"):
+        refuse_idle_accumulation(1)
+
+
+def test_a_compiler_of_the_launcher_renames_no_weight_and_either_goes_on_from_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = {"checkpointing_steps": 2, "max_train_steps": 2}
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    assert run_here(tmp_path / "compiled", **short) == 0
+    assert begin(tmp_path / "compiled")["dynamo"] == "eager"
+    with pytest.raises(RunError, match="the script --compile, which is inductor"):
+        run_here(tmp_path / "both", **short, compile=True)
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
+    assert run_here(tmp_path / "plain", **short) == 0
+    assert weights(tmp_path / "compiled", 2).keys() == weights(tmp_path / "plain", 2).keys()
+    for loaded in (DDPMPipeline.from_pretrained(tmp_path / name / "pipeline") for name in ("compiled", "plain")):
+        assert not any("_orig_mod" in name for name in loaded.unet.state_dict())
+    assert run_here(tmp_path / "compiled", **{**short, "max_train_steps": 4}) == 0  # eager goes on from compiled
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    assert run_here(tmp_path / "plain", **{**short, "max_train_steps": 4}) == 0
+    apart = [(weights(tmp_path / "compiled", 4)[n] - w).abs().max() for n, w in weights(tmp_path / "plain", 4).items()]
+    assert max(map(float, apart)) < 1e-4  # float32 sums in another order, divided by roots near 0
 
 
 def test_deepspeed_is_told_its_batch_before_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,7 @@ def sample_to_folder(config: SampleConfig) -> int:
         folder = _Folder(config, accelerator)
         missing = [i for i in range(config.num_samples) if not folder.has(i)]
         accelerator.wait_for_everyone()  # all have looked before the first writes
+        stop.begin("the images that are there are kept")
         with accelerator.split_between_processes(missing) as share:
             folder.fill(cast(list[int], share), poll=lambda: bool(stop))
     except SamplingStopped:

@@ -141,10 +141,12 @@ def _run_to_its_end(trainer: Trainer) -> int:
             print(f"Going on from update {trainer.state.update}; the next save deletes what lies beyond it: {beyond}.")
         _record_start(trainer)
     trainer.started = True
+    if trainer.stop is not None:
+        trainer.stop.begin("a checkpoint is written after this update", lambda: _record_end_at_once(trainer))
     start_trackers(trainer.accelerator, recorded(trainer.config))
     code = trainer.fit()
     if main and code == PREEMPTED:
-        print(f"Stopped at update {trainer.state.update} of {trainer.length}; the same command continues.")
+        print(f"Stopped at update {trainer.state.update} of {trainer.length}; the same command continues.", flush=True)
     elif main:
         print(f"Samples in {run.samples}, the pipeline in {run.pipeline}.")
     return code
@@ -181,6 +183,14 @@ def _record_start(trainer: Trainer) -> None:
     write_json(run.config, record)
     run.rewind_log(trainer.state.update)
     trainer.write_status("running")
+
+
+def _record_end_at_once(trainer: Trainer) -> None:
+    """Write status.json at a second Ctrl-C: the same command goes on from the newest checkpoint."""
+    if trainer.accelerator.is_main_process:
+        checkpoints = list_checkpoints(trainer.run.checkpoints)
+        update = update_of(checkpoints[-1]) if checkpoints else 0
+        trainer.run.write_status("preempted", update, updates=trainer.length)
 
 
 def _record_failure(run: RunDir, trainer: Trainer, error: Exception) -> None:

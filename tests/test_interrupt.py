@@ -1,0 +1,97 @@
+"""Ctrl-C in a real terminal: the first press stops with everything kept, the second ends at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from terminal import Terminal
+from training import ROOT, TORCHRUN, options, run_here, status
+
+from ddpm_ext.signals import INTERRUPTED, PREEMPTED
+
+Start = Callable[[Sequence[str]], Terminal]
+ENDLESS: dict[str, Any] = {"max_train_steps": 100_000, "checkpointing_steps": 100_000, "logging_steps": 5}
+TRAIN = (sys.executable, "scripts/train.py")
+
+
+@pytest.fixture
+def in_terminal() -> Iterator[Start]:
+    """Start commands in terminals; whatever still runs at the end is killed."""
+    started: list[Terminal] = []
+
+    def start(words: Sequence[str]) -> Terminal:
+        started.append(Terminal(words))
+        return started[-1]
+
+    yield start
+    for terminal in started:
+        terminal.close()
+
+
+def logged(folder: Path) -> bool:
+    """Return whether the first line of the log is there."""
+    return (folder / "log.jsonl").exists() and bool((folder / "log.jsonl").read_text())
+
+
+def test_the_first_press_writes_a_checkpoint_and_the_same_command_continues(in_terminal: Start, tmp_path: Path) -> None:
+    terminal = in_terminal([*TRAIN, *options(tmp_path / "run", **ENDLESS)])
+    terminal.wait_for(lambda: logged(tmp_path / "run"))
+    terminal.press_ctrl_c()
+    code, shown = terminal.finish()
+    found = status(tmp_path / "run")
+    assert code == PREEMPTED and "Traceback" not in shown, shown
+    assert "Stopping: a checkpoint is written after this update. Ctrl-C again ends at once." in shown
+    assert f"Stopped at update {found['update']} of 100000; the same command continues." in shown
+    assert found["status"] == "preempted"
+    assert (tmp_path / "run" / "checkpoints" / f"step-{found['update']:08d}").is_dir()
+    assert run_here(tmp_path / "run", **{**ENDLESS, "max_train_steps": found["update"] + 1}) == 0
+
+
+@pytest.mark.slow
+def test_the_second_press_ends_at_once_and_says_from_where_the_run_goes_on(in_terminal: Start, tmp_path: Path) -> None:
+    # A grid of this length takes minutes, and looks at the stop every ten steps of a batch of 200 only.
+    long = {**ENDLESS, "save_images_steps": 5, "ddpm_num_inference_steps": 1000, "eval_batch_size": 4000}
+    long |= {"checkpointing_steps": 4, "train_batch_size": 200}
+    terminal = in_terminal([*TRAIN, *options(tmp_path / "run", **long)])
+    terminal.wait_for(lambda: "samples of update 5" in terminal.read())
+    terminal.press_ctrl_c()
+    terminal.wait_for(lambda: "Stopping" in terminal.read())
+    terminal.press_ctrl_c()
+    code, shown = terminal.finish(60)
+    assert code == INTERRUPTED and "Traceback" not in shown, shown
+    assert status(tmp_path / "run")["status"] == "preempted" and status(tmp_path / "run")["update"] == 4
+
+
+@pytest.mark.slow
+def test_before_the_first_update_it_interrupts_and_leaves_nothing(in_terminal: Start, tmp_path: Path) -> None:
+    slow = "import sys, time, ddpm_ext.training.builders as b; b.build_data = lambda *_: print('read') or time.sleep(9)"
+    code = f"{slow}\nfrom ddpm_ext.cli.main import main\nsys.exit(main(['train', *sys.argv[1:]]))"
+    terminal = in_terminal([sys.executable, "-u", "-c", code, *options(tmp_path / "run")])
+    terminal.wait_for(lambda: "read" in terminal.read())
+    terminal.press_ctrl_c()
+    left, shown = terminal.finish(30)
+    assert left == INTERRUPTED and "Traceback" not in shown and "interrupted" in shown, shown
+    assert not any((tmp_path / "run").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["make", "torchrun"])
+def test_through_make_and_a_launcher(launcher: str, in_terminal: Start, tmp_path: Path) -> None:
+    words = options(tmp_path / "run", **ENDLESS, global_batch_size=8)
+    if launcher == "make":
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "python").symlink_to(sys.executable)
+        recipe = f"train:\n\t{sys.executable} scripts/train.py {' '.join(words)}\n"
+        (tmp_path / "Makefile").write_text(recipe)
+        terminal = in_terminal(["make", "-C", str(ROOT), "-f", str(tmp_path / "Makefile"), "train"])
+    else:
+        terminal = in_terminal([*TORCHRUN, "2", "scripts/train.py", *words])
+    terminal.wait_for(lambda: logged(tmp_path / "run"))
+    terminal.press_ctrl_c()
+    code, shown = terminal.finish()
+    assert code != 0 and "the same command continues" in shown, shown
+    assert status(tmp_path / "run")["status"] == "preempted"
