@@ -1,8 +1,4 @@
-"""Checkpoints of other codes: the converted network computes the same, and what does not fit is named.
-
-The two original networks are written here from their descriptions, in float64, with random weights, under the names
-that their checkpoints use.
-"""
+"""Checkpoints of other codes: the converted network computes the same, and what does not fit or tell is named."""
 
 from __future__ import annotations
 
@@ -18,230 +14,44 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from other_networks import HoNetwork, OpenAINetwork, PyTorchDDPM
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ddpm_ext import DDPMExtPipeline
-from ddpm_ext.conversion.convert import ConvertOptions, convert, convert_weights, read_weights, sinusoids
-from ddpm_ext.conversion.state_dict_maps import ConvertError
+from ddpm_ext.conversion.checkpoints import read_weights
+from ddpm_ext.conversion.config import ConvertError, ConvertOptions
+from ddpm_ext.conversion.convert import (
+    _sinusoids,  # pyright: ignore[reportPrivateUsage]
+    convert,
+    convert_weights,
+)
+from ddpm_ext.conversion.converted_card import fingerprint
+from ddpm_ext.conversion.state_dict_maps import recognise
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def norm_silu_conv(*before: int, to: int, dropout: bool = False) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.GroupNorm(32, before[0]), nn.SiLU()]
-    return nn.Sequential(*layers, *([nn.Dropout(0.1)] if dropout else []), nn.Conv2d(before[0], to, 3, padding=1))
-
-
-class PTAttention(nn.Module):
-    """Single-head self-attention over pixels, by 1x1 convolutions; scores are scaled by C^-1/2."""
-
-    def __init__(self, c: int) -> None:
-        super().__init__()
-        self.group_norm = nn.GroupNorm(32, c)
-        self.proj_q, self.proj_k, self.proj_v, self.proj = (nn.Conv2d(c, c, 1) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.group_norm(x)
-        q, k, v = (layer(h).flatten(2) for layer in (self.proj_q, self.proj_k, self.proj_v))
-        scores = torch.einsum("bci,bcj->bij", q, k) / math.sqrt(x.shape[1])
-        return x + self.proj(torch.einsum("bij,bcj->bci", scores.softmax(-1), v).reshape(x.shape))
-
-
-class PTResidual(nn.Module):
-    """norm-SiLU-conv, plus the projected time, norm-SiLU-dropout-conv, plus the shortcut; then attention or nothing."""
-
-    def __init__(self, c_in: int, c: int, t: int, attend: bool) -> None:
-        super().__init__()
-        self.block1, self.block2 = norm_silu_conv(c_in, to=c), norm_silu_conv(c, to=c, dropout=True)
-        self.temb_proj = nn.Sequential(nn.SiLU(), nn.Linear(t, c))
-        self.shortcut = nn.Conv2d(c_in, c, 1) if c_in != c else nn.Identity()
-        self.attn = PTAttention(c) if attend else nn.Identity()
-
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        return self.attn(self.shortcut(x) + self.block2(self.block1(x) + self.temb_proj(e)[..., None, None]))
-
-
-class PTResize(nn.Module):
-    """Stride 2 with symmetric padding, or nearest neighbours and a convolution."""
-
-    def __init__(self, c: int, up: bool) -> None:
-        super().__init__()
-        self.up, self.main = up, nn.Conv2d(c, c, 3, stride=1 if up else 2, padding=1)
-
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        return self.main(x.repeat_interleave(2, 2).repeat_interleave(2, 3) if self.up else x)
-
-
-class PyTorchDDPM(nn.Module):
-    """The network of w86763777/pytorch-ddpm: a table of interleaved sin and cos for each t, then the U of Ho et al."""
-
-    def __init__(
-        self, T: int = 1000, c: int = 32, mults: tuple[int, ...] = (1, 2), attend: Any = (1,), n: int = 2
-    ) -> None:
-        super().__init__()
-        omega = torch.exp(-torch.arange(0, c, 2) / c * math.log(10000))
-        phase = torch.arange(T)[:, None] * omega
-        table = torch.stack([phase.sin(), phase.cos()], dim=2).flatten(1)
-        layers = nn.Linear(c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c)
-        self.time_embedding = nn.ModuleDict(
-            {"timembedding": nn.Sequential(nn.Embedding.from_pretrained(table), *layers)}
-        )
-        self.head = nn.Conv2d(3, c, 3, padding=1)
-        self.downblocks, self.upblocks = nn.ModuleList(), nn.ModuleList()
-        widths, now = [c], c
-        for level, mult in enumerate(mults):
-            for _ in range(n):
-                self.downblocks.append(PTResidual(now, c * mult, 4 * c, level in attend))
-                widths.append(now := c * mult)
-            if level + 1 < len(mults):
-                self.downblocks.append(PTResize(now, up=False))
-                widths.append(now)
-        self.middleblocks = nn.ModuleList([PTResidual(now, now, 4 * c, attend) for attend in (True, False)])
-        for level, mult in reversed(list(enumerate(mults))):
-            for _ in range(n + 1):
-                self.upblocks.append(PTResidual(now + widths.pop(), c * mult, 4 * c, level in attend))
-                now = c * mult
-            if level:
-                self.upblocks.append(PTResize(now, up=True))
-        self.tail = norm_silu_conv(now, to=3)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        e = self.time_embedding["timembedding"](t)
-        kept = [x := self.head(x)]
-        for layer in self.downblocks:
-            kept.append(x := layer(x, e))
-        for layer in self.middleblocks:
-            x = layer(x, e)
-        for layer in self.upblocks:
-            x = layer(torch.cat([x, kept.pop()], 1) if isinstance(layer, PTResidual) else x, e)
-        return self.tail(x)
-
-
-class IDAttention(nn.Module):
-    """Heads of their own rows in one 1x1 convolution: [head][q, k, v][channel]; q and k are each scaled by d^-1/4."""
-
-    def __init__(self, c: int, heads: int) -> None:
-        super().__init__()
-        self.heads, self.norm, self.qkv, self.proj_out = (
-            heads,
-            nn.GroupNorm(32, c),
-            nn.Conv1d(c, 3 * c, 1),
-            nn.Conv1d(c, c, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(2)
-        rows = self.qkv(self.norm(flat)).unflatten(1, (self.heads, 3, -1))
-        q, k, v = rows.unbind(2)  # each (B, heads, d, pixels)
-        scores = torch.einsum("bhdi,bhdj->bhij", q, k) / math.sqrt(q.shape[2])
-        h = torch.einsum("bhij,bhdj->bhdi", scores.softmax(-1), v).flatten(1, 2)
-        return (flat + self.proj_out(h)).reshape(x.shape)
-
-
-class IDResidual(nn.Module):
-    """As PTResidual, but time scales and shifts the second norm: norm(h) (1 + scale) + shift."""
-
-    def __init__(self, c_in: int, c: int, t: int, scale_shift: bool) -> None:
-        super().__init__()
-        self.scale_shift = scale_shift
-        self.in_layers, self.out_layers = norm_silu_conv(c_in, to=c), norm_silu_conv(c, to=c, dropout=True)
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(t, 2 * c if scale_shift else c))
-        self.skip_connection = nn.Conv2d(c_in, c, 1) if c_in != c else nn.Identity()
-
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        h, time = self.in_layers(x), self.emb_layers(e)[..., None, None]
-        if not self.scale_shift:
-            return self.skip_connection(x) + self.out_layers(h + time)
-        scale, shift = time.chunk(2, 1)
-        return self.skip_connection(x) + self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
-
-
-class IDDown(nn.Module):
-    def __init__(self, c: int) -> None:
-        super().__init__()
-        self.op = nn.Conv2d(c, c, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
-
-
-class IDUp(nn.Module):
-    def __init__(self, c: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
-def through(layers: Any, x: Tensor, e: Tensor) -> Tensor:
-    for layer in layers:
-        x = layer(x, e) if isinstance(layer, IDResidual) else layer(x)
-    return x
-
-
-class ImprovedDiffusion(nn.Module):
-    """The network of openai/improved-diffusion; it is given τ = 1000 t / T where its steps are rescaled."""
-
-    def __init__(
-        self,
-        c: int = 32,
-        mults: tuple[int, ...] = (1, 2),
-        attend: Any = (1,),
-        n: int = 3,
-        heads: int = 4,
-        scale_shift: bool = True,
-        out: int = 6,
-        classes: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.c, t = c, 4 * c
-        self.time_embed = nn.Sequential(nn.Linear(c, t), nn.SiLU(), nn.Linear(t, t))
-        if classes:
-            self.label_emb = nn.Embedding(classes, t)
-        self.input_blocks = nn.ModuleList([nn.Sequential(nn.Conv2d(3, c, 3, padding=1))])
-        self.output_blocks = nn.ModuleList()
-        widths, now = [c], c
-        for level, mult in enumerate(mults):
-            for _ in range(n):
-                block: list[nn.Module] = [IDResidual(now, now := c * mult, t, scale_shift)]
-                self.input_blocks.append(nn.Sequential(*block, *([IDAttention(now, heads)] if level in attend else [])))
-                widths.append(now)
-            if level + 1 < len(mults):
-                self.input_blocks.append(nn.Sequential(IDDown(now)))
-                widths.append(now)
-        ends = (IDResidual(now, now, t, scale_shift) for _ in range(2))
-        self.middle_block = nn.Sequential(next(ends), IDAttention(now, heads), next(ends))
-        for level, mult in reversed(list(enumerate(mults))):
-            for i in range(n + 1):
-                block = [IDResidual(now + widths.pop(), now := c * mult, t, scale_shift)]
-                block += [IDAttention(now, heads)] if level in attend else []
-                block += [IDUp(now)] if level and i == n else []
-                self.output_blocks.append(nn.Sequential(*block))
-        self.out = norm_silu_conv(now, to=out)
-
-    def forward(self, x: Tensor, tau: Tensor, y: Tensor | None = None) -> Tensor:
-        omega = torch.exp(-math.log(10000) * torch.arange(self.c // 2, dtype=torch.float64) / (self.c // 2))
-        phase = tau[:, None].double() * omega
-        e = self.time_embed(torch.cat([phase.cos(), phase.sin()], 1))
-        e = e + self.label_emb(y) if y is not None else e
-        kept = []
-        for block in self.input_blocks:
-            kept.append(x := through(block, x, e))
-        x = through(self.middle_block, x, e)
-        for block in self.output_blocks:
-            x = through(block, torch.cat([x, kept.pop()], 1), e)
-        return self.out(x)
+# What no file tells, as these tests have it; `options` takes what a source has.
+SAID: dict[str, Any] = {"resolution": 16, "prediction_type": "epsilon", "noise_schedule": "linear"}
+OPENAI: dict[str, Any] = {"num_timesteps": 1000, "num_heads": 4, "attention_order": "legacy"}
+ORIGINALS: dict[str, Any] = {
+    "pytorch-ddpm": PyTorchDDPM,
+    "improved-diffusion": OpenAINetwork,
+    "guided-diffusion": OpenAINetwork,
+    "ddim": HoNetwork,
+}
 
 
 def options(source: Any, **more: Any) -> ConvertOptions:
-    return ConvertOptions(source=source, checkpoint="", output_dir="", resolution=16, **more)
+    said = {**SAID, **(OPENAI if "diffusion" in source else {"variance_type": "fixed_large"})}
+    said |= {"num_timesteps": 1000} if source == "ddim" else {}
+    if "num_head_channels" in more:
+        del said["num_heads"]
+    return ConvertOptions(source=source, checkpoint="", output_dir="", **{**said, **more})
 
 
 def assert_same_outputs(original: nn.Module, unet: Any, t: Tensor, tau: Tensor, **labels: Tensor) -> None:
     """Equal to 1e-5 of outputs of about 1, in float32 on either side."""
-    x = torch.randn(len(t), 3, 16, 16)
+    x = torch.randn(len(t), unet.config.in_channels, 16, 16)
     with torch.no_grad():
         theirs = original.eval().double()(x.double(), tau, *labels.values())
         ours = unet(x, t, class_labels=labels.get("y")).sample
@@ -253,53 +63,170 @@ T_SEEN = torch.tensor([0, 1, 500, 999])
 
 
 @pytest.mark.parametrize(("mults", "attend", "n"), [((1, 2), (1,), 2), ((1, 1, 2), (0, 2), 1), ((1,), (), 1)])
-def test_pytorch_ddpm_converts(mults: tuple[int, ...], attend: tuple[int, ...], n: int) -> None:
-    original = PyTorchDDPM(mults=mults, attend=attend, n=n)
-    pipe = convert_weights(original.state_dict(), options("pytorch-ddpm"))
+@pytest.mark.parametrize("source", ["pytorch-ddpm", "ddim"])
+def test_networks_of_one_head_convert(source: Any, mults: tuple[int, ...], attend: tuple[int, ...], n: int) -> None:
+    original = ORIGINALS[source](mults=mults, attend=attend, n=n)
+    assert recognise(original.state_dict()) == source
+    pipe = convert_weights(original.state_dict(), options(source))
     assert_same_outputs(original, pipe.unet, T_SEEN, T_SEEN)
-    assert (pipe.scheduler.config.variance_type, pipe.scheduler.config.clip_sample) == ("fixed_large", False)
+    assert pipe.scheduler.config.variance_type == "fixed_large"
+    assert pipe.scheduler.config.clip_sample is (source == "ddim")
     assert pipe.scheduler.config.num_train_timesteps == 1000
 
 
+WIDE = {"mults": (1, 2, 3), "attend": (0, 1, 2)}
+NETWORKS: list[dict[str, Any]] = [
+    {},
+    {"mults": (1, 2, 2), "attend": (1, 2), "n": 2, "heads": 2},
+    {"scale_shift": False, "out": 3, "heads": 1},
+    {"classes": 10, "attend": ()},
+    {**WIDE, "n": 1, "heads": 1},
+    {**WIDE, "n": 1, "head_channels": 16},
+    {"channels": 1, "out": 2, "n": 1},
+]
+GUIDED: list[dict[str, Any]] = [
+    {"updown": True, "mults": (1, 1, 2), "attend": (1, 2), "n": 2, "head_channels": 16, "new_order": True},
+    {"updown": True, "mults": (1, 1), "attend": (), "n": 1, "heads": 2, "classes": 5},
+    {"updown": True, "scale_shift": False, "out": 3, "n": 1, "attend": (0,), "mults": (1, 1), "heads": 1},
+    {"updown": True, **WIDE, "n": 2, "head_channels": 32, "classes": 3},
+    {"new_order": True},
+]
+
+
 @pytest.mark.parametrize(
-    "more",
+    ("source", "more"),
+    [*(("improved-diffusion", more) for more in NETWORKS), *(("guided-diffusion", more) for more in NETWORKS + GUIDED)],
+)
+def test_networks_of_openai_convert(source: Any, more: dict[str, Any]) -> None:
+    original = OpenAINetwork(**more)
+    heads = {
+        name: more[key] for key, name in (("heads", "num_heads"), ("head_channels", "num_head_channels")) if key in more
+    }
+    learned = more.get("out", 6) != more.get("channels", 3)
+    said = {} if learned else {"variance_type": "fixed_small"}
+    order = "new" if more.get("new_order") else "legacy"
+    pipe = convert_weights(original.state_dict(), options(source, attention_order=order, **heads, **said))
+    labels = {"y": torch.tensor([0, 2, 1, more["classes"] - 1])} if "classes" in more else {}
+    assert_same_outputs(original, pipe.unet, T_SEEN, T_SEEN, **labels)
+    assert pipe.scheduler.config.variance_type == ("learned_range" if learned else "fixed_small")
+    expected = "guided-diffusion" if more.get("updown") else "improved-diffusion"
+    assert len(more.get("mults", (1, 2))) == 1 or recognise(original.state_dict()) == expected
+
+
+def test_the_two_attention_orders_are_two_networks_of_the_same_names_and_shapes() -> None:
+    original = OpenAINetwork(new_order=True)
+    weights = original.state_dict()
+    x, t = torch.randn(1, 3, 16, 16), torch.tensor([5])
+    outputs = {}
+    with torch.no_grad():
+        for order in ("legacy", "new"):
+            pipe = convert_weights(weights, options("guided-diffusion", attention_order=order))
+            outputs[order] = pipe.unet(x, t).sample.double()
+        theirs = original.eval().double()(x.double(), t)
+    assert (outputs["new"] - theirs).abs().max() < 1e-5 < 1e-2 < (outputs["legacy"] - theirs).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("source", "left_out", "more"),
     [
-        {},
-        {"mults": (1, 2, 2), "attend": (1, 2), "n": 2, "heads": 2},
-        {"scale_shift": False, "out": 3, "heads": 1},
-        {"classes": 10, "attend": ()},
+        ("guided-diffusion", ["attention_order"], {}),
+        ("guided-diffusion", ["attention_order"], {"num_head_channels": 16}),
+        ("improved-diffusion", ["attention_order"], {}),
+        ("improved-diffusion", ["num_heads", "attention_order"], {}),
+        ("improved-diffusion", ["rescale_timesteps"], {"num_timesteps": 4000}),
+        *((source, [name], {}) for source in ORIGINALS for name in SAID),
+        *((source, ["num_timesteps"], {}) for source in ("ddim", "improved-diffusion", "guided-diffusion")),
+        *((source, ["variance_type"], {}) for source in ("ddim", "pytorch-ddpm")),
     ],
 )
-def test_improved_diffusion_converts(more: dict[str, Any]) -> None:
-    original = ImprovedDiffusion(**more)
-    chosen = options("improved-diffusion", num_timesteps=1000, num_heads=more.get("heads", 4))
-    pipe = convert_weights(original.state_dict(), chosen)
-    labels = {"y": torch.tensor([0, 3, 5, 9])} if "classes" in more else {}
-    assert_same_outputs(original, pipe.unet, T_SEEN, T_SEEN, **labels)
-    learned = more.get("out", 6) == 6
-    assert pipe.scheduler.config.variance_type == ("learned_range" if learned else "fixed_large")
+def test_what_a_file_cannot_tell_is_asked_for(source: Any, left_out: list[str], more: dict[str, Any]) -> None:
+    given = {**more, **dict.fromkeys(left_out)}
+    with pytest.raises(ConvertError) as told:
+        convert_weights(ORIGINALS[source]().state_dict(), options(source, **given))
+    message = str(told.value)
+    asked, usual = message.split(": give ")
+    assert all(f"--{name}" in asked and f"--{name} " in usual for name in left_out)
+    for name in re.findall(r"--(\w+)", message):  # every hint is an option that this source takes
+        ConvertOptions(
+            source, "a", "b", **{name: {**SAID, **OPENAI, "rescale_timesteps": True}.get(name, "fixed_small")}
+        )
 
 
-def test_rescaled_steps_of_improved_diffusion_are_in_the_pipeline() -> None:
-    original, t = ImprovedDiffusion(), torch.tensor([0, 1, 2, 3999])
-    pipe = convert_weights(original.state_dict(), options("improved-diffusion"))
+def test_one_head_needs_no_order() -> None:
+    weights = OpenAINetwork(heads=1).state_dict()
+    told = [
+        convert_weights(weights, options("guided-diffusion", num_heads=1, attention_order=order)).unet.state_dict()
+        for order in (None, "legacy", "new")
+    ]
+    assert all(torch.equal(told[0][name], other[name]) for other in told[1:] for name in told[0])
+
+
+@pytest.mark.parametrize("source", ["pytorch-ddpm", "ddim", "improved-diffusion", "guided-diffusion"])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
+def test_what_is_predicted_reaches_the_scheduler(source: Any, prediction: Any) -> None:
+    """A network that always gives x_0 = 0.5 is exact as one of x_0: each chain ends there."""
+    weights = {name: w.clone() for name, w in ORIGINALS[source]().state_dict().items()}
+    last = next(
+        name.removesuffix("weight") for name in ("tail.2.weight", "out.2.weight", "conv_out.weight") if name in weights
+    )
+    weights[f"{last}weight"].zero_()
+    weights[f"{last}bias"].fill_(0.5)
+    pipe = convert_weights(weights, options(source, prediction_type=prediction))
+    pipe.set_progress_bar_config(disable=True)
+    result: Any = pipe(num_inference_steps=10, output_type="latent")
+    image = result.images
+    assert ((image - 0.5).abs().max() < 1e-3) == (prediction == "sample")
+
+
+def test_variances_reach_the_scheduler() -> None:
+    for variance in ("fixed_small", "fixed_large"):
+        pipe = convert_weights(PyTorchDDPM().state_dict(), options("pytorch-ddpm", variance_type=variance))
+        assert pipe.scheduler.config.variance_type == variance
+    for variance in ("learned", "learned_range"):
+        pipe = convert_weights(OpenAINetwork().state_dict(), options("guided-diffusion", variance_type=variance))
+        assert pipe.scheduler.config.variance_type == variance
+    with pytest.raises(ConvertError, match="so its variance is learned, got --variance_type fixed_small"):
+        convert_weights(OpenAINetwork().state_dict(), options("guided-diffusion", variance_type="fixed_small"))
+    with pytest.raises(ConvertError, match="is not learned, got --variance_type learned_range"):
+        convert_weights(HoNetwork().state_dict(), options("ddim", variance_type="learned_range"))
+
+
+def test_rescaled_steps_are_in_the_pipeline() -> None:
+    original, t = OpenAINetwork(), torch.tensor([0, 1, 2, 3999])
+    said = {"num_timesteps": 4000, "noise_schedule": "cosine"}
+    pipe = convert_weights(original.state_dict(), options("improved-diffusion", rescale_timesteps=True, **said))
     assert_same_outputs(original, pipe.unet, t, t * 0.25)
     assert (len(pipe.scheduler), pipe.scheduler.config.beta_schedule) == (4000, "squaredcos_cap_v2")
-    plain = convert_weights(original.state_dict(), options("improved-diffusion", rescale_timesteps=False))
+    plain = convert_weights(original.state_dict(), options("improved-diffusion", rescale_timesteps=False, **said))
     assert_same_outputs(original, plain.unet, t, t)
 
 
-def test_the_linear_schedule_keeps_its_end_for_every_number_of_steps() -> None:
-    weights = ImprovedDiffusion().state_dict()
+def test_the_linear_schedule_of_openai_keeps_its_end_for_every_number_of_steps() -> None:
+    weights = OpenAINetwork().state_dict()
     ends = []
     for T in (1000, 4000):
-        pipe = convert_weights(weights, options("improved-diffusion", num_timesteps=T, noise_schedule="linear"))
+        pipe = convert_weights(weights, options("improved-diffusion", num_timesteps=T, rescale_timesteps=True))
         ends.append(pipe.scheduler.tables.log_alpha_bar[-1])
     torch.testing.assert_close(ends[0], ends[1], rtol=0.02, atol=0)  # the sum of β, and of β²/2 that gets smaller
 
 
+@pytest.mark.parametrize(
+    ("schedule", "more", "betas"),
+    [
+        ("linear", {}, lambda i: 1e-4 + i * (0.02 - 1e-4)),
+        ("linear", {"beta_start": 0.001, "beta_end": 0.3}, lambda i: 0.001 + i * (0.3 - 0.001)),
+        ("quad", {}, lambda i: (1e-2 + i * (0.02**0.5 - 1e-2)) ** 2),
+        ("sigmoid", {}, lambda i: 1e-4 + (0.02 - 1e-4) / (1 + math.exp(6 - 12 * i))),
+    ],
+)
+def test_schedules_of_ddim_by_hand(schedule: Any, more: dict[str, float], betas: Any) -> None:
+    pipe = convert_weights(HoNetwork().state_dict(), options("ddim", noise_schedule=schedule, **more))
+    expected = torch.tensor([betas(i / 999) for i in range(1000)])
+    torch.testing.assert_close(pipe.scheduler.betas.float(), expected, rtol=1e-4, atol=1e-9)
+
+
 def test_sinusoids_by_hand() -> None:
-    table = sinusoids(4000, 4)  # τ = t / 4, ω = 1, 1/100
+    table = _sinusoids(4000, 4)  # τ = t / 4, ω = 1, 1/100
     torch.testing.assert_close(table[8], torch.tensor([math.cos(2), math.cos(0.02), math.sin(2), math.sin(0.02)]))
 
 
@@ -361,33 +288,69 @@ def test_the_first_tensor_that_does_not_fit_is_named(name: str, change: Any, sen
 def test_the_first_tensor_of_improved_diffusion_that_does_not_fit_is_named(
     name: str, change: Any, sentence: str
 ) -> None:
-    weights = changed(ImprovedDiffusion(classes=10).state_dict(), name, change)
+    weights = changed(OpenAINetwork(classes=10).state_dict(), name, change)
     with pytest.raises(ConvertError, match=sentence):
-        convert_weights(weights, options("improved-diffusion", num_timesteps=1000))
+        convert_weights(weights, options("improved-diffusion"))
 
 
 @pytest.mark.slow  # some hundred networks
-@pytest.mark.parametrize("source", ["pytorch-ddpm", "improved-diffusion"])
+@pytest.mark.parametrize("source", ["pytorch-ddpm", "improved-diffusion", "ddim"])
 def test_no_tensor_may_be_missing_or_a_number(source: Any) -> None:
-    original: Any = PyTorchDDPM if source == "pytorch-ddpm" else ImprovedDiffusion
-    weights = original(mults=(1,), attend=(0,), n=1).state_dict()
+    weights = ORIGINALS[source](mults=(1,), attend=(0,), n=1).state_dict()
     for name in weights:
         for change in (None, ()):
-            with pytest.raises(ConvertError, match=re.escape(repr(name))):
+            with pytest.raises(ConvertError, match=re.escape(repr(name)) + r"|no tensor|residual blocks on each level"):
                 convert_weights(changed(weights, name, change), options(source))
 
 
 def test_architectures_that_cannot_be_expressed_are_refused() -> None:
     with pytest.raises(ConvertError, match=r"no tensor 'head.weight', .* Its first is 'time_embed.0.weight'"):
-        convert_weights(ImprovedDiffusion().state_dict(), options("pytorch-ddpm"))
-    with pytest.raises(ConvertError, match=r"'head.weight' of the checkpoint has the shape \(32, 3, 3, 3\)"):
+        convert_weights(OpenAINetwork().state_dict(), options("pytorch-ddpm"))
+    with pytest.raises(
+        ConvertError, match=r"timembedding.0.weight' .* \(1000, 32\), which does not fit .* \(1000, 64\)"
+    ):
         convert_weights(PyTorchDDPM(mults=(2,), attend=()).state_dict(), options("pytorch-ddpm"))
-    with pytest.raises(ConvertError, match="several attention widths"):
-        convert_weights(ImprovedDiffusion(attend=(0, 1)).state_dict(), options("improved-diffusion"))
+    with pytest.raises(ConvertError, match="or --num_head_channels where the code was given that"):
+        convert_weights(OpenAINetwork(attend=(0, 1)).state_dict(), options("improved-diffusion"))
     with pytest.raises(ConvertError, match="--num_heads"):
-        convert_weights(ImprovedDiffusion().state_dict(), options("improved-diffusion", num_heads=3))
+        convert_weights(OpenAINetwork().state_dict(), options("improved-diffusion", num_heads=3))
+    with pytest.raises(ConvertError, match=r"num_head_channels must divide the attention's \[64\] channels, got 24"):
+        convert_weights(OpenAINetwork().state_dict(), options("guided-diffusion", num_head_channels=24))
+    with pytest.raises(ConvertError, match=r"must be as wide as the time embedding, 64,"):  # ADM 512: 0.5, 1, …
+        weights = OpenAINetwork(c=64, mults=(0.5, 1)).state_dict()
+        convert_weights(weights, options("guided-diffusion"))
+    with pytest.raises(ConvertError, match="give --source guided-diffusion"):
+        convert_weights(OpenAINetwork(updown=True).state_dict(), options("improved-diffusion"))
     with pytest.raises(ConvertError, match="source must be one of"):
-        options("guided-diffusion")
+        options("edm")
+
+
+@pytest.mark.parametrize("out", [3, 6])
+def test_a_network_that_takes_another_image_is_refused(out: int) -> None:
+    """Super-resolution: 6 channels in; 6 out would pass for images of 6 channels without learned variance."""
+    weights = OpenAINetwork(channels=6, out=out).state_dict()
+    with pytest.raises(ConvertError, match="super-resolution"):
+        convert_weights(weights, options("guided-diffusion", variance_type="fixed_small"))
+    if out == 6:  # unless it is said
+        said = {"variance_type": "fixed_small", "image_channels": 6}
+        assert convert_weights(weights, options("guided-diffusion", **said)).unet.config["in_channels"] == 6
+
+
+@pytest.mark.parametrize("source", list(ORIGINALS))
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(source: Any, bad: float) -> None:
+    weights = {name: weight.clone() for name, weight in ORIGINALS[source]().state_dict().items()}
+    name = list(weights)[-3]
+    weights[name].view(-1)[0] = bad
+    with pytest.raises(ConvertError, match=f"'{name}' of the checkpoint holds values that are not finite"):
+        convert_weights(weights, options(source))
+
+
+def test_a_table_of_other_values_is_no_time_embedding() -> None:
+    weights = {name: weight.clone() for name, weight in PyTorchDDPM().state_dict().items()}
+    weights["time_embedding.timembedding.0.weight"] += 0.1
+    with pytest.raises(ConvertError, match="does not hold the sines and cosines"):
+        convert_weights(weights, options("pytorch-ddpm"))
 
 
 @pytest.mark.parametrize(
@@ -395,21 +358,23 @@ def test_architectures_that_cannot_be_expressed_are_refused() -> None:
     [
         ("improved-diffusion", {"num_heads": 0}, "num_heads must be at least 1, got 0"),
         ("improved-diffusion", {"num_timesteps": 0}, "num_timesteps must be at least 1, got 0"),
+        ("ddim", {"beta_end": 1.5}, "beta_end must be between 0 and 1, got 1.5"),
         ("pytorch-ddpm", {"resolution": -3}, "resolution must be at least 1, got -3"),
-        ("pytorch-ddpm", {"num_heads": 2}, "--num_heads has an effect only with --source improved-diffusion"),
-        ("pytorch-ddpm", {"noise_schedule": "linear"}, "--noise_schedule has an effect only with"),
-        ("pytorch-ddpm", {"num_timesteps": 500}, "--num_timesteps has an effect only with"),
-        ("pytorch-ddpm", {"rescale_timesteps": False}, "--rescale_timesteps has an effect only with"),
-        ("pytorch-ddpm", {"token": "t"}, "--token has an effect only with --source diffusers"),
-        ("improved-diffusion", {"weights": "net_model"}, "--weights has an effect only with --source pytorch-ddpm"),
-        ("improved-diffusion", {"token": "t"}, "--token has an effect only with --source diffusers"),
         (
-            "diffusers",
-            {"resolution": 64},
-            "--resolution has .* pytorch-ddpm and improved-diffusion, and source is 'diff",
+            "pytorch-ddpm",
+            {"num_heads": 2},
+            "--num_heads has an effect only with --source guided-diffusion and imp",
         ),
+        ("pytorch-ddpm", {"attention_order": "new"}, "--attention_order has an effect only with"),
+        ("pytorch-ddpm", {"num_timesteps": 500}, "--num_timesteps has an effect only with"),
+        ("ddim", {"rescale_timesteps": False}, "--rescale_timesteps has an effect only with"),
+        ("improved-diffusion", {"beta_start": 0.1}, "--beta_start has an effect only with"),
+        ("pytorch-ddpm", {"token": "t"}, "--token has an effect only with --source diffusers"),
+        ("diffusers", {"resolution": 64}, "--resolution has .*, and source is 'diffusers'"),
         ("diffusers", {"weights": "net_model"}, "--weights has an effect only with"),
-        ("diffusers", {"num_heads": 1}, "--num_heads has an effect only with"),
+        ("guided-diffusion", {"num_heads": 1, "num_head_channels": 64}, "give one of them"),
+        ("guided-diffusion", {"attention_order": "old"}, "attention_order must be one of legacy, new, got 'old'"),
+        ("ddim", {"prediction_type": "x_0"}, "prediction_type must be one of epsilon, sample"),
     ],
 )
 def test_options_without_sense_or_effect_are_refused(source: Any, more: dict[str, Any], sentence: str) -> None:
@@ -435,24 +400,100 @@ def test_a_checkpoint_is_read_as_data_alone(tmp_path: Path) -> None:
         read_weights(tmp_path / "text.pt")
 
 
-def test_the_average_is_taken_from_a_training_checkpoint(tmp_path: Path) -> None:
-    one = {"module.head.weight": torch.ones(1)}
-    torch.save({"net_model": {"head.weight": torch.zeros(1)}, "ema_model": one, "step": 3}, tmp_path / "ckpt.pt")
-    assert read_weights(tmp_path / "ckpt.pt") == {"head.weight": torch.ones(1)}
-    assert read_weights(tmp_path / "ckpt.pt", "net_model")["head.weight"] == 0
-    with pytest.raises(ConvertError, match="it has net_model, ema_model"):
-        read_weights(tmp_path / "ckpt.pt", "model")
-    torch.save(one, tmp_path / "bare.pt")
+ONE = {"head.weight": torch.ones(1), "tail.2.bias": torch.full((1,), 2.0)}
+OPTIMISER = {"state": {0: {"exp_avg": torch.ones(1)}}, "param_groups": [{"lr": 0.1}]}
+
+
+def prefixed(prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": weight for name, weight in ONE.items()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ONE,
+        *(prefixed(prefix) for prefix in ("module.", "model.", "_orig_mod.", "module._orig_mod.", "model.module.")),
+        *({name: ONE, "step": 3, "optim": OPTIMISER} for name in ("state_dict", "model", "ema", "ema_model", "net")),
+        {"state_dict": prefixed("model."), "epoch": 1, "optimizer_states": [OPTIMISER]},
+        {"model": {"state_dict": prefixed("module.")}, "sched": {"last_epoch": 5}},
+        {"net_model": {"head.weight": torch.zeros(1)}, "ema_model": prefixed("module."), "optim": OPTIMISER},
+        [prefixed("module."), OPTIMISER, 3, 700],
+    ],
+)
+def test_weights_are_taken_from_containers_and_wrapped_modules(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "ckpt.pt")
+    assert read_weights(tmp_path / "ckpt.pt") == ONE
+
+
+def test_safetensors_are_read(tmp_path: Path) -> None:
+    save_file(prefixed("module."), tmp_path / "ckpt.safetensors")
+    assert read_weights(tmp_path / "ckpt.safetensors") == ONE
+    (tmp_path / "cut.safetensors").write_bytes(b"cut")
+    with pytest.raises(ConvertError, match="no checkpoint that can be read"):
+        read_weights(tmp_path / "cut.safetensors")
+
+
+def test_of_several_sets_of_weights_one_must_be_named(tmp_path: Path) -> None:
+    zero = {name: weight * 0 for name, weight in ONE.items()}
+    path = tmp_path / "ckpt.pt"
+    for content in (
+        {"model": zero, "ema": ONE, "step": 3},
+        [zero, OPTIMISER, 3, 700, prefixed("module.")],
+        {f"{name}.{key}": w for name, state in (("model", zero), ("ema", ONE)) for key, w in state.items()},
+    ):
+        torch.save(content, path)
+        with pytest.raises(ConvertError, match=r"several sets of weights: model, ema\. Name one with --weights"):
+            read_weights(path)
+        assert read_weights(path, "ema") == ONE and read_weights(path, "model") == zero
+    torch.save({"net_model": zero, "ema_model": ONE}, path)
+    assert read_weights(path) == ONE and read_weights(path, "net_model") == zero
+    with pytest.raises(ConvertError, match=r"has no weights 'model'; it has net_model, ema_model \(--weights\)"):
+        read_weights(path, "model")
+    torch.save(ONE, path)
     with pytest.raises(ConvertError, match="one set of weights under no name, got --weights net_model"):
-        read_weights(tmp_path / "bare.pt", "net_model")
+        read_weights(path, "net_model")
+
+
+@pytest.mark.parametrize("content", [OPTIMISER, {"optimizer": OPTIMISER, "step": 3}, [OPTIMISER, 3]])
+def test_an_optimiser_is_named_as_one(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "opt500000.pt")
+    with pytest.raises(ConvertError, match="holds the state of an optimiser, not weights"):
+        read_weights(tmp_path / "opt500000.pt")
+
+
+def test_what_holds_no_weights_is_named(tmp_path: Path) -> None:
+    torch.save(torch.ones(3), tmp_path / "x.pt")
+    with pytest.raises(ConvertError, match="holds no weights, but a Tensor"):
+        read_weights(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("source", ["auto", "ddim"])
+def test_the_card_has_the_fingerprint_of_the_original(source: Any, tmp_path: Path) -> None:
+    original = HoNetwork()
+    torch.save(original.state_dict(), tmp_path / "ckpt.pt")
+    said = {**SAID, "variance_type": "fixed_large", "num_timesteps": 1000, "license": "mit"}
+    folder = convert(ConvertOptions(source, str(tmp_path / "ckpt.pt"), str(tmp_path / "out"), **said))
+    x = torch.arange(3 * 16 * 16, dtype=torch.float64).sin().reshape(1, 3, 16, 16)
+    with torch.no_grad():
+        output = original.double()(x, torch.tensor([500]))
+    seen: Any = fingerprint(DDPMExtPipeline.from_pretrained(folder))
+    assert (seen["shape"], seen["t"]) == ((1, 3, 16, 16), 500)
+    assert seen["mean"] == pytest.approx(output.mean().item(), abs=1e-5)
+    assert seen["first"] == pytest.approx(output.flatten()[:8].tolist(), abs=1e-5)
+    card = (folder / "README.md").read_text()
+    told = re.search(r"\| mean of the output \| (\S+) \|", card)
+    assert told is not None and float(told[1]) == pytest.approx(seen["mean"], abs=1e-5) and "license: mit" in card
+    assert "| Source | ddim |" in card and "| `--noise_schedule` | linear |" in card
+    (folder / "README.md").write_text("mine")
+    convert(ConvertOptions(source, str(tmp_path / "ckpt.pt"), str(folder), **said))
+    assert (folder / "README.md").read_text() == "mine"
 
 
 def test_the_folder_loads_with_stock_diffusers(tmp_path: Path) -> None:
     original = PyTorchDDPM()
     torch.save({"net_model": original.state_dict(), "ema_model": original.state_dict()}, tmp_path / "ckpt.pt")
-    folder = convert(
-        ConvertOptions("pytorch-ddpm", str(tmp_path / "ckpt.pt"), str(tmp_path / "pipeline"), resolution=16)
-    )
+    said = {**SAID, "variance_type": "fixed_large"}
+    folder = convert(ConvertOptions("pytorch-ddpm", str(tmp_path / "ckpt.pt"), str(tmp_path / "pipeline"), **said))
     stock = DDPMPipeline.from_pretrained(folder)
     assert_same_outputs(original, stock.unet, T_SEEN, T_SEEN)
     stock.save_pretrained(tmp_path / "stock")
@@ -520,6 +561,7 @@ def test_the_script_says_what_is_wrong(
 def test_the_script_says_where_the_result_lies_or_what_is_wrong(tmp_path: Path) -> None:
     torch.save(PyTorchDDPM().state_dict(), tmp_path / "weights.pt")
     words = ["--checkpoint", str(tmp_path / "weights.pt"), "--output_dir", str(tmp_path / "out"), "--resolution", "16"]
+    words += ["--prediction_type", "epsilon", "--variance_type", "fixed_large", "--noise_schedule", "linear"]
     for source, code in (("pytorch-ddpm", 0), ("improved-diffusion", 1)):
         command = [sys.executable, str(ROOT / "scripts" / "convert.py"), "--source", source, *words]
         done = subprocess.run(
@@ -541,7 +583,7 @@ def test_the_script_says_where_the_result_lies_or_what_is_wrong(tmp_path: Path) 
 def test_the_published_sizes_are_counted() -> None:
     with torch.device("meta"):
         pytorch_ddpm = PyTorchDDPM(c=128, mults=(1, 2, 2, 2))
-        improved = ImprovedDiffusion(c=128, mults=(1, 2, 2, 2), attend=(1, 2))
+        improved = OpenAINetwork(c=128, mults=(1, 2, 2, 2), attend=(1, 2))
     table = 1000 * 128
     assert sum(w.numel() for w in pytorch_ddpm.state_dict().values()) - table == 35_746_307
     assert sum(w.numel() for w in improved.parameters()) == 52_546_438

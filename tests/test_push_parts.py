@@ -40,7 +40,7 @@ def draw(source: str, cache: str, **options: Any) -> tuple[bytes, bytes]:
 
     images = []
     for kind in (DDPMExtPipeline, DDPMPipeline):
-        pipe = kind.from_pretrained(source, cache_dir=cache, **options)
+        pipe: Any = kind.from_pretrained(source, cache_dir=cache, **options)
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
         images.append(pipe(generator=generator, num_inference_steps=2, output_type="np").images.tobytes())
@@ -244,7 +244,7 @@ def test_old_names_of_attention_are_no_lack(tmp_path: Path) -> None:
     """google/ddpm-* hold query, key, value, proj_attn, which Diffusers renames when it loads."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-    blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
+    blocks: Any = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
     unet = UNet2DModel(8, 1, 1, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **blocks)
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
     renamed = {}

@@ -1,19 +1,18 @@
-"""Published checkpoints of other codes -> portable UNet2DModel pipelines.
+"""Checkpoints of other codes -> portable UNet2DModel pipelines with a card.
 
-Both codes build the network of Ho et al. 2020, block by block in the same order as UNet2DModel, under other names and
+The codes build the network of Ho et al. 2020, block by block in the same order as UNet2DModel, under other names and
 with other conventions for the time embedding and the attention. A checkpoint tells the network's shape; what it cannot
-tell (heads, schedule, picture size) is an option.
+tell (heads, what is predicted, schedule, image size) is an option that is asked for.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import pickle
-import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import UNet2DModel
@@ -21,33 +20,61 @@ from torch import Tensor
 
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.loading import load_pipeline
+from ..pipelines.locate import is_hub_name
 from ..schedulers.ddpm import DDPMExtScheduler
-from .config import AVERAGE, ConvertError, ConvertOptions
-from .state_dict_maps import CODES, Code, Place, Shape, all_places, find, measure
+from .checkpoints import read_weights
+from .config import ConvertError, ConvertOptions, unanswered
+from .converted_card import write_converted_card
+from .state_dict_maps import LAYOUTS, Layout, Place, Shape, all_places, find, left_over, measure, recognise
+
+__all__ = ["convert", "convert_weights"]
+
+_IMAGE_CHANNELS = (1, 3, 4)  # others are asked about
+_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "quad": "scaled_linear", "sigmoid": "sigmoid"}
+
+
+class _Settings(NamedTuple):
+    """What the file and the options say together."""
+
+    resolution: int
+    T: int
+    prediction_type: str
+    variance_type: str
+    is_rescaled: bool  # whether the network is given 1000 t / T in place of t
+    head_channels: int | None  # None: one head of all channels
+    order: Literal["legacy", "new"]
 
 
 def convert(options: ConvertOptions) -> Path:
-    """Write the pipeline; its folder.
+    """Write the pipeline and its card; return its folder.
 
     A folder is not converted in place: the former files would stay beside the new ones, a pickle of the weights beside
     the safetensors, and a failure half-way would leave neither pipeline.
 
     Raises:
-        ConvertError: the file is no such checkpoint; names the first tensor that does not fit. Or the output folder
-            cannot be one.
+        ConvertError: the file is no such checkpoint, names the first tensor that does not fit; an option is missing
+            that it does not tell; or the output folder cannot be one.
         HubError: the pull of a pipeline failed.
     """
     target = Path(options.output_dir)
-    check_target(target, options.checkpoint)
-    if options.source == "diffusers":
+    _check_target(target, options.checkpoint)
+    source = options.source
+    if source == "auto" and (Path(options.checkpoint).is_dir() or is_hub_name(options.checkpoint)):
+        source = "diffusers" if not Path(options.checkpoint).is_file() else source
+    if source == "diffusers":
+        options.check_source(source)
         pipeline = load_pipeline(options.checkpoint, options.token)
     else:
-        pipeline = convert_weights(read_weights(options.checkpoint, options.weights), options)
+        weights = read_weights(options.checkpoint, options.weights)
+        source = recognise(weights) if source == "auto" else source
+        options = replace(options, source=source)
+        pipeline = convert_weights(weights, options)
     pipeline.save_pretrained(target)
+    write_converted_card(target, pipeline, replace(options, source=source))
     return target
 
 
-def check_target(target: Path, checkpoint: str) -> None:
+def _check_target(target: Path, checkpoint: str) -> None:
     """Raise ConvertError where no folder can be made, or where it is the checkpoint's own."""
     there = next(path for path in (target, *target.absolute().parents) if path.exists())
     if not there.is_dir():
@@ -60,161 +87,240 @@ def check_target(target: Path, checkpoint: str) -> None:
 
 
 def convert_weights(weights: Mapping[str, Tensor], options: ConvertOptions) -> DDPMExtPipeline:
-    """A pipeline of the weights of another code.
+    """Return a pipeline of the weights of another code.
 
     Args:
         weights: Its state dict.
-        options: `source` and what the weights do not tell.
-    """
-    code = CODES[options.source]
-    shape, table = measure(weights, code), f"{code.time}.0.weight"
-    T = find(weights, table, ("T", "width"), code).shape[0] if code.has_table else options.num_timesteps
-    unet = UNet2DModel(**unet_arguments(shape, code, options, T))
-    places = {place.target: place for place in all_places(shape, code, options.num_heads)}
-    fill(unet, weights, places, code)
-    if code.has_table and weights[table].shape[1] != shape.widths[0]:
-        raise ConvertError(
-            f"{table!r} of the checkpoint has the shape {tuple(weights[table].shape)}, which does not fit the "
-            f"network's time embedding {(T, shape.widths[0])}."
-        )
-    return DDPMExtPipeline(unet.eval(), make_scheduler(shape, code, options, T))
-
-
-# Reading --------------------------------------------------------------------------------------------------------------
-
-
-def read_weights(path: str | os.PathLike[str], which: str = AVERAGE) -> dict[str, Tensor]:
-    """The state dict in a checkpoint file, which is read as data alone: no code in it runs.
-
-    Args:
-        path: The file.
-        which: The entry that holds the weights, where there are several.
+        options: `source`, a code and not "auto", and what the weights do not tell.
 
     Raises:
-        ConvertError: there is no such file, it is no checkpoint, or it has no such entry.
+        ConvertError: as in `convert`.
     """
-    if not Path(path).is_file():
-        found = "a folder" if Path(path).is_dir() else "nothing"
-        raise ConvertError(f"checkpoint must be a file of another code, and there is {found} at {path}. Name the file.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    layout = LAYOUTS[options.source]
+    shape = measure(weights, layout)
+    settings = _settle(weights, shape, layout, options)
+    unet = UNet2DModel(**_unet_arguments(shape, layout, settings))
+    heads = {width: width // (settings.head_channels or width) for width in shape.widths}
+    places = {
+        place.target: place for place in all_places(shape, layout, lambda width: heads.get(width, 1), settings.order)
+    }
+    _fill(unet, weights, places, layout)
+    return DDPMExtPipeline(unet.eval(), _scheduler(layout, settings, options))
+
+
+# What the options say -------------------------------------------------------------------------------------------------
+
+
+def _settle(weights: Mapping[str, Tensor], shape: Shape, layout: Layout, options: ConvertOptions) -> _Settings:
+    """Return what file and options say, or ask for what neither does.
+
+    Raises:
+        ConvertError: something is missing, or the options contradict the file.
+    """
+    _check_network(shape, layout, options)
+    T = _steps(weights, shape, layout) if layout.table else options.num_timesteps
+    is_learned, is_openai = shape.out_channels != shape.in_channels, layout.labels is not None
+    has_heads = options.num_heads is not None or options.num_head_channels is not None
+    head_channels = _head_channels(shape, options) if has_heads else None
+    # Of one head, both orders are the same.
+    is_split = not has_heads or (head_channels is not None and max(_attention_widths(shape)) > head_channels)
+    asked = {
+        "resolution": True,
+        "prediction_type": True,
+        "variance_type": not is_learned,
+        "noise_schedule": True,
+        "num_timesteps": T is None,
+        "rescale_timesteps": is_openai and T != 1000,
+        "num_heads": is_openai and not has_heads,
+        "attention_order": is_openai and is_split,
+    }
+    missing = [name for name, is_asked in asked.items() if is_asked and getattr(options, name) is None]
+    if missing or T is None:
+        raise unanswered(missing, layout.name)
+    variance = options.variance_type or "learned_range"  # all that OpenAI's scripts learn
+    if variance.startswith("learned") != is_learned:
         raise ConvertError(
-            f"{path} is no checkpoint that can be read as data alone, and others are not opened, since they can run "
-            f"code: {str(error).splitlines()[0]}"
-        ) from error
-    if isinstance(content, Mapping) and not all(isinstance(value, Tensor) for value in content.values()):
-        holding = [name for name, value in content.items() if isinstance(value, Mapping) and _is_state(value)]
-        if which not in holding:
-            raise ConvertError(f"{path} has no weights {which!r}; it has {', '.join(holding) or 'none'} (--weights).")
-        content = content[which]
-    elif which != AVERAGE:
-        raise ConvertError(f"{path} holds one set of weights under no name, got --weights {which}: leave it out.")
-    if not isinstance(content, Mapping) or not content:
-        raise ConvertError(f"{path} holds no weights, but a {type(content).__name__}.")
-    return {str(name).removeprefix("module."): value for name, value in content.items()}
+            f"The network has {shape.out_channels} output channels for images of {shape.in_channels}, so its variance "
+            f"is {'learned' if is_learned else 'not learned'}, got --variance_type {variance}."
+        )
+    return _Settings(
+        resolution=int(options.resolution or 0),
+        T=T,
+        prediction_type=str(options.prediction_type),
+        variance_type=variance,
+        is_rescaled=bool(options.rescale_timesteps) and T != 1000,
+        head_channels=head_channels,
+        order=options.attention_order or "legacy",
+    )
 
 
-def _is_state(value: Mapping[Any, Any]) -> bool:
-    return bool(value) and all(isinstance(weight, Tensor) for weight in value.values())
+def _check_network(shape: Shape, layout: Layout, options: ConvertOptions) -> None:
+    """Raise ConvertError for a network that is not of this source, or not of images alone."""
+    if shape.is_residual and layout.name == "improved-diffusion":
+        raise ConvertError(
+            "Residual blocks resample in this checkpoint (resblock_updown), which improved-diffusion has not: give "
+            "--source guided-diffusion."
+        )
+    allowed = (options.image_channels,) if options.image_channels is not None else _IMAGE_CHANNELS
+    if shape.in_channels not in allowed:
+        raise ConvertError(
+            f"The network takes {shape.in_channels} channels, and images have {options.image_channels or '1, 3 or 4'}: "
+            "one that also takes another image, as of super-resolution, is no DDPM of images alone. If the images do "
+            f"have {shape.in_channels} channels, give --image_channels {shape.in_channels}."
+        )
 
 
-def unet_arguments(shape: Shape, code: Code, options: ConvertOptions, T: int) -> dict[str, Any]:
-    """Arguments of the UNet2DModel that computes the same."""
+def _steps(weights: Mapping[str, Tensor], shape: Shape, layout: Layout) -> int:
+    """Return T, the length of the table of the time embedding, whose values are checked too.
+
+    Its row t holds sin(t ω_i), cos(t ω_i) interleaved, ω_i = exp(-ln(1e4) 2i / width).
+    """
+    name = str(layout.table)
+    table = find(weights, name, ("T", "width"), layout)
+    T, width = table.shape
+    if width != shape.widths[0]:
+        raise ConvertError(
+            f"{name!r} of the checkpoint has the shape {tuple(table.shape)}, which does not fit the network's time "
+            f"embedding {(T, shape.widths[0])}."
+        )
+    omega = torch.exp(-torch.arange(0, width, 2) / width * math.log(10000))
+    phase = torch.arange(T)[:, None] * omega
+    if not torch.allclose(table.float(), torch.stack([phase.sin(), phase.cos()], dim=2).flatten(1), atol=1e-3):
+        raise ConvertError(
+            f"{name!r} of the checkpoint does not hold the sines and cosines of {layout.name}: it was changed or "
+            "trained, and UNet2DModel computes its own."
+        )
+    return T
+
+
+def _attention_widths(shape: Shape) -> set[int]:
+    return {shape.widths[level] for level in shape.attention} | {shape.widths[-1]}
+
+
+def _head_channels(shape: Shape, options: ConvertOptions) -> int | None:
+    """Return the channels of a head, which UNet2DModel has alike on every level; None for one head of all channels."""
+    widths = sorted(_attention_widths(shape))
+    if (channels := options.num_head_channels) is not None:
+        if any(width % channels for width in widths):
+            raise ConvertError(f"num_head_channels must divide the attention's {widths} channels, got {channels}.")
+        return channels
+    heads = options.num_heads or 1
+    if heads == 1:
+        return None
+    if len(widths) != 1 or widths[0] % heads:
+        raise ConvertError(
+            f"A UNet2DModel has heads of the same width on every level; {heads} heads over {widths} channels are not. "
+            "Give the right --num_heads, or --num_head_channels where the code was given that; with one number of "
+            "heads over several widths the network cannot be expressed."
+        )
+    return widths[0] // heads
+
+
+def _unet_arguments(shape: Shape, layout: Layout, settings: _Settings) -> dict[str, Any]:
+    """Return the arguments of the UNet2DModel that computes the same."""
     levels = range(len(shape.widths))
+    down, up = (
+        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if shape.is_residual else ("DownBlock2D", "UpBlock2D")
+    )
+    is_ho = layout.name == "ddim"  # TensorFlow's padding on the right alone, its eps, and half - 1 in the embedding
     arguments: dict[str, Any] = {
-        "sample_size": options.resolution,
+        "sample_size": settings.resolution,
         "in_channels": shape.in_channels,
         "out_channels": shape.out_channels,
         "block_out_channels": shape.widths,
         "layers_per_block": shape.layers,
-        "down_block_types": tuple("AttnDownBlock2D" if i in shape.attention else "DownBlock2D" for i in levels),
-        "up_block_types": tuple("AttnUpBlock2D" if i in shape.attention else "UpBlock2D" for i in reversed(levels)),
-        "freq_shift": 0,
-        "flip_sin_to_cos": not code.has_table,
-        "downsample_padding": 1,
-        "norm_eps": 1e-5,
-        "attention_head_dim": None if code.has_table else head_dim(shape, options.num_heads),
+        "down_block_types": tuple("AttnDownBlock2D" if i in shape.attention else down for i in levels),
+        "up_block_types": tuple("AttnUpBlock2D" if i in shape.attention else up for i in reversed(levels)),
+        "freq_shift": 1 if is_ho else 0,
+        "flip_sin_to_cos": layout.labels is not None,
+        "downsample_padding": 0 if is_ho else 1,
+        "norm_eps": 1e-6 if is_ho else 1e-5,
+        "attention_head_dim": settings.head_channels,
         "num_class_embeds": shape.classes,
     }
+    if shape.is_residual:
+        arguments |= {"downsample_type": "resnet", "upsample_type": "resnet"}
     if shape.scale_shift:  # without attn_norm_num_groups Diffusers would drop the norm of the middle attention
         arguments |= {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 32}
-    if is_rescaled(code, options, T):  # UNet2DModel takes whole t only, so 1000 t / T is looked up
-        arguments |= {"time_embedding_type": "learned", "num_train_timesteps": T}
+    if settings.is_rescaled:  # UNet2DModel takes whole t only, so 1000 t / T is looked up
+        arguments |= {"time_embedding_type": "learned", "num_train_timesteps": settings.T}
     return arguments
 
 
-def head_dim(shape: Shape, num_heads: int) -> int:
-    """Channels of a head, which UNet2DModel has alike on every level."""
-    widths = {shape.widths[level] for level in shape.attention} | {shape.widths[-1]}
-    if len(widths) != 1 or (width := widths.pop()) % num_heads:
-        raise ConvertError(
-            f"A UNet2DModel has heads of the same width on every level; {num_heads} heads over "
-            f"{sorted({shape.widths[level] for level in shape.attention} | {shape.widths[-1]})} channels are not. "
-            "Give the right --num_heads; a network of several attention widths cannot be expressed."
-        )
-    return width // num_heads
+def _scheduler(layout: Layout, settings: _Settings, options: ConvertOptions) -> DDPMExtScheduler:
+    """Return the process with which the code samples."""
+    T = settings.T
+    arguments: dict[str, Any] = {
+        "num_train_timesteps": T,
+        "beta_schedule": _SCHEDULES[str(options.noise_schedule)],
+        "prediction_type": settings.prediction_type,
+        "variance_type": settings.variance_type,
+        # pytorch-ddpm computes the clipped x_0 after the mean that it uses, so it samples without clipping.
+        "clip_sample": layout.table is None,
+    }
+    if options.noise_schedule != "cosine":
+        # OpenAI's betas are in proportion to 1 / T, so that ᾱ_T is the same for every T.
+        scale = 1000 / T if layout.labels is not None else 1.0
+        ends = (options.beta_start or 1e-4) * scale, (options.beta_end or 0.02) * scale
+        arguments |= {"beta_start": ends[0], "beta_end": ends[1]}
+    return DDPMExtScheduler(**arguments)
 
 
-def is_rescaled(code: Code, options: ConvertOptions, T: int) -> bool:
-    """Whether the code feeds its time embedding 1000 t / T in place of t."""
-    return not code.has_table and options.rescale_timesteps and T != 1000
+# Weights --------------------------------------------------------------------------------------------------------------
 
 
-def make_scheduler(shape: Shape, code: Code, options: ConvertOptions, T: int) -> DDPMExtScheduler:
-    """The process with which the code samples."""
-    if code.has_table:  # it computes the clipped x_0 after the mean that it uses, so it samples without clipping
-        return DDPMExtScheduler(num_train_timesteps=T, variance_type="fixed_large", clip_sample=False)
-    learned = shape.out_channels == 2 * shape.in_channels
-    variance = "learned_range" if learned else "fixed_large"
-    if options.noise_schedule == "cosine":
-        return DDPMExtScheduler(num_train_timesteps=T, variance_type=variance, beta_schedule="squaredcos_cap_v2")
-    # Betas in proportion to 1 / T, so that ᾱ_T is the same for every T.
-    ends: dict[str, Any] = {"beta_start": 1e-4 * 1000 / T, "beta_end": 0.02 * 1000 / T}
-    return DDPMExtScheduler(num_train_timesteps=T, variance_type=variance, **ends)
-
-
-def fill(unet: UNet2DModel, weights: Mapping[str, Tensor], places: Mapping[str, Place], code: Code) -> None:
+def _fill(unet: UNet2DModel, weights: Mapping[str, Tensor], places: Mapping[str, Place], layout: Layout) -> None:
     """Copy every weight to its place.
 
     Raises:
-        ConvertError: a tensor is missing, of another shape, or left over; the first one is named.
+        ConvertError: a tensor is missing, of another shape, not finite, or left over; the first one is named.
     """
     state, used = unet.state_dict(), set()
     for target, own in state.items():
         if target == "time_proj.weight":  # the table of 1000 t / T
-            state[target] = sinusoids(own.shape[0], own.shape[1])
+            state[target] = _sinusoids(own.shape[0], own.shape[1])
             continue
         place = places[target]
         if place.source not in weights:
             raise ConvertError(
                 f"The network's {target} {tuple(own.shape)} would come from {place.source!r}, which the checkpoint "
-                f"does not have: its architecture is not one that {code.name} and UNet2DModel share."
+                f"does not have: its architecture is not one that {layout.name} and UNet2DModel share."
             )
-        theirs = weights[place.source]
-        try:
-            taken = place.change(theirs)
-        except (IndexError, RuntimeError):  # of too few dimensions or numbers to be rearranged
-            taken = None
-        if taken is None or taken.shape != own.shape:
-            raise ConvertError(
-                f"{place.source!r} of the checkpoint has the shape {tuple(theirs.shape)}, which does not fit the "
-                f"network's {target} {tuple(own.shape)}."
-            )
-        state[target] = taken.to(own.dtype)
+        state[target] = _taken(weights[place.source], place, own)
         used.add(place.source)
-    table = {f"{code.time}.0.weight"} if code.has_table else set()
-    left = [name for name in weights if name not in used | table and not re.search(r"num_batches_tracked$", name)]
+    left = left_over(weights, used | {str(layout.table)})
     if left:
         raise ConvertError(
             f"{left[0]!r} of the checkpoint, shape {tuple(weights[left[0]].shape)}, has no place in the network: its "
-            f"architecture is not one that {code.name} and UNet2DModel share."
+            f"architecture is not one that {layout.name} and UNet2DModel share."
         )
     unet.load_state_dict(state)
 
 
-def sinusoids(T: int, width: int) -> Tensor:
-    """The time embedding of improved-diffusion at the rescaled steps: (T, width).
+def _taken(theirs: Tensor, place: Place, own: Tensor) -> Tensor:
+    """Return a tensor of the checkpoint as the network has it."""
+    try:
+        taken = place.change(theirs)
+    except (IndexError, RuntimeError):  # of too few dimensions or numbers to be rearranged
+        taken = None
+    if taken is None or taken.shape != own.shape:
+        reason = ""
+        if place.target.startswith("time_embedding.linear_1") and theirs.ndim == 2:
+            reason = f" The first level must be as wide as the time embedding, {theirs.shape[1]}, in a UNet2DModel."
+        raise ConvertError(
+            f"{place.source!r} of the checkpoint has the shape {tuple(theirs.shape)}, which does not fit the "
+            f"network's {place.target} {tuple(own.shape)}.{reason}"
+        )
+    if not theirs.is_floating_point() or not bool(theirs.isfinite().all()):
+        raise ConvertError(
+            f"{place.source!r} of the checkpoint holds values that are not finite numbers (dtype {theirs.dtype}): it "
+            "was saved after the training had failed, or is quantised. Take an earlier one."
+        )
+    return taken.to(own.dtype)
+
+
+def _sinusoids(T: int, width: int) -> Tensor:
+    """Return the time embedding of OpenAI's codes at the rescaled steps: (T, width).
 
     e(t) = (cos(τ ω_i), sin(τ ω_i)),   τ = 1000 t / T,   ω_i = exp(-ln(1e4) i / (width / 2)),   0 <= t < T
     """

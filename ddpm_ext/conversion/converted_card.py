@@ -1,0 +1,117 @@
+"""The card of a converted pipeline: where it comes from, what was said of it, and the fingerprint of its output."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..hub.checksums import sha256
+from ..hub.files import RENDERED
+from ..pipelines.ddpm import DDPMExtPipeline
+from ..run_dir import write_atomically
+from .config import ConvertOptions
+
+__all__ = ["fingerprint", "write_converted_card"]
+
+_MARK = f"{RENDERED}a converted checkpoint; without this line the card is yours and is kept. -->"
+_TEXT = """---
+{data}
+---
+
+# {name}
+
+A denoising diffusion probabilistic model, converted from {origin} with ddpm_ext. The network
+computes what the original computes; nothing was trained again.
+
+| | |
+|---|---|
+{rows}
+
+## Use
+
+```python
+from diffusers import DDPMPipeline
+
+pipe = DDPMPipeline.from_pretrained("path/to/this/folder")  # or its name on the Hub
+image = pipe(num_inference_steps={T}).images[0]
+```
+
+## Fingerprint
+
+One pass through the network in float32, to compare with the original's: x has the shape {shape},
+its i-th value in row-major order is sin(i), t = {t} of {T} steps counted from 0{label}.
+
+| | |
+|---|---|
+| mean of the output | {mean:.6g} |
+| standard deviation | {std:.6g} |
+| its first eight values | {first} |
+
+{mark}
+"""
+
+
+def fingerprint(pipeline: DDPMExtPipeline) -> dict[str, object]:
+    """Return what the network gives for a fixed input: mean, deviation and first values of its output.
+
+    x_i = sin(i), i the index in row-major order,   t = T / 2 rounded down,   class 0 where there are classes
+    """
+    config = pipeline.unet.config
+    size = config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (1, config["in_channels"], height, width)
+    x = torch.arange(shape[1] * height * width, dtype=torch.float64).sin().float().reshape(shape)
+    t = len(pipeline.scheduler) // 2
+    labels = {"class_labels": torch.zeros(1, dtype=torch.long)} if config["num_class_embeds"] is not None else {}
+    unet = pipeline.unet.float().eval()
+    with torch.no_grad():
+        output = unet(x, torch.tensor([t]), **labels).sample.double()
+    std, mean = torch.std_mean(output)
+    first = [float(value) for value in output.flatten()[:8]]
+    return {"shape": shape, "t": t, "mean": float(mean), "std": float(std), "first": first, "labelled": bool(labels)}
+
+
+def write_converted_card(folder: Path, pipeline: DDPMExtPipeline, options: ConvertOptions) -> Path | None:
+    """Write README.md into the folder of a converted pipeline; None where the one there was written by hand."""
+    card = folder / "README.md"
+    if card.is_file() and RENDERED not in card.read_text(encoding="utf-8"):
+        return None
+    seen = fingerprint(pipeline)
+    checkpoint = Path(options.checkpoint)
+    is_file = checkpoint.is_file()
+    origin = f"a checkpoint of {options.source}" if is_file else f"the pipeline {options.checkpoint}"
+    said = {
+        field.name: getattr(options, field.name)
+        for field in fields(options)
+        if field.name not in ("checkpoint", "output_dir", "token", "license")
+        and getattr(options, field.name) is not None
+    }
+    rows = {"Source": said.pop("source"), "Checkpoint": checkpoint.name if is_file else options.checkpoint}
+    rows |= {"SHA-256": sha256(checkpoint)} if is_file else {}
+    rows |= {f"`--{name}`": value for name, value in said.items()}
+    data = ModelCardData(
+        license=options.license,
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["ddpm", "unconditional-image-generation", "pytorch", "ddpm_ext"],
+        ignore_metadata_errors=False,
+    )
+    text = _TEXT.format(
+        data=data.to_yaml(),
+        name=folder.resolve().name,
+        origin=origin,
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+        T=len(pipeline.scheduler),
+        shape=seen["shape"],
+        t=seen["t"],
+        label=", class 0" if seen["labelled"] else "",
+        mean=seen["mean"],
+        std=seen["std"],
+        first=", ".join(f"{value:.6g}" for value in seen["first"]),  # pyright: ignore[reportGeneralTypeIssues]
+        mark=_MARK,
+    )
+    write_atomically(card, str(ModelCard(text, ignore_metadata_errors=False)))
+    return card
