@@ -264,7 +264,7 @@ def our_update(config: TrainConfig, device: torch.device) -> Callable[[], Any]:
 
     from ddpm_ext.distributed import make_accelerator
     from ddpm_ext.run_dir import RunDir
-    from ddpm_ext.training.run import Trainer
+    from ddpm_ext.training.trainer import Trainer
 
     AcceleratorState._reset_state(reset_partial_state=True)  # it holds the precision of the row before
     GradientState._reset_state()

@@ -54,7 +54,7 @@ def test_a_part_that_hangs_or_dies_is_ended_at_its_time(monkeypatch: pytest.Monk
 
 def test_options_out_of_range_are_refused() -> None:
     for wrong in ({"minutes": 0.0}, {"parts": "training,dancing"}, {"batch_size": 0}):
-        with pytest.raises(ValueError, match="minutes|parts"):
+        with pytest.raises(ValueError, match=r"minutes|parts"):
             GpuOptions(**wrong)
 
 
