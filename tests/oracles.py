@@ -27,8 +27,8 @@ def gaussian_kl_by_quadrature(mean1: float, log_var1: float, mean2: float, log_v
         return float(mpmath.quad(integrand, [-14, -6, 0, 6, 14]))
 
 
-def decoder_log_likelihood(level: int, mean: float, log_var: float, cdf: str) -> float:
-    """The log P of one 8-bit grey level under the discretised decoder, DDPM Eq. (13), 50 digits."""
+def decoder_log_likelihood(level: int, mean: float, log_var: float, cdf: str, bits: int = 8) -> float:
+    """The log P of one grey level under the discretised decoder, DDPM Eq. (13), 50 digits."""
     with mpmath.workdps(50):
         std = mpmath.exp(mpmath.mpf(log_var) / 2)
 
@@ -37,9 +37,10 @@ def decoder_log_likelihood(level: int, mean: float, log_var: float, cdf: str) ->
                 return mpmath.ncdf(x)
             return (1 + mpmath.tanh(mpmath.sqrt(2 / mpmath.pi) * (x + mpmath.mpf("0.044715") * x**3))) / 2
 
-        distance = mpmath.mpf(2 * level) / 255 - 1 - mpmath.mpf(mean)
-        upper = 1 if level == 255 else phi((distance + mpmath.mpf(1) / 255) / std)
-        lower = 0 if level == 0 else phi((distance - mpmath.mpf(1) / 255) / std)
+        top = 2**bits - 1
+        distance = mpmath.mpf(2 * level) / top - 1 - mpmath.mpf(mean)
+        upper = 1 if level == top else phi((distance + mpmath.mpf(1) / top) / std)
+        lower = 0 if level == 0 else phi((distance - mpmath.mpf(1) / top) / std)
         return float(mpmath.log(max(upper - lower, mpmath.mpf("1e-12"))))
 
 
@@ -192,12 +193,12 @@ def mixture_mean(x_t: torch.Tensor, alpha_bar: torch.Tensor, levels: torch.Tenso
     return (torch.softmax(-distance, dim=-1) * levels).sum(-1)
 
 
-def mixture_bound_in_bits(beta: np.ndarray, levels: np.ndarray, kept: list[int]) -> float:
+def mixture_bound_in_bits(beta: np.ndarray, levels: np.ndarray, kept: list[int], bits: int = 8) -> float:
     """Bits/dim of the perfect network on independent pixels of equally likely grey levels: fixed_small, base, tanh.
 
     Expectations over the noise by the trapezoidal rule on a fine grid of z.
     """
-    alpha_bar = np.cumprod(1 - beta)
+    alpha_bar, top = np.cumprod(1 - beta), 2**bits - 1
     z = np.linspace(-8, 8, 1201)
     density = np.exp(-(z**2) / 2)
     density /= density.sum()
@@ -219,7 +220,7 @@ def mixture_bound_in_bits(beta: np.ndarray, levels: np.ndarray, kept: list[int])
                 std = math.exp(log_var / 2)
                 phi = [
                     (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3))) / 2
-                    for u in ((x - guess + 1 / 255) / std, (x - guess - 1 / 255) / std)
+                    for u in ((x - guess + 1 / top) / std, (x - guess - 1 / top) / std)
                 ]
                 upper, lower = (1.0 if x > 0.999 else phi[0]), (0.0 if x < -0.999 else phi[1])
                 total -= (density * np.log(np.maximum(upper - lower, 1e-12))).sum() / len(levels)

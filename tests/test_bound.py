@@ -220,24 +220,31 @@ def test_a_class_conditional_network_is_told_each_images_class() -> None:
 
 @pytest.mark.parametrize("K", [10, 50, 1000])
 @pytest.mark.parametrize(("dtype", "rel"), [(torch.float32, 1e-6), (torch.float64, 1e-9)])
-def test_point_mass_pays_decoder_and_prior_alone(K: int, dtype: torch.dtype, rel: float) -> None:
+@pytest.mark.parametrize(("depth", "level"), [(8, 128), (12, 1000), (16, 50_000)])
+def test_point_mass_pays_decoder_and_prior_alone(
+    K: int, dtype: torch.dtype, rel: float, depth: int, level: int
+) -> None:
     scheduler = DDPMExtScheduler()
-    grey = 2 * 128 / 255 - 1
+    grey = 2 * level / (2**depth - 1) - 1
 
     def network(x: Tensor, t: Tensor) -> Tensor:
         assert x.dtype == dtype
         bar = torch.cumprod(1 - scheduler.tables.beta, 0)[t].reshape(-1, 1, 1, 1)
         return ((x.double() - bar.sqrt() * grey) / (1 - bar).sqrt()).to(dtype)
 
-    x_0 = torch.full((2, 1, 4, 4), 128, dtype=torch.uint8)
-    x_0 = float64_images(x_0) if dtype == torch.float64 else x_0
-    bits = bits_per_dim(network, scheduler, x_0, timesteps=EVEN[K], generator=seeded())
+    x_0 = torch.full((2, 1, 4, 4), level, dtype=torch.uint8 if depth == 8 else torch.int32)
+    x_0 = torch.full_like(x_0, grey, dtype=torch.float64) if dtype == torch.float64 else x_0
+    bits = bits_per_dim(network, scheduler, x_0, timesteps=EVEN[K], generator=seeded(), bits=depth)
 
     log_var = math.log(5.453187661302606e-05)
-    decoder = -oracles.decoder_log_likelihood(128, grey, log_var, "tanh") / math.log(2)
+    decoder = -oracles.decoder_log_likelihood(level, grey, log_var, "tanh", depth) / math.log(2)
     bar = 4.035829765375687e-05
     prior = 0.5 * (bar * grey**2 - bar - math.log1p(-bar)) / math.log(2)
-    assert decoder == pytest.approx(1.305665, abs=5e-7)
+    if depth == 8:
+        assert decoder == pytest.approx(1.305665, abs=5e-7)
+    else:  # a bin so narrow that Φ is its density: log2 σ√(2π)/width
+        width = 2 / (2**depth - 1)
+        assert decoder == pytest.approx(math.log2(math.sqrt(2 * math.pi * math.exp(log_var)) / width), abs=2e-3)
     assert bits.steps is not None and bits.steps.abs().max() < 1e-9
     assert bits.total.tolist() == pytest.approx([decoder + prior] * 2, rel=rel)
 
@@ -245,12 +252,13 @@ def test_point_mass_pays_decoder_and_prior_alone(K: int, dtype: torch.dtype, rel
 @pytest.mark.parametrize("kept", [None, EVEN[10], [900, 400, 30, 2]])
 @pytest.mark.parametrize("k", [0.0, 0.25])
 @pytest.mark.parametrize(("dtype", "rel"), [(torch.float32, 1e-6), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("depth", [8, 16])
 def test_a_constant_predictor_pays_the_fall_of_the_snr(
-    kept: list[int] | None, k: float, dtype: torch.dtype, rel: float
+    kept: list[int] | None, k: float, dtype: torch.dtype, rel: float, depth: int
 ) -> None:
     scheduler = DDPMExtScheduler(prediction_type="sample")
     x_0 = torch.tensor([-1.0, 1.0, 1.0, -1.0]).reshape(1, 1, 2, 2).to(dtype)
-    bits = bits_per_dim(lambda x, t: torch.full_like(x, k), scheduler, x_0, timesteps=kept)
+    bits = bits_per_dim(lambda x, t: torch.full_like(x, k), scheduler, x_0, timesteps=kept, bits=depth)
 
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     snr = alpha_bar / (1 - alpha_bar)
@@ -262,17 +270,21 @@ def test_a_constant_predictor_pays_the_fall_of_the_snr(
     assert bits.steps.sum().item() == pytest.approx(expected, rel=rel)
 
 
-def test_a_grey_level_mixture_is_its_quadrature_and_above_the_entropy() -> None:
+@pytest.mark.parametrize(("depth", "values"), [(8, [0, 90, 128, 255]), (16, [0, 23_000, 33_000, 65_535])])
+def test_a_grey_level_mixture_is_its_quadrature_and_above_the_entropy(depth: int, values: list[int]) -> None:
     scheduler = DDPMExtScheduler(prediction_type="sample")
-    levels = torch.tensor([0, 90, 128, 255], dtype=torch.uint8)
+    levels = torch.tensor(values, dtype=torch.uint8 if depth == 8 else torch.int32)
+    x_0 = to_x_0(levels, depth)
     balanced = torch.stack([levels.repeat(64)[torch.randperm(256, generator=seeded(i))] for i in range(16)])
     bits = bits_per_dim(
-        lambda x, t: oracles.mixture_mean(x, alpha_bar_of(scheduler, x, t)[..., None], to_x_0(levels).to(x)),
+        lambda x, t: oracles.mixture_mean(x, alpha_bar_of(scheduler, x, t)[..., None], x_0.to(x)),
         scheduler,
         balanced.reshape(16, 1, 16, 16),
         generator=seeded(),
+        bits=depth,
     )
-    expected = oracles.mixture_bound_in_bits(np.linspace(1e-4, 0.02, 1000), to_x_0(levels).double().numpy(), EVEN[1000])
+    beta = np.linspace(1e-4, 0.02, 1000)
+    expected = oracles.mixture_bound_in_bits(beta, x_0.double().numpy(), EVEN[1000], depth)
     noise = bits.total.std().item() / math.sqrt(16)  # every image holds the same levels: it differs by noise alone
     assert noise < 0.01
     assert bits.total.mean().item() == pytest.approx(expected, abs=4 * noise)

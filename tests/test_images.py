@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ddpm_ext.diffusion.images import to_uint8, to_x_0
+from ddpm_ext.diffusion.images import to_levels, to_uint8, to_unit, to_x_0
 
 LEVELS = torch.arange(256, dtype=torch.uint8)
 
@@ -39,9 +39,31 @@ def test_to_uint8_takes_the_nearest_level_and_clamps(dtype: torch.dtype):
 
 
 def test_scaling_twice_and_black_pictures_are_refused():
-    with pytest.raises(ValueError, match=r"expects uint8 pixels, got torch.float32"):
+    with pytest.raises(ValueError, match=r"expects uint8 pixels of 8 bits, got torch.float32"):
         to_x_0(torch.zeros(2))
     with pytest.raises(ValueError, match=r"expects floats in \[-1, 1\], got torch.uint8"):
         to_uint8(LEVELS)
     with pytest.raises(ValueError, match="got NaN"):
         to_uint8(torch.tensor([0.0, float("nan")]))
+
+
+@pytest.mark.parametrize("bits", [1, 4, 10, 12, 16])
+def test_any_depth_lands_on_its_grid_and_comes_back(bits: int):
+    top = 2**bits - 1
+    levels = torch.arange(2**bits, dtype=torch.uint8 if bits <= 8 else torch.int32)
+    x_0 = to_x_0(levels, bits)
+    expected = torch.from_numpy(2 * np.arange(2**bits, dtype=np.float64) / top - 1)
+    assert_close(x_0.double(), expected, rtol=0, atol=1.3e-7)
+    assert x_0[0] == -1 and x_0[-1] == 1
+    assert torch.equal(to_levels(x_0, bits), levels)
+    assert torch.equal(to_levels(x_0.double(), bits), levels)
+    assert_close(to_unit(levels, bits).double(), (expected + 1) / 2, rtol=0, atol=1e-7)
+
+
+def test_pixels_of_another_depth_are_refused():
+    with pytest.raises(ValueError, match="expects int32 pixels of 16 bits, got torch.uint8"):
+        to_x_0(LEVELS, 16)
+    with pytest.raises(ValueError, match="expects uint8 pixels of 8 bits, got torch.int32"):
+        to_x_0(LEVELS.int())
+    with pytest.raises(ValueError, match="between 1 and 16, got 17"):
+        to_x_0(LEVELS.int(), 17)

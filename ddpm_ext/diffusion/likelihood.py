@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .images import HALF_RANGE
+from .images import half_range
 from .words import Cdf, check_word
 
-HALF_BIN = 0.5 / HALF_RANGE  # 1/255, half the distance between two neighbours of the 8-bit grid 2k/255 - 1
 LOWEST_PROBABILITY = 1e-12  # P is held above this before its logarithm is taken, as published
 
 
@@ -94,19 +93,22 @@ def normal_cdf(x: Tensor, cdf: Cdf = "tanh") -> Tensor:
     return torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
 
-def discretized_log_likelihood(x_0: Tensor, mean: Tensor, log_var: Tensor, *, cdf: Cdf = "tanh") -> Tensor:
+def discretized_log_likelihood(
+    x_0: Tensor, mean: Tensor, log_var: Tensor, *, cdf: Cdf = "tanh", bits: int = 8
+) -> Tensor:
     r"""The decoder's log P(x_0 | μ, σ), discretised, elementwise, in nats. DDPM Eq. (13).
 
-        P = Φ((x_0 - μ + 1/255)/σ) - Φ((x_0 - μ - 1/255)/σ)
+        P = Φ((x_0 - μ + h)/σ) - Φ((x_0 - μ - h)/σ),   h = 1/(2^bits - 1): 1/255 at 8 bits
 
-    The lowest of the 256 bins takes the whole lower tail, the highest the whole upper tail, so the bins sum to 1.
+    The lowest of the 2^bits bins takes the whole lower tail, the highest the whole upper tail, so the bins sum to 1.
     The result is log(max(P, 1e-12)).
 
     Args:
-        x_0: Images on the 8-bit grid 2k/255 - 1, shape (B, ...).
+        x_0: Images on the grid 2k/(2^bits - 1) - 1, shape (B, ...).
         mean: μ, in the units of x_0; broadcasts with x_0.
         log_var: log σ²; broadcasts with x_0.
         cdf: "tanh", the published approximation of Φ, or "exact".
+        bits: Depth of the images.
 
     Returns:
         Nats, in the dtype of the images but at least float32.
@@ -115,21 +117,22 @@ def discretized_log_likelihood(x_0: Tensor, mean: Tensor, log_var: Tensor, *, cd
     wide = torch.float32 if x_0.device.type == "mps" else torch.float64  # P is a difference of two near numbers
     x_0, mean, log_var = x_0.to(wide), mean.to(wide), log_var.to(wide)
 
+    half_bin = 0.5 / half_range(bits)
     # Φ is symmetric, so an x_0 above μ is mirrored: in the lower tail the two values differ in their leading digits.
     distance = x_0 - mean
     mirrored = distance > 0
     centre = torch.where(mirrored, -distance, distance)  # unlike -|distance| it has the right gradient at 0
     inv_std = torch.exp(-0.5 * log_var)
-    near = normal_cdf((centre + HALF_BIN) * inv_std, cdf)
-    far = normal_cdf((centre - HALF_BIN) * inv_std, cdf)
+    near = normal_cdf((centre + half_bin) * inv_std, cdf)
+    far = normal_cdf((centre - half_bin) * inv_std, cdf)
 
-    lowest, highest = x_0 < -1 + HALF_BIN, x_0 > 1 - HALF_BIN
+    lowest, highest = x_0 < -1 + half_bin, x_0 > 1 - half_bin
     outermost = (lowest & ~mirrored) | (highest & mirrored)  # the bin reaches to infinity, away from μ
     innermost = (lowest & mirrored) | (highest & ~mirrored)  # ... past μ, when μ lies outside [-1, 1]
     probability = torch.where(outermost, near, torch.where(innermost, 1 - far, near - far))
     return probability.clamp(min=LOWEST_PROBABILITY).log().to(dtype)
 
 
-def decoder_nll(x_0: Tensor, mean: Tensor, log_var: Tensor, *, cdf: Cdf = "tanh") -> Tensor:
+def decoder_nll(x_0: Tensor, mean: Tensor, log_var: Tensor, *, cdf: Cdf = "tanh", bits: int = 8) -> Tensor:
     """L_0 = -log P(x_0 | x_1), elementwise, in nats; see `discretized_log_likelihood`."""
-    return -discretized_log_likelihood(x_0, mean, log_var, cdf=cdf)
+    return -discretized_log_likelihood(x_0, mean, log_var, cdf=cdf, bits=bits)

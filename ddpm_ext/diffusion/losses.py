@@ -6,7 +6,7 @@ Losses come back with shape (B,); reducing them is the caller's, who knows what 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ def training_loss(
     variance_type: VarianceType = "fixed_small",
     loss: Loss = "simple",
     snr_gamma: float | None = None,
+    bits: int = 8,
 ) -> Tensor:
     r"""The loss of each image.
 
@@ -52,7 +53,7 @@ def training_loss(
 
     Args:
         output: The network's output for (x_t, t): (B, C, H, W), or (B, 2C, H, W) for the learned variances.
-        x_0: Clean images in [-1, 1], shape (B, C, H, W); on the 8-bit grid for vlb and hybrid.
+        x_0: Clean images in [-1, 1], shape (B, C, H, W); on the grid of `bits` for vlb and hybrid.
         x_t: Noised images made of x_0 and eps.
         eps: The noise.
         t: int64, shape (B,), 0 <= t < T.
@@ -61,6 +62,7 @@ def training_loss(
         variance_type: The reverse variance that vlb and hybrid judge.
         loss: One of the words above.
         snr_gamma: γ of min-SNR weighting; None for none.
+        bits: Depth of the images, whose levels L_0 counts.
 
     Returns:
         Shape (B,), at least float32.
@@ -70,8 +72,9 @@ def training_loss(
     """
     check_loss_options(loss, variance_type, snr_gamma)
     check_steps(t, x_t, tables)
+    judged: dict[str, Any] = {"prediction_type": prediction_type, "variance_type": variance_type, "bits": bits}
     if loss == "vlb":
-        bound = bound_term(output, x_0, x_t, t, tables, prediction_type=prediction_type, variance_type=variance_type)
+        bound = bound_term(output, x_0, x_t, t, tables, **judged)
         return bound * (tables.num_timesteps / math.log(2))
 
     prediction, head = split_output(output, x_t, variance_type)
@@ -85,7 +88,7 @@ def training_loss(
         return simple
 
     detached = torch.cat([prediction.detach(), head], dim=1)
-    bound = bound_term(detached, x_0, x_t, t, tables, prediction_type=prediction_type, variance_type=variance_type)
+    bound = bound_term(detached, x_0, x_t, t, tables, **judged)
     return simple + bound * (tables.num_timesteps / 1000 / math.log(2))
 
 
@@ -98,6 +101,7 @@ def bound_term(
     *,
     prediction_type: PredictionType = "epsilon",
     variance_type: VarianceType = "fixed_small",
+    bits: int = 8,
 ) -> Tensor:
     r"""L_{t-1} of each image on the full chain, in nats per dimension; L_0 at the first step. x̂_0 is not clipped.
 
@@ -106,12 +110,13 @@ def bound_term(
 
     Args:
         output: As in `training_loss`.
-        x_0: Clean images on the 8-bit grid in [-1, 1].
+        x_0: Clean images on the grid of `bits` in [-1, 1].
         x_t: Noised images.
         t: int64, shape (B,), 0 <= t < T.
         tables: One schedule, on t's device.
         prediction_type: What the network predicts.
         variance_type: The reverse variance.
+        bits: Depth of the images.
 
     Source: Ho et al. 2020, arXiv:2006.11239, Eqs. (5), (12), (13).
     """
@@ -122,7 +127,7 @@ def bound_term(
     log_posterior_var, _ = variance_bounds(step, decoder_log_var(tables))  # finite at t = 0, where the decoder counts
     c1, log_posterior_var = per_image(step.c1, x_t), per_image(log_posterior_var, x_t)
     kl = mean_over_dims(step_kl(x_0.to(c1), p.pred_original_sample, c1, log_posterior_var, p.log_var))
-    decoder = mean_over_dims(decoder_nll(x_0, p.pred_original_sample, p.log_var))
+    decoder = mean_over_dims(decoder_nll(x_0, p.pred_original_sample, p.log_var, bits=bits))
     return torch.where(t == 0, decoder.to(kl.dtype), kl)
 
 

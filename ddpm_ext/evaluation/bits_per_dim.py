@@ -19,7 +19,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..diffusion.images import HALF_RANGE
+from ..diffusion.images import half_range
 from ..diffusion.likelihood import BoundTerms, decoder_nll, mean_over_dims, prior_kl, step_kl
 from ..diffusion.process import jump, per_image, q_sample
 from ..diffusion.schedules import Tables, is_whole
@@ -54,6 +54,7 @@ class Sweep(NamedTuple):
     timesteps: list[int]  # K kept times, descending, 0 <= t < T
     bits_per_dim: BitsPerDim
     squared_error: Tensor  # (B, K): mean over dimensions of (x_0 - x̂_0(x_t))², images in [-1, 1]
+    bits: int = 8  # depth of the images
 
 
 class RateDistortion(NamedTuple):
@@ -62,7 +63,7 @@ class RateDistortion(NamedTuple):
     label: list[int]  # T - t + 1 of the paper's t: 1 is the first reverse step
     timesteps: list[int]  # code index t, 0 <= t < T
     rate_bits_per_dim: Tensor  # (K,): L_T + Σ_{u>t} L_{u-1}, what is sent before x_t is known
-    distortion_rmse: Tensor  # (K,): 127.5 √E(x_0 - x̂_0(x_t))², in grey levels of 0..255
+    distortion_rmse: Tensor  # (K,): √E(x_0 - x̂_0(x_t))², in levels: 127.5 of them make 1 at 8 bits
 
 
 def bits_per_dim(
@@ -79,6 +80,7 @@ def bits_per_dim(
     num_timesteps_sampled: int | None = None,
     batch_size: int | None = None,
     class_labels: Tensor | Sequence[int] | None = None,
+    bits: int = 8,
 ) -> BitsPerDim:
     r"""The variational bound on -log₂ p(x_0) of each image, in bits per dimension.
 
@@ -86,7 +88,7 @@ def bits_per_dim(
         model: A UNet2DModel, or anything callable as (x_t, t) whose result is a tensor or has `.sample`. Put into eval
             mode while it runs.
         scheduler: A DDPMExtScheduler, or a stock scheduler, which is turned into one. It is left as it is.
-        images: Shape (B, C, H, W), uint8 or floats on the 8-bit grid 2k/255 - 1.
+        images: Shape (B, C, H, W): levels (uint8, above 8 bits int32) or floats on the grid 2k/(2^bits - 1) - 1.
         num_inference_steps: K of a respaced chain, spaced as the scheduler says; None for all T steps.
         timesteps: The kept times themselves, descending, in place of K.
         decoder_variance: σ² of L_0: "base" (β̃_2 of the full chain, Analytic-DPM) or "respaced" (of the kept times).
@@ -103,11 +105,11 @@ def bits_per_dim(
             -log₂ p(x_0 | class), from the network's `class_labels`.
 
     Raises:
-        ValueError: images off the 8-bit grid, of wrong range or shape, or NaN, or not of the network's channels and
+        ValueError: images off the grid, of wrong range or shape, or NaN, or not of the network's channels and
             size; a network whose output is NaN or does not fit; a scheduler without betas; steps that the scheduler
             refuses; a list of generators that is not one per image.
     """
-    x_0 = grid_images(images)
+    x_0 = grid_images(images, bits)
     bound = make_bound(
         model,
         scheduler,
@@ -119,6 +121,7 @@ def bits_per_dim(
         clip_sample,
         batch_size,
         class_labels,
+        bits,
     )
     if num_timesteps_sampled is None:
         return full_sweep(bound, x_0, generator).bits_per_dim
@@ -138,9 +141,10 @@ def rate_distortion(
     generator: Generators = None,
     batch_size: int | None = None,
     class_labels: Tensor | Sequence[int] | None = None,
+    bits: int = 8,
 ) -> RateDistortion:
     """The rows of DDPM Table 4, averaged over the images; arguments as for `bits_per_dim`."""
-    x_0 = grid_images(images)
+    x_0 = grid_images(images, bits)
     bound = make_bound(
         model,
         scheduler,
@@ -152,23 +156,24 @@ def rate_distortion(
         clip_sample,
         batch_size,
         class_labels,
+        bits,
     )
     return rate_distortion_rows(full_sweep(bound, x_0, generator), bound.chain.tables.num_timesteps)
 
 
 def rate_distortion_rows(sweep: Sweep, num_timesteps: int) -> RateDistortion:
-    r"""Rows of a sweep: rate(t) = L_T + Σ_{u>t} L_{u-1}, distortion(t) = 127.5 √E(x_0 - x̂_0(x_t))².
+    r"""Rows of a sweep: rate(t) = L_T + Σ_{u>t} L_{u-1}, distortion(t) = (2^bits - 1)/2 √E(x_0 - x̂_0(x_t))².
 
     Source: Ho et al. 2020, arXiv:2006.11239, §4.3.
     """
-    bits = sweep.bits_per_dim
-    assert bits.steps is not None
-    rate = torch.cat([bits.prior[:, None], bits.steps], dim=1).mean(0).cumsum(0)
+    found = sweep.bits_per_dim
+    assert found.steps is not None
+    rate = torch.cat([found.prior[:, None], found.steps], dim=1).mean(0).cumsum(0)
     return RateDistortion(
         label=[num_timesteps - t for t in sweep.timesteps],
         timesteps=sweep.timesteps,
         rate_bits_per_dim=rate,
-        distortion_rmse=HALF_RANGE * sweep.squared_error.mean(0).sqrt(),
+        distortion_rmse=half_range(sweep.bits) * sweep.squared_error.mean(0).sqrt(),
     )
 
 
@@ -185,6 +190,7 @@ class Bound:
     dtype: torch.dtype  # of the network's input
     device: torch.device  # of the network
     batch_size: int
+    bits: int = 8  # depth of the images
     labels: Tensor | None = None  # (B,), classes of the images that it is asked about
 
     def prior(self, x_0: Tensor) -> Tensor:
@@ -217,7 +223,7 @@ class Bound:
         reverse = self.chain.p_mean_variance(output, t, x_t, decoder_variance=self.decoder_variance)
         x_0_hat = reverse.pred_original_sample
         if decoder:  # the mean of the last jump is x̂_0 itself
-            nats = decoder_nll(x_0, x_0_hat, reverse.log_var, cdf=self.cdf)
+            nats = decoder_nll(x_0, x_0_hat, reverse.log_var, cdf=self.cdf, bits=self.bits)
         else:
             step = jump(self.tables, t, self.chain.previous_timestep(t))
             c1, log_posterior_var = per_image(step.c1, x_0), per_image(step.var.log(), x_0)
@@ -279,6 +285,7 @@ def make_bound(
     clip_sample: bool = True,
     batch_size: int | None = None,
     class_labels: Tensor | Sequence[int] | None = None,
+    bits: int = 8,
 ) -> Bound:
     """The chain that `bits_per_dim` describes, on a copy of the scheduler; `images` tell the size and precision.
 
@@ -308,6 +315,7 @@ def make_bound(
         dtype=own_dtype if parameter is None else parameter.dtype,
         device=device,
         batch_size=batch_size or max(1, min(MOST_PAIRS, PAIR_ELEMENTS // images[0].numel())),
+        bits=bits,
         labels=checked_labels(model, class_labels, len(images)),
     )
 
@@ -329,7 +337,7 @@ def full_sweep(bound: Bound, x_0: Tensor, generator: Generators = None) -> Sweep
         decoder, decoder_error = bound.columns(x_0, times[:, -1:], generator, decoder=True)
     nats = BoundTerms(bound.prior(x_0), steps, decoder[:, 0])
     bits = BitsPerDim(*(part / math.log(2) for part in (*nats, nats.total)), standard_error=None)
-    return Sweep(bound.times, bits, torch.cat([step_error, decoder_error], dim=1))
+    return Sweep(bound.times, bits, torch.cat([step_error, decoder_error], dim=1), bound.bits)
 
 
 @torch.no_grad()

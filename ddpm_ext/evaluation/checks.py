@@ -9,34 +9,46 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ..diffusion.images import HALF_RANGE
+from ..diffusion.images import half_range
 from ..models.unet import check_resolution
 from ..schedulers.ddpm import DDPMExtScheduler
 
 
-def grid_images(images: Tensor) -> Tensor:
-    """Images as float64 exactly on the 8-bit grid 2k/255 - 1, or a ValueError that says why they are not."""
+def grid_images(images: Tensor, bits: int = 8) -> Tensor:
+    """Return images as float64 exactly on the grid 2k/(2^bits - 1) - 1.
+
+    Args:
+        images: Levels (uint8 up to 8 bits, int32 above) or floats in [-1, 1], shape (B, C, H, W).
+        bits: Their depth.
+
+    Raises:
+        ValueError: they are not on that grid; the sentence says why.
+    """
     if not isinstance(images, Tensor):
         raise ValueError(f"images must be a torch.Tensor, got {type(images).__name__}. See torch.from_numpy.")
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"images must have shape (B, C, H, W) and not be empty, got {tuple(images.shape)}.")
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise ValueError(f"images must be uint8 pixels or floats in [-1, 1], got {images.dtype}.")
-    if images.dtype == torch.uint8:
-        return images.double() / HALF_RANGE - 1
+    half, levels = half_range(bits), torch.uint8 if bits <= 8 else torch.int32
+    if images.dtype != levels and not images.is_floating_point():
+        raise ValueError(
+            f"images must be {str(levels).removeprefix('torch.')} pixels or floats in [-1, 1], got {images.dtype}."
+        )
+    if images.dtype == levels:
+        return images.double() / half - 1
     if not bool(torch.isfinite(images).all()):
         raise ValueError("images must be finite, got NaN or infinity.")
     low, high = images.min().item(), images.max().item()
     if low < -1 - 1e-5 or high > 1 + 1e-5:
         raise ValueError(f"images must lie in [-1, 1], got values from {low:.4g} to {high:.4g}. See ddpm_ext.to_x_0.")
-    level = (images.double() + 1) * HALF_RANGE
+    level = (images.double() + 1) * half
     off = (level - level.round()).abs().max().item()
-    if off > 1e-3:  # float32 rounding is 1e-5 of a level
+    if off > max(1e-3, 1e-7 * half):  # float32 rounding is 1e-5 of a level at 8 bits, 2e-3 at 16
         raise ValueError(
-            f"images must lie on the 8-bit grid 2k/255 - 1, got a value {off:.3f} grey levels beside it: bits/dim "
-            "counts the 256 levels. Pass uint8 pixels; images in [0, 1] or resized as floats are not on the grid."
+            f"images must lie on the {bits}-bit grid 2k/{2**bits - 1} - 1, got a value {off:.3f} grey levels beside "
+            f"it: bits/dim counts the {2**bits} levels. Pass pixels; images in [0, 1] or resized as floats are not on "
+            "the grid."
         )
-    return level.round() / HALF_RANGE - 1
+    return level.round() / half - 1
 
 
 def as_ours(scheduler: Any) -> DDPMExtScheduler:

@@ -101,7 +101,7 @@ def set_errors(
         pixels, labels = images_and_labels(unet, images, piece)
         bound = make_bound(unet, scheduler, pixels, clip_sample=False, batch_size=batch_size, class_labels=labels)
         generators = [torch.Generator().manual_seed(seed + i) for i in piece]
-        found = step_errors(bound, grid_images(pixels), generators)
+        found = step_errors(bound, grid_images(pixels, images.spec.bits), generators)
         return {name: part.cpu() for name, part in found._asdict().items()}
 
     key = {**key, "dataset": images.fingerprint, "seed": seed}

@@ -96,7 +96,8 @@ def draw_paper(pipeline: DDPMExtPipeline, training: ImageSet, folder: Path, seed
     pixels, classes = images_and_labels(pipeline.unet, training, first)
     pair = farthest_pair(pixels)
     labels = None if classes is None else classes[pair]
-    draw_interpolation(pipeline, to_x_0(pixels[pair]), folder / "interpolation.png", seed=seed, classes=labels)
+    x_0 = to_x_0(pixels[pair], training.spec.bits)
+    draw_interpolation(pipeline, x_0, folder / "interpolation.png", seed=seed, classes=labels)
 
 
 def farthest_pair(pixels: Tensor) -> list[int]:
@@ -157,9 +158,15 @@ def draw_nearest(
     images = samples.images[:count]
     _, in_features = nearest(samples.features.features[: len(images)], reference.features)
     in_pixels = nearest_in_pixels(images, training, len(reference.features))
-    rows = {"generated": images, "nearest in pixels": training.batch(in_pixels).pixels}
-    rows[f"nearest in {Path(name).name}"] = training.batch(in_features[:, 0]).pixels  # for pixels the same row
+    rows = {"generated": images, "nearest in pixels": shown_pixels(training, in_pixels)}
+    rows[f"nearest in {Path(name).name}"] = shown_pixels(training, in_features[:, 0])  # for pixels the same row
     return plot_images(list(rows.values()), path, row_labels=list(rows))
+
+
+def shown_pixels(images: ImageSet, numbers: Sequence[int] | Tensor) -> Tensor:
+    """Return images of a set as they are shown: 8 bits, whatever their depth."""
+    pixels = images.batch(numbers).pixels
+    return pixels if images.spec.bits == 8 else to_uint8(to_x_0(pixels, images.spec.bits))
 
 
 def nearest_in_pixels(samples: Tensor, training: ImageSet, number: int, chunk: int = 4096) -> Tensor:
@@ -167,7 +174,7 @@ def nearest_in_pixels(samples: Tensor, training: ImageSet, number: int, chunk: i
     best = torch.full((len(samples),), torch.inf, dtype=torch.float64)
     index = torch.zeros(len(samples), dtype=torch.int64)
     for start in range(0, number, chunk):
-        some = training.batch(list(range(start, min(start + chunk, number)))).pixels
+        some = shown_pixels(training, list(range(start, min(start + chunk, number))))
         distance, found = (part[:, 0] for part in nearest(samples.flatten(1), some.flatten(1)))
         index = torch.where(distance < best, found + start, index)
         best = torch.minimum(distance, best)

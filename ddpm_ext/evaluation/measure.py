@@ -146,10 +146,11 @@ def set_bound(
 ) -> SetBound:
     """`bits_per_dim` of the first images of a set, piece by piece over all processes; see there."""
     options = (num_inference_steps, None, decoder_variance, cdf, True, batch_size)
+    depth = images.spec.bits
 
     def bound_of(piece: range) -> tuple[Bound, Tensor]:
         pixels, labels = images_and_labels(unet, images, piece)
-        return make_bound(unet, scheduler, pixels, *options, labels), pixels
+        return make_bound(unet, scheduler, pixels, *options, labels, depth), pixels
 
     times = bound_of(range(1))[0].times
 
@@ -157,12 +158,12 @@ def set_bound(
         bound, pixels = bound_of(piece)
         generators = [torch.Generator().manual_seed(seed + i) for i in piece]
         if num_timesteps_sampled is not None:
-            bits = sampled_bound(bound, grid_images(pixels), num_timesteps_sampled, generators)
+            bits = sampled_bound(bound, grid_images(pixels, depth), num_timesteps_sampled, generators)
             found = bits._replace(standard_error=None)._asdict()
             assert bits.standard_error is not None
             found["spread"] = (bits.standard_error * len(piece)).square().reshape(1)
         else:
-            sweep = full_sweep(bound, grid_images(pixels), generators)
+            sweep = full_sweep(bound, grid_images(pixels, depth), generators)
             found = {**sweep.bits_per_dim._asdict(), "squared_error": sweep.squared_error}
         return {name: part.cpu() for name, part in found.items() if part is not None}
 
@@ -181,7 +182,7 @@ def set_bound(
         error = found["spread"].sum().sqrt() / num_images
         return SetBound(BitsPerDim(found["prior"], None, found["decoder"], found["total"], error), None)
     bits = BitsPerDim(found["prior"], found["steps"], found["decoder"], found["total"], None)
-    return SetBound(bits, Sweep(times, bits, found["squared_error"]))
+    return SetBound(bits, Sweep(times, bits, found["squared_error"], depth))
 
 
 def is_fixed(scheduler: Any) -> bool:
@@ -221,7 +222,7 @@ def under_fixed_variance(found: SetBound, scheduler: DDPMExtScheduler, times: li
     rmse = squared_error[:, :-1].sqrt()
     steps = gaussian_kl(step.c1 * rmse, small, torch.zeros_like(rmse), log_var) / math.log(2)
     bits = bits._replace(steps=steps, total=bits.prior + steps.sum(1) + bits.decoder)
-    return SetBound(bits, Sweep(times, bits, squared_error))
+    return SetBound(bits, Sweep(times, bits, squared_error, found.sweep.bits))
 
 
 def bits_of(found: SetBound) -> dict[str, Any]:

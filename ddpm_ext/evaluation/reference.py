@@ -16,6 +16,7 @@ from datasets.config import HF_DATASETS_CACHE
 from torch import Tensor
 
 from ..data.dataset import ImageSet
+from ..diffusion.images import to_unit
 from ..pipelines.identity import key_hash
 from .features import Extractor, Features, check_hand_off, extract
 from .metrics import FeatureStatistics, feature_statistics
@@ -86,7 +87,9 @@ def make_reference(
     if not there:
 
         def work(piece: range) -> dict[str, Tensor]:
-            batches = (images.batch(list(piece[i : i + batch_size])).pixels for i in range(0, len(piece), batch_size))
+            starts = range(0, len(piece), batch_size)
+            found = (images.batch(list(piece[i : i + batch_size])).pixels for i in starts)
+            batches = (to_unit(pixels, images.spec.bits) for pixels in found)
             return as_tensors(extract(extractor, batches, kind))
 
         tensors = run_shards(folder, "reference", key, count, SHARD_SIZE, work, accelerator)

@@ -163,7 +163,7 @@ class Trainer:
         pixels = batch.pixels.to(device, non_blocking=True)
         if config.random_flip:
             pixels = random_flip(pixels, draws.flip)
-        x_0 = to_x_0(pixels).to(self.dtype, memory_format=self.layout)
+        x_0 = to_x_0(pixels, self.data_spec.bits).to(self.dtype, memory_format=self.layout)
         eps = draws.eps.to(self.dtype, memory_format=self.layout)
         t, weight = self.state.timesteps.choose(draws.t, config.seed, step, rows)
         x_t = q_sample(x_0, t, eps, self.tables)
@@ -180,6 +180,7 @@ class Trainer:
             variance_type=config.variance_type,
             loss=config.loss,
             snr_gamma=config.snr_gamma,
+            bits=self.data_spec.bits,
         )
         self.state.meter.add_losses(losses, t, weight)
         self.state.timesteps.see(t, losses)

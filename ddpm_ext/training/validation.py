@@ -133,7 +133,8 @@ class Validation:
         """Return the bound of some held-out images, and their x_0."""
         assert self.held_out is not None
         pixels, labels = images_and_labels(unet, self.held_out, numbers)
-        return make_bound(unet, scheduler, pixels, class_labels=labels), grid_images(pixels)
+        bits = self.held_out.spec.bits
+        return make_bound(unet, scheduler, pixels, class_labels=labels, bits=bits), grid_images(pixels, bits)
 
     def _share(self, count: int) -> range:
         """Return this process's part of range(count); every process has at least one item."""
