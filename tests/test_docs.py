@@ -1,38 +1,80 @@
-"""The documents run: every Python block of docs/ddpm.md, in order, as one notebook; every file they name is there."""
+"""The documents run: their Python blocks in order, their commands' options exist, the files they name are there."""
 
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
+from documents import ROOT, blocks, check_command, commands, links
 
-ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, build_unet
+from ddpm_ext.errors import UsageError
+
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 
 
-def python_blocks(text: str) -> list[str]:
-    return BLOCK.findall(text)
-
-
-def test_blocks_of_ddpm_md_run_and_their_assertions_hold():
-    text = (ROOT / "docs" / "ddpm.md").read_text()
-    blocks = python_blocks(text)
-    assert len(blocks) == text.count("```python") >= 10
+def run_blocks(name: str) -> None:
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    found = blocks(text, "python")
+    assert len(found) == text.count("```python") >= 5
     namespace: dict[str, object] = {}
-    for i, block in enumerate(blocks):
-        exec(compile(block, f"docs/ddpm.md, block {i + 1}", "exec"), namespace)
+    for i, block in enumerate(found):
+        exec(compile(block, f"docs/{name}, block {i + 1}", "exec"), namespace)
 
 
-def test_a_wrong_block_would_be_noticed():
-    (block,) = python_blocks("text\n```python\nassert 1 == 2\n```\n")
+def test_blocks_of_ddpm_md_run_and_their_assertions_hold() -> None:
+    run_blocks("ddpm.md")
+
+
+def test_the_chinese_walk_has_the_same_blocks_and_formulas() -> None:
+    english, chinese = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("ddpm.md", "ddpm.zh.md"))
+    assert blocks(chinese, "python") == blocks(english, "python")
+    formulas = [re.findall(r"\$\$(.*?)\$\$", text, re.DOTALL) for text in (english, chinese)]
+    assert formulas[0] == formulas[1]
+    headings = [re.findall(r"^## (\d+)\.", text, re.MULTILINE) for text in (english, chinese)]
+    assert headings[0] == headings[1]
+
+
+def test_blocks_of_pipeline_md_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipeline = DDPMExtPipeline(build_unet("digits"), DDPMExtScheduler(variance_type="fixed_large"))
+    pipeline.save_pretrained("runs/digits/pipeline")
+    run_blocks("pipeline.md")
+
+
+def test_a_wrong_block_would_be_noticed() -> None:
+    (block,) = blocks("text\n```python\nassert 1 == 2\n```\n", "python")
     with pytest.raises(AssertionError):
         exec(block, {})
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/ddpm.md"])
-def test_files_that_documents_link_to_exist(document: str):
-    path = ROOT / document
-    links = re.findall(r"\]\(([^)#\s]+)\)", path.read_text())
-    missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
-    assert missing == []
+@pytest.mark.parametrize("path", [*DOCS, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda path: path.stem)
+def test_files_that_documents_link_to_exist(path: Path) -> None:
+    assert links(path) == []
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
+def test_every_option_of_every_command_exists(path: Path) -> None:
+    for command in commands(path.read_text(encoding="utf-8")):
+        check_command(command)
+
+
+def test_an_option_that_does_not_exist_would_be_noticed() -> None:
+    with pytest.raises(UsageError, match="no option --modle"):
+        check_command("ddpm-ext sample --modle x")
+    with pytest.raises(UsageError, match="no option --lr"):
+        check_command("accelerate launch --config_file a.yaml scripts/train.py --lr 1")
+
+
+def test_the_index_lists_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in DOCS if f"({path.name})" not in index and path.name != "README.md"] == []
+
+
+def test_the_api_page_is_what_the_docstrings_say() -> None:
+    page = runpy.run_path(str(ROOT / "scripts" / "make_api.py"))["api_page"]()
+    assert page == (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), (
+        "stale: python scripts/make_api.py --output docs/api.md"
+    )
