@@ -8,11 +8,21 @@ from typing import Any
 __all__ = ["option", "required"]
 
 
-def option(default: Any, help: str) -> Any:
-    """Return a dataclass field with its default and its help text."""
+def option(default: Any, help: str, **rules: Any) -> Any:
+    """Return a dataclass field with its default, its help text and the rules that stand at it.
+
+    Args:
+        default: Its value where nobody gives one.
+        help: What --help says.
+        **rules: `at_least`, `above`, `below`: the range of a number. `neutral=True`: a resumed run may change it, since
+            it alters no weight. `needs=(name, words)`: it has an effect only where another option has one of these
+            values, or with True in place of the words any value but none. `replaces=(names)`: given by hand, it takes
+            the place of a preset's values of these, which say the same thing another way.
+    """
+    metadata = {"help": help, **rules}
     if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def required(help: str) -> Any:

@@ -132,10 +132,20 @@ def test_an_option_by_hand_replaces_the_presets_other_way_of_saying_it() -> None
         ("--ema_sigma_rel 0.3 --ema power_function", "ema_sigma_rel must lie in (0, 0.28)"),
         ("--dataset_name a --train_data_dir b", "both name the data"),
         ("--max_train_steps 4 --num_epochs 4", "both give the length"),
-        ("--loss vlb --snr_gamma 5", "snr_gamma weights the simple loss only"),
-        ("--variance_type learned_range", 'by the loss "vlb" or "hybrid"'),
+        ("--loss vlb --snr_gamma 5", 'weights loss "simple" or "hybrid"'),
+        ("--variance_type learned_range", 'Use loss "hybrid" or "vlb"'),
         ("--ema_power 0.5 --ema constant", '--ema_power has an effect only with ema "warmup"'),
         ("--ema_sigma_rel 0.1", '--ema_sigma_rel has an effect only with ema "power_function"'),
+        ("--ema constant --ema_power 0.75", '--ema_power has an effect only with ema "warmup"'),
+        ("--no_use_ema --ema_max_decay 0.99", "--ema_max_decay has an effect only with use_ema true"),
+        ("--no_use_ema --ema_power 0.75 --ema warmup", "has an effect only with use_ema true"),
+        ("--logging_dir logs", '--logging_dir has an effect only with report_to "tensorboard"'),
+        ("--logging_dir logs --report_to wandb", "--logging_dir has an effect only with report_to"),
+        ("--dataset_config_name plain", "--dataset_config_name has an effect only with --dataset_name"),
+        ("--price_per_hour 2", "--price_per_hour has an effect only with dry_run true"),
+        ("--eval_metric fid", "--eval_metric has an effect only with --eval_steps"),
+        ("--loss hybrid", 'loss "hybrid" trains a variance head'),
+        ("--local_rank 1", "no launcher has started this one"),
         ("--hub_model_id me/it", "--hub_model_id has an effect only with push_to_hub true"),
         ("--beta_end 0.03 --ddpm_beta_schedule squaredcos_cap_v2", "--beta_end has an effect only with"),
         ("--double --mixed_precision bf16", "float64"),
@@ -150,6 +160,28 @@ def test_an_option_by_hand_replaces_the_presets_other_way_of_saying_it() -> None
 def test_what_is_wrong_or_idle_is_refused_with_a_sentence(words: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):
         parse_train_config(words.split())
+
+
+def test_words_of_other_scripts_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_train_config(["--local_rank=-1"]) == parse_train_config([])
+    monkeypatch.setenv("LOCAL_RANK", "1")  # as torch.distributed.launch sets it beside its --local_rank
+    config = parse_train_config(["--local_rank", "1", "--preserve_input_precision"])
+    assert "local_rank" not in recorded(config) and config.preserve_input_precision
+    assert (
+        parse_train_config(["--snr_gamma", "5", "--loss", "hybrid", "--variance_type", "learned_range"]).snr_gamma == 5
+    )
+    assert parse_train_config(["--ddpm_beta_schedule", "laplace"]).ddpm_beta_schedule == "laplace"
+
+
+def test_the_range_of_every_number_stands_at_its_field_and_is_checked() -> None:
+    for option in dataclasses.fields(TrainConfig):
+        rules = option.metadata
+        outside = [rules[rule] - 1 for rule in ("at_least", "above") if rule in rules]
+        outside += [rules["above"]] if "above" in rules else []
+        outside += [rules["below"]] if "below" in rules else []
+        for value in outside:
+            with pytest.raises(ValueError, match=f"{option.name} must be"):
+                TrainConfig(**{"max_train_steps": 1, option.name: value})
 
 
 def test_the_presets_inference_steps_follow_a_shorter_process() -> None:

@@ -210,6 +210,7 @@ def test_an_accumulation_for_the_launcher_alone_is_refused(asked: str, monkeypat
         refuse_idle_accumulation(1)
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own doings
 def test_a_compiler_of_the_launcher_renames_no_weight_and_either_goes_on_from_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

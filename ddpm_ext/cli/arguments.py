@@ -28,37 +28,7 @@ __all__ = ["parse_options", "parse_train_config", "to_yaml"]
 Options = TypeVar("Options")
 ALIASES = {"logger": "report_to", "ema_decay": "ema_max_decay", "output_folder": "output_dir"}
 
-# An option given by hand takes the place of a preset's that says the same thing another way.
-REPLACES = {
-    "num_epochs": ("max_train_steps",),
-    "max_train_steps": ("num_epochs",),
-    "train_batch_size": ("global_batch_size",),
-    "gradient_accumulation_steps": ("global_batch_size",),
-    "train_data_dir": ("dataset_name", "dataset_config_name"),
-    "dataset_name": ("train_data_dir",),
-    "save_images_epochs": ("save_images_steps",),
-    "save_images_steps": ("save_images_epochs",),
-    "model_config_name_or_path": ("unet", "resolution"),
-    "unet": ("model_config_name_or_path", "resolution"),
-    "streaming": ("save_images_epochs", "save_model_epochs"),  # a stream's epochs have no known length
-}
-
-# An option given by hand has an effect only beside another; without it the command is refused.
-NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "ema_inv_gamma": ("ema", ("warmup",)),
-    "ema_power": ("ema", ("warmup",)),
-    "ema_max_decay": ("ema", ("constant", "warmup")),
-    "ema_sigma_rel": ("ema", ("power_function",)),
-    "ema_snapshot_steps": ("ema", ("power_function",)),
-    "ema": ("use_ema", (True,)),
-    "beta_start": ("ddpm_beta_schedule", ("linear", "scaled_linear", "sigmoid")),
-    "beta_end": ("ddpm_beta_schedule", ("linear", "scaled_linear", "sigmoid")),
-    "hub_model_id": ("push_to_hub", (True,)),
-    "hub_token": ("push_to_hub", (True,)),
-    "hub_private_repo": ("push_to_hub", (True,)),
-    "hub_every": ("push_to_hub", (True,)),
-    "price_per_hour": ("dry_run", (True,)),
-}
+_FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
 
 def parse_train_config(argv: list[str] | None = None) -> TrainConfig:
@@ -73,6 +43,7 @@ def parse_train_config(argv: list[str] | None = None) -> TrainConfig:
     with _usage():
         argv = list(sys.argv[1:] if argv is None else argv)
         argv, preset, yaml_file = _take_preset_and_file(argv)
+        by_hand = _canonical(argv, TrainConfig, also=("preset", "config"))[1]
         if yaml_file is not None:
             options = _read_yaml(yaml_file)
             preset = preset or options.pop("preset", None)
@@ -82,7 +53,7 @@ def parse_train_config(argv: list[str] | None = None) -> TrainConfig:
         chosen = _preset_name(preset, given)
         start = PRESETS[chosen].config
         replaced: dict[str, Any] = {
-            other: None for name in given for other in REPLACES.get(name, ()) if other not in given
+            other: None for name in given for other in _FIELDS[name].metadata.get("replaces", ()) if other not in given
         }
         if given & {"ema_inv_gamma", "ema_power"} and "ema" not in given:
             replaced["ema"] = "warmup"
@@ -92,7 +63,7 @@ def parse_train_config(argv: list[str] | None = None) -> TrainConfig:
         values = _train_values(argv, {**dataclasses.asdict(start), **replaced}, chosen)
         if "ddpm_num_inference_steps" not in given:  # a preset's is for its own number of steps
             values["ddpm_num_inference_steps"] = min(start.ddpm_num_inference_steps, values["ddpm_num_steps"])
-        _refuse_idle_options(values, {name for name in given if values[name] != getattr(start, name)})
+        _refuse_idle_options(values, by_hand | {name for name in given if values[name] != getattr(start, name)})
         return TrainConfig(**values)
 
 
@@ -214,18 +185,23 @@ def _train_values(argv: list[str], defaults: dict[str, Any], preset: str) -> dic
     return {name: value for name, value in values.items() if name not in ("preset", "config")}
 
 
-def _refuse_idle_options(values: dict[str, Any], changed: set[str]) -> None:
-    """An option that would have no effect is refused: nothing is accepted and ignored."""
-    idle = sorted(
-        name for name in changed if name.startswith("eval_") and name not in ("eval_steps", "eval_batch_size")
-    )
-    if idle and values["eval_steps"] is None:
-        raise UsageError(f"--{idle[0]} has an effect only with --eval_steps, which is none.")
-    for name in sorted(changed & NEEDS.keys()):
-        other, words = NEEDS[name]
-        if values[other] not in words:
-            needed = " or ".join(json.dumps(word) for word in words)
-            raise UsageError(f"--{name} has an effect only with {other} {needed}, and {other} is {values[other]!r}.")
+def _refuse_idle_options(values: dict[str, Any], given: set[str]) -> None:
+    """Refuse an option that would have no effect: nothing is accepted and ignored."""
+    for name in sorted(given):
+        if values[name] is not None and values[name] is not False and (lacking := _lacking(name, values)):
+            other, words = lacking
+            needed = f"--{other}" if words is True else f"{other} " + " or ".join(json.dumps(word) for word in words)
+            was = "none" if values[other] is None else repr(values[other])
+            raise UsageError(f"--{name} has an effect only with {needed}, and {other} is {was}.")
+
+
+def _lacking(name: str, values: dict[str, Any]) -> tuple[str, Any] | None:
+    """Return what an option needs and has not, (another option, its words), or None where it has an effect."""
+    if "needs" not in _FIELDS[name].metadata:
+        return None
+    other, words = _FIELDS[name].metadata["needs"]
+    there = values[other] is not None and values[other] is not False if words is True else values[other] in words
+    return _lacking(other, values) if there else (other, words)
 
 
 # Words -> values ------------------------------------------------------------------------------------------------------
@@ -278,6 +254,13 @@ class _Switch(argparse._StoreAction):
     """An option that is on or off: --x, --x=false, or --no_x."""
 
     shown = ""
+
+
+class _List(argparse._StoreAction):
+    """An option of several values, or of the word none."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, None if values == [None] else values)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -350,7 +333,7 @@ def _add(group: Any, field: dataclasses.Field[Any], hint: Any, default: Any, swi
         settings |= {"type": _or_none(str, optional), "choices": [*get_args(kind), *([None] if optional else [])]}
         settings |= {"metavar": "{" + ",".join(get_args(kind)) + "}"}
     elif get_origin(kind) is list:
-        settings |= {"nargs": "*", "type": get_args(kind)[0], "metavar": "VALUE"}
+        settings |= {"nargs": "*", "type": _or_none(get_args(kind)[0], optional), "metavar": "VALUE", "action": _List}
     else:
         names = {int: "NUMBER", float: "NUMBER", str: "TEXT"}
         settings |= {"type": _or_none(kind, optional), "metavar": names.get(kind, "VALUE")}

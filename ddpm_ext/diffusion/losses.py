@@ -11,12 +11,11 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from .likelihood import decoder_nll, mean_over_dims, step_kl
 from .process import check_range, check_same_shape, check_steps, compute_dtype, jump, per_image, training_target
 from .reverse import decoder_log_var, p_mean_variance, split_output, variance_bounds
 from .schedules import Tables
-from .words import LEARNED_VARIANCES, Loss, PredictionType, VarianceType, check_word
+from .words import Loss, PredictionType, VarianceType, check_loss_options, check_word
 
 REMEMBERED = 10  # losses of each t that decide how often it is drawn
 UNIFORM_SHARE = 0.001  # of the draws, so that no t is forgotten
@@ -236,28 +235,3 @@ def weighted_timesteps(u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """
     t = torch.searchsorted(p.cumsum(0), u, right=True).clamp(max=len(p) - 1)
     return t, 1 / (len(p) * p[t])
-
-
-def check_loss_options(loss: Loss, variance_type: VarianceType, snr_gamma: float | None) -> None:
-    """Raise a UserError when a loss, a variance and a weighting do not go together.
-
-    A learned variance needs a loss with the bound in it, hybrid needs something for the bound to teach, and min-SNR
-    weights the simple loss only.
-    """
-    check_word("loss", loss, get_args(Loss))
-    check_word("variance_type", variance_type, get_args(VarianceType))
-    learned = variance_type in LEARNED_VARIANCES
-    if loss == "simple" and learned:
-        raise UserError(
-            f'loss "simple" never trains the variance of variance_type "{variance_type}". Use loss "hybrid" or "vlb".'
-        )
-    if loss == "hybrid" and not learned:
-        raise UserError(
-            f'loss "hybrid" trains a variance head, but variance_type "{variance_type}" has none. Use loss "simple", '
-            'or variance_type "learned_range".'
-        )
-    if snr_gamma is not None and (loss == "vlb" or not snr_gamma > 0):
-        raise UserError(
-            f'snr_gamma must be a positive number and weights loss "simple" or "hybrid", got {snr_gamma!r} with loss '
-            f'"{loss}".'
-        )

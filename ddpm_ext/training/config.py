@@ -8,10 +8,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from ..diffusion.words import (
+    BetaSchedule,
+    Loss,
+    PredictionType,
+    TimestepSampler,
+    TrainedVariance,
+    check_loss_options,
+)
 from ..options import option, required
 
 
@@ -19,18 +28,28 @@ from ..options import option, required
 class DataOptions:
     """Where the pictures come from."""
 
-    dataset_name: str | None = option(None, "Hub name or local folder of a data set; none: the built-in digits.")
-    dataset_config_name: str | None = option(None, "Configuration of the Hub data set.")
-    train_data_dir: str | None = option(None, "Folder or archive of images or arrays, or folder of parquet files.")
+    dataset_name: str | None = option(
+        None, "Hub name or local folder of a data set; none: the built-in digits.", replaces=("train_data_dir",)
+    )
+    dataset_config_name: str | None = option(None, "Configuration of the Hub data set.", needs=("dataset_name", True))
+    train_data_dir: str | None = option(
+        None,
+        "Folder or archive of images or arrays, or folder of parquet files.",
+        replaces=("dataset_name", "dataset_config_name"),
+    )
     train_split: str = option("train", "Split to train on.")
-    cache_dir: str | None = option(None, "Where downloaded data sets and models are kept.")
+    cache_dir: str | None = option(None, "Where downloaded data sets and models are kept.", neutral=True)
     image_column: str | None = option(None, "Column that holds the pictures; none: the only one that can.")
     label_column: str | None = option(None, "Column that holds the classes; none: the only one that can.")
     resolution: str | None = option(None, "Size of the pictures: 32, or height x width as 24x32; none: the network's.")
     center_crop: bool = option(True, "Crop in the middle; off: each picture at a place of its own.")
     random_flip: bool = option(False, "Mirror each picture with probability 1/2.")
-    dataloader_num_workers: int = option(0, "Threads that decode pictures; 0: the main one.")
-    streaming: bool = option(False, "Read the data set shard by shard instead of loading it.")
+    dataloader_num_workers: int = option(0, "Threads that decode pictures; 0: the main one.", at_least=0, neutral=True)
+    streaming: bool = option(
+        False,
+        "Read the data set shard by shard instead of loading it.",
+        replaces=("save_images_epochs", "save_model_epochs"),
+    )
     bits: int | None = option(
         None, "Levels 0 to 2^bits - 1 of each value, 1 to 16; none: 8, or what value_range needs."
     )
@@ -40,18 +59,28 @@ class DataOptions:
     )
     channel_axis: int | None = option(None, "Axis of the channels in .npy, .npz and columns of arrays; none: the last.")
     array_key: str | None = option(None, "Name of the array in .npz files; none: their only one.")
-    max_unreadable: float = option(0.01, "Share of unreadable images above which the run stops.")
-    equal_sizes: bool = option(False, "Refuse pictures of several sizes instead of scaling and cropping them.")
-    strict_data: bool = option(False, "Stop at the first corrupt picture instead of skipping and counting it.")
+    max_unreadable: float = option(0.01, "Share of unreadable images above which the run stops.", neutral=True)
+    equal_sizes: bool = option(
+        False, "Refuse pictures of several sizes instead of scaling and cropping them.", neutral=True
+    )
+    strict_data: bool = option(
+        False, "Stop at the first corrupt picture instead of skipping and counting it.", neutral=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
     """What is trained."""
 
-    model_config_name_or_path: str | None = option(None, "UNet2DModel config: a folder, a JSON file or a Hub name.")
-    unet: str | None = option(None, "Network preset of ddpm_ext.unet; none: Diffusers' script's network.")
-    dropout: float | None = option(None, "Dropout of the network; none: the preset's.")
+    model_config_name_or_path: str | None = option(
+        None, "UNet2DModel config: a folder, a JSON file or a Hub name.", replaces=("unet", "resolution")
+    )
+    unet: str | None = option(
+        None,
+        "Network preset of ddpm_ext.unet; none: Diffusers' script's network.",
+        replaces=("model_config_name_or_path", "resolution"),
+    )
+    dropout: float | None = option(None, "Dropout of the network; none: the preset's.", at_least=0, below=1)
     class_conditional: bool = option(False, "Give the network each picture's class.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, slower.")
     enable_xformers_memory_efficient_attention: bool = option(False, "Attention of xformers, which must be installed.")
@@ -61,68 +90,104 @@ class NetworkOptions:
 class DiffusionOptions:
     """The process, the prediction and the loss."""
 
-    ddpm_num_steps: int = option(1000, "T, the number of diffusion steps.")
-    ddpm_num_inference_steps: int = option(1000, "Steps used for the sample grids.")
-    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = option(
-        "linear", "Noise schedule."
+    ddpm_num_steps: int = option(1000, "T, the number of diffusion steps.", at_least=1)
+    ddpm_num_inference_steps: int = option(1000, "Steps used for the sample grids.", at_least=1, neutral=True)
+    ddpm_beta_schedule: BetaSchedule = option("linear", "Noise schedule.")
+    beta_start: float = option(
+        1e-4,
+        "First beta of the linear, scaled_linear and sigmoid schedules.",
+        above=0,
+        needs=("ddpm_beta_schedule", ("linear", "scaled_linear", "sigmoid")),
     )
-    beta_start: float = option(1e-4, "First beta of the linear, scaled_linear and sigmoid schedules.")
-    beta_end: float = option(0.02, "Last beta of the linear, scaled_linear and sigmoid schedules.")
+    beta_end: float = option(
+        0.02,
+        "Last beta of the linear, scaled_linear and sigmoid schedules.",
+        needs=("ddpm_beta_schedule", ("linear", "scaled_linear", "sigmoid")),
+    )
     rescale_betas_zero_snr: bool = option(False, "Rescale the schedule so that the last step is pure noise.")
-    prediction_type: Literal["epsilon", "sample", "v_prediction", "posterior_mean"] = option(
-        "epsilon", "What the network predicts."
+    prediction_type: PredictionType = option("epsilon", "What the network predicts.")
+    variance_type: TrainedVariance = option(
+        "fixed_large", "Reverse variance; the learned ones give the network twice the output channels."
     )
-    variance_type: Literal[
-        "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"
-    ] = option("fixed_large", "Reverse variance; the learned ones give the network twice the output channels.")
-    loss: Literal["simple", "vlb", "hybrid"] = option("simple", "Simple squared error, the bound, or both.")
-    timestep_sampler: Literal["uniform", "loss_aware"] = option(
+    loss: Loss = option("simple", "Simple squared error, the bound, or both.")
+    timestep_sampler: TimestepSampler = option(
         "uniform", "Draw t uniformly, or in proportion to its recent losses, weighed so that the mean stays the same."
     )
-    snr_gamma: float | None = option(None, "Weight the simple loss by min(SNR, gamma), e.g. 5.0; none: unweighted.")
+    snr_gamma: float | None = option(
+        None, "Weight the simple loss by min(SNR, gamma), e.g. 5.0; none: unweighted.", above=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
     """Updates: their batch, number, learning rate and average."""
 
-    train_batch_size: int = option(16, "Pictures of one process in one forward pass.")
-    gradient_accumulation_steps: int = option(1, "Forward passes of one update.")
-    global_batch_size: int | None = option(
-        None, "Pictures of one update over all processes; none: train_batch_size x accumulation x processes."
+    train_batch_size: int = option(
+        16, "Pictures of one process in one forward pass.", at_least=1, neutral=True, replaces=("global_batch_size",)
     )
-    max_train_steps: int | None = option(None, "Updates of the run; none: num_epochs.")
-    num_epochs: int | None = option(None, "Passes over the data, when max_train_steps is none.")
-    learning_rate: float = option(1e-4, "Learning rate after the warm-up.")
+    gradient_accumulation_steps: int = option(
+        1, "Forward passes of one update.", at_least=1, neutral=True, replaces=("global_batch_size",)
+    )
+    global_batch_size: int | None = option(
+        None,
+        "Pictures of one update over all processes; none: train_batch_size x accumulation x processes.",
+        at_least=1,
+        neutral=True,
+    )
+    max_train_steps: int | None = option(
+        None, "Updates of the run; none: num_epochs.", at_least=1, neutral=True, replaces=("num_epochs",)
+    )
+    num_epochs: int | None = option(
+        None,
+        "Passes over the data, when max_train_steps is none.",
+        at_least=1,
+        neutral=True,
+        replaces=("max_train_steps",),
+    )
+    learning_rate: float = option(1e-4, "Learning rate after the warm-up.", above=0)
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = option("constant", "Course of the learning rate, in updates; constant, too, warms up if told to.")
-    lr_warmup_steps: int = option(0, "Updates over which the learning rate rises from 0.")
-    adam_beta1: float = option(0.9, "First moment's decay of Adam.")
-    adam_beta2: float = option(0.999, "Second moment's decay of Adam.")
-    adam_weight_decay: float = option(0.0, "Decoupled weight decay; 0 is plain Adam.")
-    adam_epsilon: float = option(1e-8, "Epsilon of Adam.")
-    max_grad_norm: float | None = option(1.0, "Global norm at which gradients are clipped; none: no clipping.")
-    max_bad_steps: int = option(10, "Non-finite steps in a row after which the run stops.")
+    lr_warmup_steps: int = option(0, "Updates over which the learning rate rises from 0.", at_least=0)
+    adam_beta1: float = option(0.9, "First moment's decay of Adam.", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "Second moment's decay of Adam.", at_least=0, below=1)
+    adam_weight_decay: float = option(0.0, "Decoupled weight decay; 0 is plain Adam.", at_least=0)
+    adam_epsilon: float = option(1e-8, "Epsilon of Adam.", above=0)
+    max_grad_norm: float | None = option(1.0, "Global norm at which gradients are clipped; none: no clipping.", above=0)
+    max_bad_steps: int = option(10, "Non-finite steps in a row after which the run stops.", at_least=1, neutral=True)
     use_ema: bool = option(True, "Keep averaged weights and sample from them.")
     ema: Literal["constant", "warmup", "power_function"] = option(
-        "constant", "Constant decay (first update a copy), rising decay, or EDM2's power function."
+        "constant",
+        "Constant decay (first update a copy), rising decay, or EDM2's power function.",
+        needs=("use_ema", (True,)),
     )
-    ema_max_decay: float = option(0.9999, "Decay of the constant average and upper end of the warm-up.")
-    ema_inv_gamma: float = option(1.0, "Warm-up: decay after n updates is 1 - (1 + n / inv_gamma) ** -power.")
-    ema_power: float = option(0.75, "Warm-up: the power in that formula.")
-    ema_sigma_rel: list[float] = field(
-        default_factory=lambda: [0.05, 0.10],
-        metadata={"help": "Power function: relative widths; the first is sampled from."},
+    ema_max_decay: float = option(
+        0.9999,
+        "Decay of the constant average and upper end of the warm-up.",
+        at_least=0,
+        below=1,
+        needs=("ema", ("constant", "warmup")),
     )
-    ema_snapshot_steps: int | None = option(None, "Power function: updates between snapshots; none: 32 over the run.")
+    ema_inv_gamma: float = option(
+        1.0, "Warm-up: decay after n updates is 1 - (1 + n / inv_gamma) ** -power.", above=0, needs=("ema", ("warmup",))
+    )
+    ema_power: float = option(0.75, "Warm-up: the power in that formula.", above=0, needs=("ema", ("warmup",)))
+    ema_sigma_rel: list[float] = option(
+        [0.05, 0.10], "Power function: relative widths; the first is sampled from.", needs=("ema", ("power_function",))
+    )
+    ema_snapshot_steps: int | None = option(
+        None,
+        "Power function: updates between snapshots; none: 32 over the run.",
+        at_least=1,
+        needs=("ema", ("power_function",)),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class NumericsOptions:
     """Switches that change the speed and the last digits."""
 
-    cpu: bool = option(False, "Use the CPU even where there is an accelerator.")
+    cpu: bool = option(False, "Use the CPU even where there is an accelerator.", neutral=True)
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Autocast of the forward pass.")
     allow_tf32: bool = option(False, "TF32 matrix products on NVIDIA GPUs.")
     channels_last: bool = option(
@@ -131,49 +196,111 @@ class NumericsOptions:
     fused_optimizer: bool = option(True, "PyTorch's fused AdamW; off: its for-each one.")
     compile: bool = option(False, "torch.compile each block of the network.")
     double: bool = option(False, "Train in float64, to compare numbers of processes.")
-    num_threads: int | None = option(None, "CPU threads of one process; none: PyTorch's choice, kept over a resume.")
+    local_rank: int = option(-1, "As torch.distributed.launch gives it; the environment says the same.", neutral=True)
+    num_threads: int | None = option(
+        None, "CPU threads of one process; none: PyTorch's choice, kept over a resume.", at_least=1, neutral=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """Seed, files, pictures, trackers."""
 
-    output_dir: str | None = option(None, "Run folder; none: runs/<preset>.")
-    overwrite_output_dir: bool = option(False, "Delete what an earlier run left; this very run, unfinished, goes on.")
-    seed: int = option(0, "Seed of everything random.")
-    checkpointing_steps: int = option(500, "Updates between checkpoints.")
-    checkpoints_total_limit: int | None = option(2, "Checkpoints kept; none: all.")
-    resume_from_checkpoint: str | None = option("latest", "latest, a checkpoint's folder, or none to refuse to resume.")
-    allow_config_change: list[str] = field(
-        default_factory=list, metadata={"help": "Options that may differ from the run being resumed."}
+    output_dir: str | None = option(None, "Run folder; none: runs/<preset>.", neutral=True)
+    overwrite_output_dir: bool = option(
+        False, "Delete what an earlier run left; this very run, unfinished, goes on.", neutral=True
     )
-    logging_steps: int = option(50, "Updates between log lines.")
-    logging_dir: str = option("logs", "Folder of the trackers' files, inside the run folder.")
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "Tracker.")
-    eval_batch_size: int = option(64, "Pictures of a sample grid.")
-    save_images_steps: int | None = option(None, "Updates between sample grids; none: see save_images_epochs.")
-    save_images_epochs: int | None = option(None, "Epochs between sample grids; none: only at the end.")
-    save_model_epochs: int | None = option(None, "Epochs between exports of pipeline/; none: only at the end.")
-    push_to_hub: bool = option(False, "Upload pipeline/ at the end.")
-    hub_model_id: str | None = option(None, "Repository to upload to; none: the run folder's name.")
-    hub_token: str | None = option(None, "Token for the Hub; none: the stored one. Never written to a file.")
-    hub_private_repo: bool = option(False, "Make the repository private.")
-    hub_every: int | None = option(None, "Updates between uploads in the background; none: one at the end.")
-    dry_run: bool = option(False, "One update, one checkpoint round trip, memory, speed, time and cost; then stop.")
-    price_per_hour: float | None = option(None, "Price of this machine's hour, for the cost that --dry_run prints.")
+    seed: int = option(0, "Seed of everything random.", at_least=0)
+    checkpointing_steps: int = option(500, "Updates between checkpoints.", at_least=1, neutral=True)
+    checkpoints_total_limit: int | None = option(2, "Checkpoints kept; none: all.", at_least=1, neutral=True)
+    resume_from_checkpoint: str | None = option(
+        "latest", "latest, a checkpoint's folder, or none to refuse to resume.", neutral=True
+    )
+    allow_config_change: list[str] = option([], "Options that may differ from the run being resumed.", neutral=True)
+    logging_steps: int = option(50, "Updates between log lines.", at_least=1, neutral=True)
+    logging_dir: str = option(
+        "logs",
+        "Folder of the trackers' files, inside the run folder.",
+        neutral=True,
+        needs=("report_to", ("tensorboard",)),
+    )
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "Tracker.", neutral=True)
+    eval_batch_size: int = option(64, "Pictures of a sample grid.", at_least=1, neutral=True)
+    save_images_steps: int | None = option(
+        None,
+        "Updates between sample grids; none: see save_images_epochs.",
+        at_least=1,
+        neutral=True,
+        replaces=("save_images_epochs",),
+    )
+    save_images_epochs: int | None = option(
+        None,
+        "Epochs between sample grids; none: only at the end.",
+        at_least=1,
+        neutral=True,
+        replaces=("save_images_steps",),
+    )
+    save_model_epochs: int | None = option(
+        None, "Epochs between exports of pipeline/; none: only at the end.", at_least=1, neutral=True
+    )
+    push_to_hub: bool = option(False, "Upload pipeline/ at the end.", neutral=True)
+    hub_model_id: str | None = option(
+        None, "Repository to upload to; none: the run folder's name.", neutral=True, needs=("push_to_hub", (True,))
+    )
+    hub_token: str | None = option(
+        None,
+        "Token for the Hub; none: the stored one. Never written to a file.",
+        neutral=True,
+        needs=("push_to_hub", (True,)),
+    )
+    hub_private_repo: bool = option(False, "Make the repository private.", neutral=True, needs=("push_to_hub", (True,)))
+    hub_every: int | None = option(
+        None,
+        "Updates between uploads in the background; none: one at the end.",
+        at_least=1,
+        neutral=True,
+        needs=("push_to_hub", (True,)),
+    )
+    dry_run: bool = option(
+        False, "One update, one checkpoint round trip, memory, speed, time and cost; then stop.", neutral=True
+    )
+    price_per_hour: float | None = option(
+        None,
+        "Price of this machine's hour, for the cost that --dry_run prints.",
+        above=0,
+        neutral=True,
+        needs=("dry_run", (True,)),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
     """A small evaluation of the averaged weights during the run; see watch.py."""
 
-    eval_steps: int | None = option(None, "Updates between evaluations; none: no evaluation.")
-    eval_metric: Literal["fid", "bits_per_dim"] = option("fid", "Score by which the best weights are kept in best/.")
-    eval_split: str | None = option(None, "Held-out split whose bits/dim are measured; none: only fid.")
-    eval_samples: int = option(256, "Generated pictures of each evaluation.")
-    eval_num_inference_steps: int = option(50, "Their denoising steps.")
-    eval_extractor: str = option("pixels", "Features: pixels, inception, dinov2, clip or a transformers vision model.")
-    eval_max_images: int = option(5000, "Only the first so many pictures of a split are compared with.")
+    eval_steps: int | None = option(None, "Updates between evaluations; none: no evaluation.", at_least=1, neutral=True)
+    eval_metric: Literal["fid", "bits_per_dim"] = option(
+        "fid", "Score by which the best weights are kept in best/.", neutral=True, needs=("eval_steps", True)
+    )
+    eval_split: str | None = option(
+        None, "Held-out split whose bits/dim are measured; none: only fid.", neutral=True, needs=("eval_steps", True)
+    )
+    eval_samples: int = option(256, "Generated pictures of each evaluation.", neutral=True, needs=("eval_steps", True))
+    eval_num_inference_steps: int = option(
+        50, "Their denoising steps.", at_least=1, neutral=True, needs=("eval_steps", True)
+    )
+    eval_extractor: str = option(
+        "pixels",
+        "Features: pixels, inception, dinov2, clip or a transformers vision model.",
+        neutral=True,
+        needs=("eval_steps", True),
+    )
+    eval_max_images: int = option(
+        5000,
+        "Only the first so many pictures of a split are compared with.",
+        at_least=1,
+        neutral=True,
+        needs=("eval_steps", True),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,53 +343,6 @@ class ReconstructConfig:
             object.__setattr__(self, "output_dir", f"{self.run.rstrip('/')}/pipeline-{self.sigma_rel:g}")
 
 
-AT_LEAST_ONE = (
-    "hub_every",
-    "ddpm_num_steps",
-    "ddpm_num_inference_steps",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "global_batch_size",
-    "max_train_steps",
-    "num_epochs",
-    "max_bad_steps",
-    "ema_snapshot_steps",
-    "num_threads",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "logging_steps",
-    "eval_batch_size",
-    "save_images_steps",
-    "save_images_epochs",
-    "save_model_epochs",
-    "eval_steps",
-    "eval_num_inference_steps",
-    "eval_max_images",
-)
-POSITIVE = (
-    "learning_rate",
-    "adam_epsilon",
-    "max_grad_norm",
-    "snr_gamma",
-    "beta_start",
-    "ema_inv_gamma",
-    "ema_power",
-    "price_per_hour",
-)
-NOT_NEGATIVE = (
-    "lr_warmup_steps",
-    "adam_weight_decay",
-    "dataloader_num_workers",
-    "seed",
-)
-BELOW_ONE = (
-    "adam_beta1",
-    "adam_beta2",
-    "dropout",
-    "ema_max_decay",
-)
-
-
 def check_words(config: TrainConfig) -> None:
     """Words come from their lists, also when a config is built in code and not by the parser."""
     for name, hint in get_type_hints(TrainConfig).items():
@@ -272,19 +352,23 @@ def check_words(config: TrainConfig) -> None:
             raise ValueError(f"{name} must be one of {words}, got {value!r}.")
 
 
+def out_of_range(field: dataclasses.Field[Any], value: float) -> str:
+    """Return in words the range of a field that a value is outside of; "" where it is inside."""
+    rules = field.metadata
+    low, above, below = rules.get("at_least"), rules.get("above"), rules.get("below")
+    if below is not None:
+        return "" if low <= value < below else f"in [{low}, {below})"
+    if low is not None and not value >= low:
+        return f"at least {low}"
+    return f"above {above}" if above is not None and not value > above else ""
+
+
 def check_ranges(config: TrainConfig) -> None:
     """Numbers lie where they have a meaning; none passes where it stands for off."""
-    rules = (
-        (AT_LEAST_ONE, "at least 1", lambda v: v >= 1),
-        (POSITIVE, "above 0", lambda v: v > 0),
-        (NOT_NEGATIVE, "at least 0", lambda v: v >= 0),
-        (BELOW_ONE, "in [0, 1)", lambda v: 0 <= v < 1),
-    )
-    for names, words, holds in rules:
-        for name in names:
-            value = getattr(config, name)
-            if value is not None and not holds(value):
-                raise ValueError(f"{name} must be {words}, got {value}.")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, (int, float)) and (words := out_of_range(field, value)):
+            raise ValueError(f"{field.name} must be {words}, got {value}.")
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value}.")
@@ -297,11 +381,16 @@ def check_ranges(config: TrainConfig) -> None:
 def check_agreement(config: TrainConfig) -> None:
     """Options that would cancel or contradict each other are refused, so none is accepted and ignored."""
     refuse_unknown_names(config.allow_config_change)
-    learned = config.variance_type in ("learned", "learned_range")
+    check_loss_options(config.loss, config.variance_type, config.snr_gamma)
     clashes = (
         (
             config.dataset_name is not None and config.train_data_dir is not None,
             "dataset_name and train_data_dir both name the data; give one of them.",
+        ),
+        (
+            config.local_rank not in (-1, int(os.environ.get("LOCAL_RANK", "-1"))),
+            f"local_rank {config.local_rank} names one of several processes, and no launcher has started this one; "
+            "start them with torchrun or accelerate launch, and leave --local_rank out.",
         ),
         (
             config.max_train_steps is None and config.num_epochs is None,
@@ -310,14 +399,6 @@ def check_agreement(config: TrainConfig) -> None:
         (
             config.max_train_steps is not None and config.num_epochs is not None,
             "max_train_steps and num_epochs both give the length of the run; give one of them.",
-        ),
-        (
-            config.loss in ("vlb", "hybrid") and config.snr_gamma is not None,
-            f'snr_gamma weights the simple loss only, and loss is "{config.loss}"; drop one of them.',
-        ),
-        (
-            config.loss == "simple" and learned,
-            f'variance_type "{config.variance_type}" is learned by the loss "vlb" or "hybrid", got loss "simple".',
         ),
         (
             config.ema == "power_function" and not config.ema_sigma_rel,
@@ -364,57 +445,14 @@ def refuse_unknown_names(names: list[str]) -> None:
             raise ValueError(f'allow_config_change names options, and there is no "{name}". Did you mean "{nearest}"?')
 
 
-# What a resumed run may change freely: names, pictures and logs, never the weights.
-NEUTRAL = frozenset(
-    (
-        "cache_dir",
-        "output_dir",
-        "overwrite_output_dir",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "resume_from_checkpoint",
-        "allow_config_change",
-        "logging_steps",
-        "logging_dir",
-        "report_to",
-        "eval_batch_size",
-        "ddpm_num_inference_steps",
-        "save_images_steps",
-        "save_images_epochs",
-        "save_model_epochs",
-        "push_to_hub",
-        "hub_model_id",
-        "hub_token",
-        "hub_private_repo",
-        "hub_every",
-        "dry_run",
-        "price_per_hour",
-        "eval_steps",
-        "eval_metric",
-        "eval_split",
-        "eval_samples",
-        "eval_num_inference_steps",
-        "eval_extractor",
-        "eval_max_images",
-        "dataloader_num_workers",
-        "strict_data",
-        "max_unreadable",
-        "equal_sizes",
-        "max_bad_steps",
-        "cpu",
-        "num_threads",
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "global_batch_size",
-        "max_train_steps",
-        "num_epochs",
-    )
-)
+# What a resumed run may change freely: names, images and logs, never the weights.
+NEUTRAL = frozenset(field.name for field in dataclasses.fields(TrainConfig) if field.metadata.get("neutral"))
 
 
 def recorded(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as it is written to files: all of it but the token."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name != "hub_token"}
+    """Return the configuration as it is written to files: all of it but the token and the process's own number."""
+    options = dataclasses.asdict(config)
+    return {name: value for name, value in options.items() if name not in ("hub_token", "local_rank")}
 
 
 def config_changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

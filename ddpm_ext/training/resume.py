@@ -69,7 +69,7 @@ def _choose(config: TrainConfig, run: RunDir) -> ResumePoint | None:
     """Choose on the main process; None for a run that begins."""
     wanted = config.resume_from_checkpoint
     if run.starts_empty or (config.dry_run and config.overwrite_output_dir):
-        return None
+        return _elsewhere(config, run)
     if not config.dry_run:
         checkpoint.sweep(run.checkpoints)
     if wanted not in (None, "latest"):
@@ -81,6 +81,24 @@ def _choose(config: TrainConfig, run: RunDir) -> ResumePoint | None:
         )
     newest = checkpoint.newest_intact(run.checkpoints)
     return None if newest is None else _point(newest, run)
+
+
+def _elsewhere(config: TrainConfig, run: RunDir) -> ResumePoint | None:
+    """Choose for a run whose folder is emptied: nothing, or the checkpoint of another run that was named.
+
+    Raises:
+        RunError: the one named is the run's own, and would be deleted.
+    """
+    if config.resume_from_checkpoint in (None, "latest"):
+        return None
+    folder = Path(str(config.resume_from_checkpoint))
+    if not folder.is_dir() or is_of(run, folder):
+        raise RunError(
+            f"--resume_from_checkpoint {folder} names a checkpoint of the folder that --overwrite_output_dir empties, "
+            "or none at all; drop one of the two options."
+        )
+    checkpoint.verify(folder)
+    return ResumePoint(folder, checkpoint.read_state(folder), str(folder.resolve()))
 
 
 def _choose_named(config: TrainConfig, run: RunDir, wanted: Path) -> ResumePoint:
@@ -227,7 +245,8 @@ def plain_config(config: Any) -> dict[str, Any]:
 
 def warn_of_other_conditions(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Say what differs of threads, processes, device and versions, which decide the last digits."""
-    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
+    names = dict.fromkeys([*new, *old])
+    changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
     if changed:
         print(
             f"Going on under other conditions ({', '.join(changed)}): the weights will not be bitwise those of an "
