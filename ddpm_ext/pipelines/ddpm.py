@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -23,13 +24,25 @@ from ..diffusion.schedules import respaced_timesteps
 from ..diffusion.words import LEARNED_VARIANCES, check_word
 from ..errors import UserError
 from ..hub import download, upload
+from ..hub.pipeline_files import check_weights
+from ..models.classes import ClassLabels, check_labels
+from ..models.unet import check_resolution
 from ..schedulers.checks import Generators, check_generators
 from ..schedulers.ddpm import DDPMExtScheduler
 from ..schedulers.solver import DDPMExtSolverScheduler, is_portable_solver
+from .guidance import Guidance, guided_prediction, make_guidance, scale_of
+from .locate import INDEX, find_pipeline
+from .saving import replacing
+
+__all__ = ["DDPMExtPipeline", "DivergenceError", "OutputType", "Progress"]
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Callback = Callable[["DDPMExtPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]
 HALF_VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class DivergenceError(UserError, FloatingPointError):
+    """The network's output or the images are not finite."""
 
 
 class Progress(NamedTuple):
@@ -86,13 +99,17 @@ class DDPMExtPipeline(DiffusionPipeline):
         num_inference_steps: int = 1000,
         timesteps: Sequence[int] | None = None,
         latents: Tensor | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: ClassLabels = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance_scale: float = 0.0,
+        guidance_interval: tuple[int, int] | None = None,
+        guidance_rescale: float = 0.0,
+        guider: Any = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Images from noise: Algorithm 2 of DDPM.
+        """Draw images from noise: Algorithm 2 of DDPM.
 
         Args:
             batch_size: B, the number of images.
@@ -100,25 +117,27 @@ class DDPMExtPipeline(DiffusionPipeline):
             num_inference_steps: Length of the chain, at most T.
             timesteps: The chain itself, strictly descending, in place of num_inference_steps.
             latents: x_T in place of drawn noise, shape (B, C, H, W).
-            class_labels: For class-conditional networks: one label for all images or one per image.
+            class_labels: For class-conditional networks: one label for all images or one per image, or their names.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) with values in [0, 1], or "latent": x_0 itself,
                 about [-1, 1].
             return_dict: False for the tuple (images,).
             callback_on_step_end: Called as (pipeline, i, t, tensors) after every step; what it returns replaces them.
                 Setting `pipeline._interrupt = True` in it ends the chain there.
             callback_on_step_end_tensor_inputs: Which tensors it gets: "latents", "pred_original_sample".
+            guidance_scale: w of class guidance (`pipelines.guidance`); 0 is none, and Diffusers' usual number is 1 + w.
+            guidance_interval: (low, high): guide at low <= t <= high only.
+            guidance_rescale: φ in [0, 1]: how far the guided ε̂ is brought back to the conditional one's deviation.
+            guider: One of `diffusers.guiders` that mixes two predictions, in place of these three.
 
         Raises:
             UserError: input that does not fit network or scheduler, before the first step.
-            FloatingPointError: the network's output is not finite; names the step.
+            DivergenceError: the network's output is not finite; names the step.
         """
         output_type = self._checked_output_type(output_type)
         for name in callback_on_step_end_tensor_inputs:
             check_word("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
-        labels = self._labels(class_labels, batch_size)
-        x_T = self._prepare_latents(batch_size, generator, latents)
-        self._set_timesteps(num_inference_steps, timesteps)
-        x_T = x_T * self.scheduler.init_noise_sigma  # of these timesteps
+        guidance = make_guidance(self.unet.config, guidance_scale, guidance_interval, guidance_rescale, guider)
+        x_T, labels = self._start(batch_size, generator, num_inference_steps, timesteps, latents, class_labels)
 
         def after_step(i: int, t: Any, x_s: Tensor, x_0: Tensor | None) -> Tensor:
             if callback_on_step_end is None:
@@ -127,7 +146,7 @@ class DDPMExtPipeline(DiffusionPipeline):
             chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
             return (callback_on_step_end(self, i, t, chosen) or {}).get("latents", x_s)
 
-        images = self._run(x_T, generator, labels, output_type, after_step)
+        images = self._run(x_T, generator, labels, output_type, guidance, after_step)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def progressive(
@@ -137,10 +156,14 @@ class DDPMExtPipeline(DiffusionPipeline):
         num_inference_steps: int = 1000,
         timesteps: Sequence[int] | None = None,
         latents: Tensor | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: ClassLabels = None,
         at: Collection[int] | None = None,
+        guidance_scale: float = 0.0,
+        guidance_interval: tuple[int, int] | None = None,
+        guidance_rescale: float = 0.0,
+        guider: Any = None,
     ) -> Iterator[Progress]:
-        """The chain as it runs: (t, x_t, x̂_0(x_t)) at chosen steps (DDPM Figure 6).
+        """Yield the chain as it runs: (t, x_t, x̂_0(x_t)) at chosen steps (DDPM Figure 6).
 
         Args:
             batch_size: As in calling the pipeline, and so on.
@@ -150,18 +173,20 @@ class DDPMExtPipeline(DiffusionPipeline):
             latents: As above.
             class_labels: As above.
             at: The steps to show, each of them in the chain; None for all. The x̂_0 of the last one is the image.
+            guidance_scale: As above.
+            guidance_interval: As above.
+            guidance_rescale: As above.
+            guider: As above.
 
         Raises:
             UserError: a step of `at` is not in the chain, or as in calling.
         """
-        labels = self._labels(class_labels, batch_size)
-        x_T = self._prepare_latents(batch_size, generator, latents)
-        self._set_timesteps(num_inference_steps, timesteps)
-        x_T = x_T * self.scheduler.init_noise_sigma  # of these timesteps
+        guidance = make_guidance(self.unet.config, guidance_scale, guidance_interval, guidance_rescale, guider)
+        x_T, labels = self._start(batch_size, generator, num_inference_steps, timesteps, latents, class_labels)
         missing = set(at or ()) - {int(t) for t in self.scheduler.timesteps}
         if missing:
             raise UserError(f"at must hold steps of the chain, got {sorted(missing)}. The chain is in .timesteps.")
-        steps = self._denoise(x_T, generator, labels)
+        steps = self._denoise(x_T, generator, labels, guidance)
         return (progress for progress, _ in steps if at is None or progress.t in at)
 
     def interpolate(
@@ -173,9 +198,10 @@ class DDPMExtPipeline(DiffusionPipeline):
         generator: torch.Generator | None = None,
         num_inference_steps: int | None = None,
         output_type: OutputType = "pil",
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: ClassLabels = None,
+        guidance_scale: float = 0.0,
     ) -> ImagePipelineOutput:
-        r"""Images between two images, mixed after `timestep` forward steps (DDPM Figure 8).
+        r"""Draw images between two images, mixed after `timestep` forward steps (DDPM Figure 8).
 
             x_t = (1 - λ) (√ᾱ_t a + √(1-ᾱ_t) ε) + λ (√ᾱ_t b + √(1-ᾱ_t) ε)
 
@@ -190,6 +216,7 @@ class DDPMExtPipeline(DiffusionPipeline):
             num_inference_steps: Steps of the way back; None for every step from timestep to 0.
             output_type: As in calling the pipeline.
             class_labels: For class-conditional networks: one label for all images or one per weight.
+            guidance_scale: As in calling the pipeline.
 
         Returns:
             One image per weight.
@@ -209,7 +236,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         ends = [self.scheduler.add_noise(image, eps, t) for image in (a, b)]
         mixed = torch.cat([(1 - weight) * ends[0] + weight * ends[1] for weight in weights])
         shared = [generator.clone_state() for _ in weights]
-        return self._run_from(mixed, times, shared, class_labels, output_type)
+        return self._run_from(mixed, times, shared, class_labels, output_type, guidance_scale)
 
     def continue_from(
         self,
@@ -219,9 +246,10 @@ class DDPMExtPipeline(DiffusionPipeline):
         generator: Generators = None,
         num_inference_steps: int | None = None,
         output_type: OutputType = "pil",
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: ClassLabels = None,
+        guidance_scale: float = 0.0,
     ) -> ImagePipelineOutput:
-        """Images that share the latent x_t: p(x_0 | x_t) sampled several times (DDPM Figure 7).
+        """Draw images that share the latent x_t: p(x_0 | x_t) sampled several times (DDPM Figure 7).
 
         Args:
             x_t: A latent at `timestep`, shape (C, H, W) or (1, C, H, W).
@@ -231,6 +259,7 @@ class DDPMExtPipeline(DiffusionPipeline):
             num_inference_steps: Steps of the way back; None for every step from timestep to 0.
             output_type: As in calling the pipeline.
             class_labels: For class-conditional networks: one label for all images or one per sample.
+            guidance_scale: As in calling the pipeline.
 
         Raises:
             UserError: a latent that does not fit the network, or a timestep outside [0, T).
@@ -241,7 +270,8 @@ class DDPMExtPipeline(DiffusionPipeline):
                 f"continue_from expects one latent and num_samples of at least 1, got {x_t.shape[0]} and {num_samples}."
             )
         times = self._times_from(timestep, num_inference_steps)
-        return self._run_from(x_t.repeat(num_samples, 1, 1, 1), times, generator, class_labels, output_type)
+        x_t = x_t.repeat(num_samples, 1, 1, 1)
+        return self._run_from(x_t, times, generator, class_labels, output_type, guidance_scale)
 
     # -- on disk ----------------------------------------------------------------------------------------------------
 
@@ -275,9 +305,25 @@ class DDPMExtPipeline(DiffusionPipeline):
             if variant in HALF_VARIANTS:
                 self.unet = copy.deepcopy(unet)
                 torch.nn.Module.to(self.unet, dtype=HALF_VARIANTS[variant])
-            super().save_pretrained(os.fspath(save_directory), *args, variant=variant, **kwargs)
+            with replacing(Path(save_directory)) as folder:
+                super().save_pretrained(str(folder), *args, variant=variant, **kwargs)
         finally:
             self.unet = unet
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> Any:
+        """Load a pipeline of a folder, a run or the Hub, every weight checked; see `diffusers.DiffusionPipeline`.
+
+        Raises:
+            UserError: there is no such folder, and the name is none of the Hub, which is not asked then.
+            UserError: a weight that the network has is missing from its file, or has another shape; names it.
+        """
+        name = find_pipeline(pretrained_model_name_or_path or "")
+        if os.path.isfile(os.path.join(name, INDEX)):
+            check_weights(Path(name), kwargs.get("variant"), passed=kwargs.keys())
+        pipeline: Any = super().from_pretrained(name, **kwargs)
+        check_loaded(pipeline, name)
+        return pipeline
 
     def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, repo_id: str, commit_message: str | None = None, *, safe_serialization: bool = True, **options: Any
@@ -289,13 +335,16 @@ class DDPMExtPipeline(DiffusionPipeline):
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
-        """The cached folder of a Hub repository, its content checked; `from_pretrained` calls this."""
+        """Return the cached folder of a Hub repository, its content checked; `from_pretrained` calls this."""
         if kwargs.pop("trust_remote_code", False):
             raise UserError("trust_remote_code runs code of the repository; no DDPM needs it, leave it out.")
-        return str(download.pull(super().download, pretrained_model_name, **kwargs))
+        folder = download.pull(super().download, pretrained_model_name, **kwargs)
+        if (folder / INDEX).is_file():
+            check_weights(folder, kwargs.get("variant"), passed=kwargs.keys())
+        return str(folder)
 
     def to_json_string(self) -> str:
-        """The portable index: stock's class names, so that every Diffusers installation loads the folder."""
+        """Return the portable index: stock's class names, so that every Diffusers installation loads the folder."""
         text = super().to_json_string()
         if type(self) is not DDPMExtPipeline:
             return text
@@ -313,6 +362,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         x_t: Tensor,
         generator: Generators,
         labels: Tensor | None,
+        guidance: Guidance | None = None,
         after_step: Callable[[int, Any, Tensor, Tensor | None], Tensor] | None = None,
     ) -> Iterator[tuple[Progress, Tensor]]:
         """The one sampling loop: yields each step with x_s, the images after it."""
@@ -321,14 +371,16 @@ class DDPMExtPipeline(DiffusionPipeline):
         times = scheduler.timesteps
         on_host = times.tolist()  # the one wait; ints need none later
         own = isinstance(scheduler, DDPMExtScheduler)
+        if (warn := getattr(scheduler, "warn_of_guidance", None)) is not None:
+            warn(scale_of(guidance))
         former_modes, self._interrupt = [(module, module.training) for module in unet.modules()], False
         first_bad = torch.full((), len(on_host), device=x_t.device)
         unet.eval()
         try:
             bar: Any = self.progress_bar
             for i, t in enumerate(bar(times.to(x_t.device))):
-                x_in = scheduler.scale_model_input(x_t, t)
-                output = unet(x_in, t, class_labels=labels).sample if labels is not None else unet(x_in, t).sample
+                x_in, place = scheduler.scale_model_input(x_t, t), (i, on_host[i], len(on_host))
+                output = self._predict(x_in, t, labels, guidance, place)
                 first_bad = first_bad.minimum(torch.where(output.isfinite().all(), len(on_host), i))
                 if first_bad.device.type == "cpu":
                     self._check_finite(first_bad, on_host)
@@ -341,15 +393,30 @@ class DDPMExtPipeline(DiffusionPipeline):
                     break
             self._check_finite(first_bad, on_host)
             if not torch.isfinite(x_t).all():
-                raise FloatingPointError(f"The images are not finite after the last step, t = {on_host[-1]}.")
+                raise DivergenceError(f"The images are not finite after the last step, t = {on_host[-1]}.")
         finally:
             for module, training in former_modes:
                 module.training = training
             self.maybe_free_model_hooks()
 
+    def _predict(
+        self, x_t: Tensor, t: Tensor, labels: Tensor | None, guidance: Guidance | None, place: tuple[int, float, int]
+    ) -> Tensor:
+        """One call of the network, guided or not; `place`: the step's number, the step, the number of steps."""
+        if labels is None:
+            return self.unet(x_t, t).sample
+
+        def network(x: Tensor, c: Tensor) -> Tensor:
+            return self.unet(x, t, class_labels=c).sample
+
+        if guidance is None:
+            return network(x_t, labels)
+        i, step, steps = place
+        return guided_prediction(guidance, network, x_t, labels, step, (i, steps), self.scheduler)
+
     def _check_finite(self, first_bad: Tensor, times: list[int]) -> None:
         if (i := int(first_bad)) < len(times):
-            raise FloatingPointError(
+            raise DivergenceError(
                 f"The network's output is not finite at t = {times[i]} (step {i + 1} of {len(times)}). Half precision "
                 "overflows first: try bfloat16 or float32 weights."
             )
@@ -368,6 +435,21 @@ class DDPMExtPipeline(DiffusionPipeline):
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config["in_channels"], height, width
 
+    def _start(
+        self,
+        batch_size: int,
+        generator: Generators,
+        num_inference_steps: int,
+        timesteps: Sequence[int] | None,
+        latents: Tensor | None,
+        class_labels: ClassLabels,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x_T and labels of a chain, everything checked and the timesteps set."""
+        labels = self._labels(class_labels, batch_size)
+        x_T = self._prepare_latents(batch_size, generator, latents)
+        self._set_timesteps(num_inference_steps, timesteps)
+        return x_T * self.scheduler.init_noise_sigma, labels  # of these timesteps
+
     def _prepare_latents(self, batch_size: int, generator: Generators, latents: Tensor | None) -> Tensor:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(f"batch_size must be an int of at least 1, got {batch_size!r}.")
@@ -376,11 +458,16 @@ class DDPMExtPipeline(DiffusionPipeline):
         if latents is None:
             shape = (batch_size, *self._image_shape())
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif latents.ndim != 4 or latents.shape[:2] != (batch_size, self.unet.config["in_channels"]):
+        elif (
+            not isinstance(latents, Tensor)
+            or latents.ndim != 4
+            or latents.shape[:2] != (batch_size, self.unet.config["in_channels"])
+        ):
+            got = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
             raise UserError(
-                f"latents must have shape ({batch_size}, {self.unet.config['in_channels']}, H, W), got "
-                f"{tuple(latents.shape)}."
+                f"latents must have shape ({batch_size}, {self.unet.config['in_channels']}, H, W), got {got}."
             )
+        check_resolution(self.unet.config, (latents.shape[2], latents.shape[3]))
         return latents.to(device=device, dtype=dtype)
 
     def _set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | None) -> None:
@@ -410,9 +497,16 @@ class DDPMExtPipeline(DiffusionPipeline):
         return self._to_output(x_t, output_type)
 
     def _run_from(
-        self, x_t: Tensor, times: list[int], generator: Generators, class_labels: Any, output_type: OutputType
+        self,
+        x_t: Tensor,
+        times: list[int],
+        generator: Generators,
+        class_labels: ClassLabels,
+        output_type: OutputType,
+        guidance_scale: float,
     ) -> ImagePipelineOutput:
         output_type = self._checked_output_type(output_type)
+        guidance = make_guidance(self.unet.config, guidance_scale)
         labels = self._labels(class_labels, x_t.shape[0])
         x_t = self._prepare_latents(x_t.shape[0], generator, x_t)
         self._set_timesteps(None, times)
@@ -421,7 +515,7 @@ class DDPMExtPipeline(DiffusionPipeline):
                 f"{type(self.scheduler).__name__} keeps latents in other units than √ᾱ_t x_0 + √(1-ᾱ_t) ε "
                 f"(init_noise_sigma is {float(self.scheduler.init_noise_sigma):.4g}, not 1). Use DDPMExtScheduler here."
             )
-        return ImagePipelineOutput(images=self._run(x_t, generator, labels, output_type))
+        return ImagePipelineOutput(images=self._run(x_t, generator, labels, output_type, guidance))
 
     def _clean_image(self, image: Tensor | Image.Image) -> Tensor:
         channels, height, width = self._image_shape()
@@ -436,24 +530,8 @@ class DDPMExtPipeline(DiffusionPipeline):
             )
         return image.unsqueeze(0).to(device=self._execution_device, dtype=self.unet.dtype)
 
-    def _labels(self, class_labels: int | Sequence[int] | Tensor | None, batch_size: int) -> Tensor | None:
-        config = self.unet.config
-        classes = config.get("num_class_embeds")
-        conditional = classes is not None or config.get("class_embed_type") is not None
-        if conditional != (class_labels is not None):
-            raise UserError(
-                "This network is class-conditional: pass class_labels, one per image."
-                if conditional
-                else "This network was not trained with class labels: leave class_labels out."
-            )
-        if class_labels is None:
-            return None
-        labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
-        labels = labels.expand(batch_size) if labels.numel() == 1 else labels
-        wrong = classes is not None and bool(((labels < 0) | (labels >= classes)).any())
-        if labels.is_floating_point() or labels.shape != (batch_size,) or wrong:
-            raise UserError(f"class_labels must be {batch_size} ints in 0..{(classes or 0) - 1}, got {class_labels!r}.")
-        return labels
+    def _labels(self, class_labels: ClassLabels, batch_size: int) -> Tensor | None:
+        return check_labels(class_labels, batch_size, self.unet.config, self._execution_device)
 
     def _checked_output_type(self, output_type: str) -> Any:
         output_type = "np" if output_type == "numpy" else output_type  # stock's older word
@@ -471,3 +549,13 @@ class DDPMExtPipeline(DiffusionPipeline):
             return images
         images = images.float().permute(0, 2, 3, 1).cpu().numpy()
         return images if output_type == "np" else self.numpy_to_pil(images)
+
+
+def check_loaded(pipeline: DiffusionPipeline, name: str) -> None:
+    """Raise a UserError when a tensor of a loaded network was in none of its files."""
+    for part, network in pipeline.components.items():
+        if isinstance(network, torch.nn.Module):
+            missing = [tensor for tensor, value in network.state_dict().items() if value.device.type == "meta"]
+            if missing:
+                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+                raise UserError(f"The weights of {part} in {name} lack the tensor {missing[0]!r}{more}.")

@@ -6,6 +6,7 @@ Diffusers' words (`sample`, `model_output`, `timestep`) are kept in the signatur
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -164,6 +165,18 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
     def options(self) -> SchedulerOptions:
         """The options that a step needs, parsed once from the config."""
         return self._current_table().options
+
+    def warn_of_guidance(self, guidance_scale: float) -> None:
+        """Warn when images are drawn with another class guidance than variances and steps were measured with."""
+        options = self.options
+        there = options.extension.guidance_scale
+        measured = options.variance_type == "analytic" or options.extension.trajectory == "optimal"
+        if measured and there != guidance_scale:
+            warnings.warn(
+                f"The variances of this scheduler were measured with guidance_scale {there:g}, the images are drawn "
+                f"with {guidance_scale:g}: they are not the best there. Calibrate with this guidance.",
+                stacklevel=3,
+            )
 
     @property
     def variance_type(self) -> VarianceType:

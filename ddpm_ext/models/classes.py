@@ -1,0 +1,110 @@
+"""The classes of a network: how many, their names, and the null label of class guidance; the one check of labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+__all__ = ["NETWORK_KEY", "ClassLabels", "Classes", "check_labels", "class_options", "classes_of"]
+
+NETWORK_KEY = "_ddpm_ext"  # of a UNet2DModel's config: stock neither warns about nor drops a leading "_"
+ClassLabels = int | str | Sequence[int | str] | Tensor | None
+
+
+class Classes(NamedTuple):
+    """What a class-conditional network knows."""
+
+    number: int  # C: labels are 0 .. C - 1
+    null_label: int | None  # row of the embedding that stands for no class; None where training dropped none
+    names: tuple[str, ...] | None  # of 0 .. C - 1
+
+
+def class_options(number: int, names: Sequence[str] | None = None, *, with_null_label: bool = False) -> dict[str, Any]:
+    """Return the config entries of a UNet2DModel with classes; `classes_of` reads them.
+
+    The null label is the embedding's last row, so that stock Diffusers loads the network and 0 .. C - 1 keep their
+    meaning.
+
+    Args:
+        number: C.
+        names: Of the classes, in the order of their labels.
+        with_null_label: Whether the network learns what to draw without a class.
+    """
+    ours: dict[str, Any] = {"null_label": number} if with_null_label else {}
+    if names is not None:
+        ours["class_names"] = list(names)
+    return {"num_class_embeds": number + with_null_label, **({NETWORK_KEY: ours} if ours else {})}
+
+
+def classes_of(config: Mapping[str, Any]) -> Classes | None:
+    """Return the classes of a network by its config; None where it takes no class numbers.
+
+    Raises:
+        UserError: the names are not one per class, or the null label is not the last row.
+    """
+    rows = config.get("num_class_embeds")
+    if rows is None:
+        return None
+    ours = config.get(NETWORK_KEY) or {}
+    null, names = ours.get("null_label"), ours.get("class_names")
+    if null is not None and null != rows - 1:
+        raise UserError(f"null_label must be the last of the embedding's {rows} rows, {rows - 1}, got {null!r}.")
+    number = rows - (null is not None)
+    if names is not None and len(names) != number:
+        raise UserError(f"class_names must name {number} classes, got {len(names)}: {names!r}.")
+    return Classes(number, null, None if names is None else tuple(names))
+
+
+def check_labels(
+    class_labels: ClassLabels, count: int, config: Mapping[str, Any], device: torch.device | None = None
+) -> Tensor | None:
+    """Return one label per image, int64, shape (count,); None for a network without classes.
+
+    Args:
+        class_labels: One for all images or one per image: numbers, or names that the network knows.
+        count: Number of images.
+        config: The network's.
+        device: Where the labels are made.
+
+    Raises:
+        UserError: labels are missing, not expected, too many, or none of the network's classes.
+    """
+    classes = classes_of(config)
+    if classes is None and config.get("class_embed_type") is None:
+        if class_labels is not None:
+            raise UserError("This network was not trained with class labels: leave class_labels out.")
+        return None
+    expected = f"class_labels must be {count} ints" + (f" in 0..{classes.number - 1}" if classes else "")
+    if classes is not None and classes.names is not None:
+        expected += f" or of the names {', '.join(classes.names)}"
+    if class_labels is None:
+        raise UserError(f"This network is class-conditional: pass class_labels. {expected}, or one for all.")
+    listed = [class_labels] if isinstance(class_labels, int | str) else class_labels
+    if not isinstance(listed, Tensor):
+        listed = [_number(label, classes, expected) for label in listed]
+    try:
+        labels = torch.as_tensor(listed, device=device).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{expected}, got {class_labels!r}.") from None
+    labels = labels.expand(count) if labels.numel() == 1 else labels
+    wrong = classes is not None and labels.numel() and bool(((labels < 0) | (labels >= classes.number)).any())
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if not whole or labels.shape != (count,) or wrong:
+        raise UserError(f"{expected}, got {class_labels!r}.")
+    return labels.long()
+
+
+def _number(label: object, classes: Classes | None, expected: str) -> object:
+    """The number of a class that may be given by its name."""
+    if not isinstance(label, str):
+        return label
+    if classes is None or classes.names is None:
+        raise UserError(f"{expected}, got {label!r}: this network does not record the names of its classes.")
+    if label not in classes.names:
+        raise UserError(f"{expected}, got {label!r}.")
+    return classes.names.index(label)

@@ -1,0 +1,194 @@
+r"""Class guidance: the conditional prediction, driven away from the one without a class.
+
+    ε̃ = (1 + w) ε̂(x_t, c) - w ε̂(x_t, ∅)                                  Ho & Salimans 2022, arXiv:2207.12598, Eq. (6)
+
+Every prediction is affine in ε with the same share of x_t (`process.eps_weights`), and the weights add up to 1, so the
+same mixture of x_0, v or posterior means is this ε̃. What is not linear, rescaling and Diffusers' guiders, is done on ε.
+w = 0 is no guidance at all; Diffusers' usual guidance_scale is 1 + w.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diffusion.process import compute_dtype, eps_weights
+from ..errors import UserError
+from ..models.classes import classes_of
+
+__all__ = ["Guidance", "guided_prediction", "make_guidance", "rescaled", "scale_of"]
+
+Network = Callable[[Tensor, Tensor], Tensor]  # (x_t, labels) -> output, of any number of images
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How predictions are guided.
+
+    Attributes:
+        scale: w >= 0.
+        null_label: The row of the embedding that stands for no class.
+        interval: (low, high): guided at low <= t <= high only; None for everywhere.
+        rescale: φ in [0, 1]: how far ε̃ is brought back to the deviation of the conditional ε̂.
+        guider: One of Diffusers' guiders in place of the formula.
+    """
+
+    scale: float
+    null_label: int
+    interval: tuple[int, int] | None = None
+    rescale: float = 0.0
+    guider: Any = None
+
+
+def make_guidance(
+    config: Any,
+    scale: float = 0.0,
+    interval: tuple[int, int] | None = None,
+    rescale: float = 0.0,
+    guider: Any = None,
+) -> Guidance | None:
+    """Return the guidance that was asked for, checked against the network; None for none.
+
+    Args:
+        config: The network's.
+        scale: w.
+        interval: Steps at which to guide, both ends included.
+        rescale: φ.
+        guider: One of Diffusers' guiders.
+
+    Raises:
+        UserError: numbers out of range, options without effect, or a network that has no null label.
+    """
+    if not _is_number(scale) or not 0 <= scale < math.inf:
+        raise UserError(f"guidance_scale must be a number of at least 0, where 0 is no guidance, got {scale!r}.")
+    if not _is_number(rescale) or not 0 <= rescale <= 1:
+        raise UserError(f"guidance_rescale must lie between 0 and 1, got {rescale!r}.")
+    if interval is not None:
+        ends = list(interval) if isinstance(interval, tuple | list) else []
+        if len(ends) != 2 or not all(_is_number(end) for end in ends) or not ends[0] <= ends[1]:
+            raise UserError(f"guidance_interval must be (low, high), two steps with low <= high, got {interval!r}.")
+    if guider is not None:
+        if scale or interval is not None or rescale:
+            raise UserError("A guider brings its own scale, interval and rescaling: leave guidance_* out.")
+        _check_guider(guider)
+    elif not scale:
+        if interval is not None or rescale:
+            raise UserError("guidance_interval and guidance_rescale need a guidance_scale above 0, got 0.")
+        return None
+    classes = classes_of(config)
+    if classes is None or classes.null_label is None:
+        raise UserError(
+            "Guidance needs what the network draws without a class, and this one "
+            + ("knows no classes" if classes is None else "was trained with a class for every image")
+            + ". Train with --class_conditional --class_dropout 0.1."
+        )
+    return Guidance(scale, classes.null_label, interval, rescale, guider)
+
+
+def scale_of(guidance: Guidance | None) -> float:
+    """Return w: 0 without guidance, NaN for a guider that has no such number."""
+    if guidance is None:
+        return 0.0
+    if guidance.guider is None:
+        return float(guidance.scale)
+    scale = getattr(guidance.guider, "guidance_scale", math.nan)
+    return scale if getattr(guidance.guider, "use_original_formulation", False) else scale - 1
+
+
+def guided_prediction(
+    guidance: Guidance, network: Network, x_t: Tensor, labels: Tensor, t: float, place: tuple[int, int], scheduler: Any
+) -> Tensor:
+    """Return the guided output of a network, with the variance head of its conditional output if it has one.
+
+    Args:
+        guidance: How.
+        network: Called once.
+        x_t: What the network takes, shape (B, C, H, W).
+        labels: int64, shape (B,).
+        t: The step.
+        place: (i, K): the i-th of K steps.
+        scheduler: Says what the network predicts.
+    """
+    guider, channels = guidance.guider, x_t.shape[1]
+    if guider is not None:
+        guider.set_state(step=place[0], num_inference_steps=place[1], timestep=torch.tensor(t))
+        active = guider.num_conditions == 2
+    else:
+        active = guidance.interval is None or guidance.interval[0] <= t <= guidance.interval[1]
+    if not active:
+        return network(x_t, labels)
+    nothing = torch.full_like(labels, guidance.null_label)
+    output = network(torch.cat([x_t, x_t]), torch.cat([labels, nothing]))
+    conditional, head = output[: len(x_t), :channels], output[: len(x_t), channels:]
+    without_class = output[len(x_t) :, :channels]
+    if guider is None and not guidance.rescale:
+        guided = conditional + guidance.scale * (conditional - without_class)
+    else:
+        of_x_t, of_output = _eps_weights(scheduler, t)
+        eps, eps_without = (of_x_t * x_t + of_output * one for one in (conditional, without_class))
+        if guider is None:
+            mixed = rescaled(eps + guidance.scale * (eps - eps_without), eps, guidance.rescale)
+        else:
+            mixed = _ask(guider, eps, eps_without)
+        guided = (mixed - of_x_t * x_t) / of_output
+    return torch.cat([guided, head], dim=1) if head.shape[1] else guided
+
+
+def rescaled(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
+    r"""Return φ · ε̃ std(ε̂) / std(ε̃) + (1 - φ) ε̃, the deviations over all dimensions of each image.
+
+    Args:
+        guided: ε̃, shape (B, …).
+        conditional: ε̂(x_t, c), same shape.
+        share: φ in [0, 1].
+
+    Source: Lin et al. 2023, arXiv:2305.08891, Eqs. (15)-(16).
+    """
+    dtype, shape = compute_dtype(guided), (-1, *(1,) * (guided.ndim - 1))
+    ratio = conditional.to(dtype).flatten(1).std(1) / guided.to(dtype).flatten(1).std(1)
+    return guided * (share * ratio + (1 - share)).reshape(shape).to(guided.dtype)
+
+
+def _eps_weights(scheduler: Any, t: float) -> tuple[float, float]:
+    """ε̂ = of_x_t · x_t + of_output · output at t; (0, 1) where ᾱ_t = 0, since ε̂ says nothing of the output there."""
+    prediction = scheduler.config.prediction_type
+    if prediction == "epsilon":
+        return 0.0, 1.0
+    tables = getattr(scheduler, "tables", None)
+    if tables is None or int(t) != t:
+        raise UserError(
+            f"Rescaled guidance and guiders work on ε, which {type(scheduler).__name__} does not tell of a "
+            f"{prediction} network. Use DDPMExtScheduler, or guidance_scale alone."
+        )
+    weights = eps_weights(tables, torch.tensor([int(t)]), prediction)
+    of_x_t, of_output = weights.of_x_t.item(), weights.of_output.item()
+    return (of_x_t, of_output) if of_output else (0.0, 1.0)
+
+
+def _ask(guider: Any, eps: Tensor, eps_without: Tensor) -> Tensor:
+    """The prediction of a guider, whose results some versions of Diffusers wrap."""
+    key, names = type(guider)._identifier_key, type(guider)._input_predictions
+    answers = zip(names, (eps, eps_without), strict=True)
+    found = guider([SimpleNamespace(noise_pred=one, **{key: name}) for name, one in answers])
+    return found if isinstance(found, Tensor) else found.pred
+
+
+def _check_guider(guider: Any) -> None:
+    """Refuse an object that is no guider, or one that changes the network instead of mixing two predictions."""
+    names = getattr(type(guider), "_input_predictions", None)
+    prepare = getattr(getattr(type(guider), "prepare_models", None), "__qualname__", "")
+    if names != ["pred_cond", "pred_uncond"] or prepare != "BaseGuidance.prepare_models":
+        raise UserError(
+            "guider must be one of diffusers.guiders that mixes a prediction with and one without a class, such as "
+            f"ClassifierFreeGuidance or AdaptiveProjectedGuidance, got {type(guider).__name__}."
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,278 @@
+"""Class guidance against a Gaussian mixture whose scores are known, and what a network with a null label is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers.guiders
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, EulerDiscreteScheduler, UNet2DModel
+from torch import Tensor
+from torch.testing import assert_close
+
+from ddpm_ext.diffusion.process import eps_weights
+from ddpm_ext.errors import UserError
+from ddpm_ext.models.classes import check_labels, class_options, classes_of
+from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
+from ddpm_ext.pipelines.guidance import guided_prediction, make_guidance, rescaled
+from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
+
+MEANS = torch.tensor([-0.6, 0.1, 0.7], dtype=torch.float64)  # one normal distribution per class, of deviation S
+S = 0.1
+CLASSES = len(MEANS)
+
+
+def conditional_eps(x: Tensor, alpha_bar: float, label: int) -> Tensor:
+    """-√(1-ᾱ) ∇ log N(x; √ᾱ m, ᾱ s² + 1 - ᾱ)."""
+    var = alpha_bar * S**2 + 1 - alpha_bar
+    return (1 - alpha_bar) ** 0.5 * (x - alpha_bar**0.5 * MEANS[label]) / var
+
+
+def unconditional_eps(x: Tensor, alpha_bar: float) -> Tensor:
+    """The same of the mixture with equal weights, pixel by pixel: -√(1-ᾱ) ∇ log Σ_c N(x; √ᾱ m_c, ·)/C."""
+    var = alpha_bar * S**2 + 1 - alpha_bar
+    distances = x[..., None] - alpha_bar**0.5 * MEANS
+    share = torch.softmax(-distances.square() / (2 * var), dim=-1)
+    return (1 - alpha_bar) ** 0.5 * (share * distances).sum(-1) / var
+
+
+class Mixture(torch.nn.Module):
+    """The perfect network of a prediction type; label CLASSES is the null label. Counts its calls."""
+
+    def __init__(self, scheduler: DDPMExtScheduler) -> None:
+        super().__init__()
+        self.scheduler, self.calls = scheduler, 0
+
+    def forward(self, x: Tensor, t: int, labels: Tensor) -> Tensor:
+        self.calls += 1
+        alpha_bar = self.scheduler.tables.alpha_bar[t].item()
+        eps = [
+            unconditional_eps(one, alpha_bar) if c == CLASSES else conditional_eps(one, alpha_bar, c)
+            for one, c in zip(x, labels.tolist(), strict=True)
+        ]
+        kind = self.scheduler.options.prediction_type
+        weights = eps_weights(self.scheduler.tables, torch.tensor(t), kind)
+        return (torch.stack(eps) - weights.of_x_t * x) / weights.of_output
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "posterior_mean"])
+@pytest.mark.parametrize("w", [0.5, 2.0, 4.0])
+def test_the_guided_score_is_the_mixture_of_the_exact_scores(kind: Any, w: float) -> None:
+    """(1+w) ε(x|c) - w ε(x) to rounding, whatever the network predicts, in one call."""
+    scheduler = DDPMExtScheduler(prediction_type=kind)
+    network, config = Mixture(scheduler), class_options(CLASSES, with_null_label=True)
+    guidance = make_guidance(config, w)
+    assert guidance is not None
+    x, labels = torch.randn(CLASSES, 1, 4, 4, dtype=torch.float64), torch.arange(CLASSES)
+    for t in (1, 300, 999):
+        network.calls = 0
+        call = guided_prediction(guidance, lambda x, c, t=t: network(x, t, c), x, labels, t, (0, 10), scheduler)
+        weights = eps_weights(scheduler.tables, torch.tensor(t), kind)
+        eps = weights.of_x_t * x + weights.of_output * call
+        alpha_bar = scheduler.tables.alpha_bar[t].item()
+        expected = [
+            (1 + w) * conditional_eps(x[c], alpha_bar, c) - w * unconditional_eps(x[c], alpha_bar) for c in labels
+        ]
+        assert_close(eps, torch.stack(expected), rtol=1e-9, atol=1e-9)
+        assert network.calls == 1
+
+
+def network_with_classes(null: bool = True, heads: int = 1, **options: Any) -> UNet2DModel:
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=heads,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        num_class_embeds=CLASSES + null,
+        **options,
+    )
+
+
+def guided_pipeline(scheduler: Any = None, heads: int = 1, names: list[str] | None = None) -> DDPMExtPipeline:
+    unet = network_with_classes(heads=heads)
+    unet.register_to_config(**class_options(CLASSES, names, with_null_label=True))
+    pipeline = DDPMExtPipeline(unet, scheduler or DDPMExtScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline: DDPMExtPipeline, **options: Any) -> Tensor:
+    generator = [torch.Generator().manual_seed(i) for i in range(2)]
+    options = {"batch_size": 2, "num_inference_steps": 5, "class_labels": [0, 2], "output_type": "latent", **options}
+    found: Any = pipeline(generator=generator, **options)
+    return found.images
+
+
+def test_no_guidance_is_bitwise_the_chain_without_it_and_calls_half_as_large() -> None:
+    pipeline = guided_pipeline()
+    sizes: list[int] = []
+    pipeline.unet.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
+    plain = draw(pipeline)
+    assert torch.equal(draw(pipeline, guidance_scale=0), plain) and sizes == [2] * 10
+    guided = draw(pipeline, guidance_scale=2.0)
+    assert sizes[10:] == [4] * 5 and not torch.allclose(guided, plain, atol=1e-3)
+
+
+def test_an_interval_guides_at_its_steps_alone() -> None:
+    pipeline = guided_pipeline()
+    sizes: list[int] = []
+    pipeline.unet.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
+    draw(pipeline, guidance_scale=2.0, guidance_interval=(200, 600))  # steps 800, 600, 400, 200, 0
+    assert sizes == [2, 4, 4, 4, 2]
+    whole = draw(pipeline, guidance_scale=2.0)
+    assert torch.equal(draw(pipeline, guidance_scale=2.0, guidance_interval=(0, 999)), whole)
+    steps = list(
+        pipeline.progressive(
+            2, [torch.Generator().manual_seed(i) for i in range(2)], 5, class_labels=[0, 2], guidance_scale=2.0
+        )
+    )
+    assert steps[-1].x_0 is not None
+    assert_close(steps[-1].x_0, whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "scheduler", [DDPMExtScheduler(variance_type="learned_range"), DDIMScheduler()], ids=["ours", ""]
+)
+def test_the_variance_is_that_of_the_conditional_head(scheduler: Any) -> None:
+    """The head's channels come through unmixed; x̂_0 is clipped after the mixture."""
+    pipeline = guided_pipeline(scheduler, heads=2)
+    guidance = make_guidance(pipeline.unet.config, 3.0)
+    assert guidance is not None
+    x, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
+    with torch.no_grad():
+        network = lambda x, c: pipeline.unet(x, 500, class_labels=c).sample  # noqa: E731
+        found = guided_prediction(guidance, network, x, labels, 500, (0, 5), scheduler)
+        assert_close(found[:, 1:], network(x, labels)[:, 1:], rtol=1e-4, atol=1e-5)
+    images = draw(pipeline, guidance_scale=30.0)
+    assert images.abs().max() <= 1
+
+
+def test_rescaling_brings_the_deviation_back() -> None:
+    conditional = torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    guided = 4 * conditional + torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    deviation = lambda x: x.flatten(1).std(1)  # noqa: E731
+    assert_close(deviation(rescaled(guided, conditional, 1.0)), deviation(conditional))
+    assert torch.equal(rescaled(guided, conditional, 0.0), guided)
+    half = rescaled(guided, conditional, 0.5)
+    assert_close(deviation(half), (deviation(guided) + deviation(conditional)) / 2)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_diffusers_guiders_give_what_their_formula_gives(kind: Any, rescale: float) -> None:
+    """Diffusers' 1 + w and its rescaling on ε̂."""
+    pipeline = guided_pipeline(DDPMExtScheduler(prediction_type=kind))
+    guider = diffusers.guiders.ClassifierFreeGuidance(guidance_scale=3.0, guidance_rescale=rescale)
+    theirs, ours = draw(pipeline, guider=guider), draw(pipeline, guidance_scale=2.0, guidance_rescale=rescale)
+    assert_close(theirs, ours, rtol=0, atol=1e-4)
+
+
+def test_other_guiders_run_where_their_interface_fits_and_are_refused_elsewhere() -> None:
+    pipeline = guided_pipeline()
+    for name in ("AdaptiveProjectedGuidance", "ClassifierFreeZeroStarGuidance", "TangentialClassifierFreeGuidance"):
+        guider = getattr(diffusers.guiders, name)()
+        assert torch.isfinite(draw(pipeline, guider=guider)).all(), name
+    layers = SimpleNamespace(guidance_scale=3.0)
+    for guider in (diffusers.guiders.SkipLayerGuidance(skip_layer_guidance_layers=[0]), layers):
+        with pytest.raises(UserError, match=r"guider must be one of diffusers.guiders that mixes"):
+            draw(pipeline, guider=guider)
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # Diffusers' Euler
+def test_stock_schedulers_are_guided_too() -> None:
+    pipeline = guided_pipeline(EulerDiscreteScheduler())
+    assert not torch.allclose(draw(pipeline, guidance_scale=2.0), draw(pipeline), atol=1e-3)
+    pipeline = guided_pipeline(EulerDiscreteScheduler(prediction_type="v_prediction"))
+    with pytest.raises(UserError, match=r"does not tell of a v_prediction network. Use DDPMExtScheduler"):
+        draw(pipeline, guidance_scale=2.0, guidance_rescale=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"guidance_scale": -1}, "guidance_scale must be a number of at least 0"),
+        ({"guidance_scale": "2"}, "guidance_scale must be a number"),
+        ({"guidance_scale": 1, "guidance_rescale": 2}, "guidance_rescale must lie between 0 and 1, got 2"),
+        ({"guidance_rescale": 0.5}, "need a guidance_scale above 0"),
+        ({"guidance_scale": 1, "guidance_interval": (9, 1)}, "two steps with low <= high"),
+        ({"guidance_scale": 1, "guider": diffusers.guiders.ClassifierFreeGuidance()}, "brings its own scale"),
+    ],
+    ids=str,
+)
+def test_options_without_sense_or_effect_are_refused(options: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        draw(guided_pipeline(), **options)
+
+
+def test_a_network_without_a_null_label_cannot_be_guided() -> None:
+    pipeline = DDPMExtPipeline(network_with_classes(null=False), DDPMExtScheduler())
+    with pytest.raises(UserError, match=r"trained with a class for every image. Train with --class_conditional"):
+        draw(pipeline, guidance_scale=1.0)
+
+
+def test_measured_variances_warn_under_another_guidance() -> None:
+    scheduler = DDPMExtScheduler(variance_type="analytic")
+    scheduler.register_to_config(_ddpm_ext={"mse_eps": [0.5] * 1000, "guidance_scale": 2.0})
+    pipeline = guided_pipeline(scheduler)
+    draw(pipeline, guidance_scale=2.0)
+    with pytest.warns(UserWarning, match="measured with guidance_scale 2, the images are drawn with 0"):
+        draw(pipeline)
+
+
+# Labels ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_null_label_survives_stock_and_its_labels_keep_their_meaning(tmp_path: Path) -> None:
+    pipeline = guided_pipeline(names=["cat", "dog", "ship"])
+    pipeline.save_pretrained(tmp_path / "ours")
+    stock = DDPMPipeline.from_pretrained(tmp_path / "ours")
+    stock.save_pretrained(tmp_path / "stock")
+    again = DDPMExtPipeline.from_pretrained(tmp_path / "stock")
+    again.set_progress_bar_config(disable=True)
+    assert classes_of(again.unet.config) == (CLASSES, CLASSES, ("cat", "dog", "ship"))
+    assert torch.equal(draw(again, guidance_scale=1.0), draw(pipeline, guidance_scale=1.0))
+    x = torch.randn(1, 1, 8, 8)
+    with torch.no_grad():
+        for label in range(CLASSES):
+            a, b = (u(x, 3, class_labels=torch.tensor([label])).sample for u in (stock.unet, pipeline.unet))
+            assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_labels_by_number_or_name() -> None:
+    config = class_options(3, ["cat", "dog", "ship"], with_null_label=True)
+    for given in (2, "ship", [2], ["ship"], torch.tensor(2), torch.tensor([2, 2]), [2, "ship"]):
+        labels = check_labels(given, 2, config)
+        assert labels is not None and labels.tolist() == [2, 2] and labels.dtype == torch.int64
+    assert check_labels(None, 2, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "config", "words"),
+    [
+        ("ship", class_options(3), "got 'ship': this network does not record the names"),
+        ("ship", class_options(2, ["cat", "dog"]), r"2 ints in 0\.\.1 or of the names cat, dog, got 'ship'"),
+        (3, class_options(3, with_null_label=True), r"ints in 0\.\.2, got 3"),  # the null label is no class
+        ([0, 1, 2], class_options(3), "class_labels must be 2 ints"),
+        ([0.5, 1.0], class_options(3), "class_labels must be 2 ints"),
+        (True, class_options(3), "class_labels must be 2 ints"),
+        ([], class_options(3), "class_labels must be 2 ints"),
+        ([None, 1], class_options(3), "class_labels must be 2 ints"),
+        ([[0], [1, 2]], class_options(3), "class_labels must be 2 ints"),
+        (0, {}, "was not trained with class labels"),
+        (None, class_options(3), "class-conditional: pass class_labels"),
+        (0, {"num_class_embeds": 4, "_ddpm_ext": {"null_label": 1}}, "null_label must be the last"),
+        (0, {"num_class_embeds": 4, "_ddpm_ext": {"class_names": ["a"]}}, "class_names must name 4 classes"),
+    ],
+    ids=str,
+)
+def test_labels_that_are_none_are_a_sentence(labels: Any, config: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_labels(labels, 2, config)
