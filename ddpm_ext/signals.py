@@ -9,11 +9,22 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["INTERRUPTED", "PREEMPTED", "StopRequest", "die_with_launcher", "exit_process", "launched", "report_error"]
+__all__ = [
+    "INTERRUPTED",
+    "PREEMPTED",
+    "StopRequest",
+    "Stopped",
+    "die_with_launcher",
+    "exit_process",
+    "interruptible",
+    "launched",
+    "report_error",
+]
 
 PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
 INTERRUPTED = 130  # as shells say it: 128 + SIGINT
@@ -77,6 +88,36 @@ class StopRequest:
 
 def _nothing() -> None:
     """Do nothing."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A stop was asked for, and its message says what is kept: commands print it and exit with code 75."""
+
+
+@contextmanager
+def interruptible(kept: str) -> Iterator[None]:
+    """Raise Stopped at the first of Ctrl-C, SIGTERM or SIGUSR1, in work whose files are all written whole.
+
+    Outside the main thread, which alone hears signals, nothing is changed.
+
+    Args:
+        kept: What is kept, a clause that the message begins with.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for other in _STOPPING:  # launchers repeat them while the first one unwinds
+            signal.signal(other, signal.SIG_IGN)
+        raise Stopped(f"{kept}; the same command continues.")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = {number: signal.signal(number, stop) for number in _STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def launched() -> bool:

@@ -30,6 +30,7 @@ from ddpm_ext.diffusion.schedules import respaced_timesteps
 from ddpm_ext.evaluation.bits_per_dim import (
     PILOT_FLOOR,
     BitsPerDim,
+    BoundOptions,
     bits_per_dim,
     full_sweep,
     make_bound,
@@ -311,7 +312,7 @@ def test_terms_of_standard_normal_data_are_the_mutual_information(kept: list[int
     def network(x: Tensor, t: Tensor) -> Tensor:
         return (1 - alpha_bar_of(scheduler, x, t)).sqrt() * x
 
-    bound = make_bound(network, scheduler, x_0, timesteps=kept, clip_sample=False)
+    bound = make_bound(network, scheduler, x_0, BoundOptions(timesteps=kept, clip_sample=False))
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     # The step is exact, so what it pays is I(x_s; x_0 | x_t) = ½ log(b̄_t / b̄_s).
     for t, s in pairwise(kept):
@@ -342,7 +343,7 @@ def test_terms_of_gaussian_data_follow_from_the_posterior_covariance(variance: s
         return torch.from_numpy((flat - math.sqrt(bar) * guess) / math.sqrt(1 - bar)).reshape(x.shape)
 
     kept = [999, 600, 250, 80, 3]
-    bound = make_bound(network, scheduler, x_0, timesteps=kept, clip_sample=False)
+    bound = make_bound(network, scheduler, x_0, BoundOptions(timesteps=kept, clip_sample=False))
     for t, s in pairwise(kept):
         a, bar_s, bar_t = alpha_bar[t] / alpha_bar[s], 1 - alpha_bar[s], 1 - alpha_bar[t]
         small = (1 - a) * bar_s / bar_t

@@ -18,11 +18,11 @@ from ddpm_ext.data.dataset import load_images
 from ddpm_ext.diffusion.analytic import optimal_trajectory
 from ddpm_ext.evaluation import calibrate as module
 from ddpm_ext.evaluation import metrics
-from ddpm_ext.evaluation.bits_per_dim import bits_per_dim, make_bound
-from ddpm_ext.evaluation.calibrate import calibrate, markdown
+from ddpm_ext.evaluation.bits_per_dim import BoundOptions, bits_per_dim, make_bound
+from ddpm_ext.evaluation.calibrate import calibrate
 from ddpm_ext.evaluation.checks import grid_images
 from ddpm_ext.evaluation.config import CalibrateConfig
-from ddpm_ext.evaluation.denoising_errors import drop_variance_head, step_errors
+from ddpm_ext.evaluation.denoising_errors import denoising_errors, drop_variance_head
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 from tests.training import TORCHRUN, finish, start
@@ -58,6 +58,7 @@ def small(model: Path, folder: Path, **options: Any) -> CalibrateConfig:
         "reference_cache": str(folder / "references"),
         "output_dir": str(folder / "out"),
         "cpu": True,
+        "dataset_name": "digits",
     }
     return CalibrateConfig(model=str(model), **{**usual, **options})
 
@@ -92,8 +93,8 @@ def figure(record: dict[str, Any], metric: str, sampler: str, K: int) -> dict[st
 
 def test_errors_are_those_of_the_first_training_images(done: SimpleNamespace) -> None:
     pixels = load_images("digits", split="train").batch(range(6)).pixels
-    bound = make_bound(tiny_unet(), chain(), pixels, clip_sample=False)
-    errors = step_errors(bound, grid_images(pixels), [torch.Generator().manual_seed(i) for i in range(6)])
+    bound = make_bound(tiny_unet(), chain(), pixels, BoundOptions(clip_sample=False))
+    errors = denoising_errors(bound, grid_images(pixels), [torch.Generator().manual_seed(i) for i in range(6)])
     record = json.loads((done.out / "calibration.json").read_text())
     assert record == done.record
     assert record["mse_eps"] == pytest.approx(errors.mse_eps.mean(0).tolist(), rel=1e-5)  # float32 in other batches
@@ -237,13 +238,12 @@ def test_frechet_distances_are_those_of_samples_made_by_hand(done: SimpleNamespa
 def test_tables_and_plots_are_there(done: SimpleNamespace) -> None:
     text = (done.out / "calibration.md").read_text()
     assert "bits/dim of 4 images of digits test" in text
-    assert "| variance, trajectory | 3 steps | 5 steps | 20 steps |" in text
+    assert "| sampler | 3 steps | 5 steps | 20 steps |" in text
     assert "10 samples, mean ± deviation of 2 seeds" in text
     value = figure(done.record, "bpd", "fixed_small, even", 3)["value"]
     assert f"| fixed_small, even | {value:.4f} |" in text.replace("**", "")
-    for metric in ("bpd", "fid"):
-        assert (done.out / "plots" / f"{metric}_against_steps.png").stat().st_size > 1000
-    assert markdown([]) == ""
+    for stem in ("bpd", "fid_10_pixels"):
+        assert (done.out / "plots" / f"{stem}_against_steps.png").stat().st_size > 1000
 
 
 def test_the_same_command_again_asks_the_network_nothing(
@@ -281,7 +281,7 @@ def test_a_learned_variance_stays_and_is_judged_beside_the_others(tmp_path: Path
 
 def test_errors_of_a_velocity_network_are_stored_and_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pushed = []
-    monkeypatch.setattr(module.hub, "push_to_hub", lambda *words, **options: pushed.append((words, options)))
+    monkeypatch.setattr(module.upload, "push_to_hub", lambda *words, **options: pushed.append((words, options)))
     DDPMExtPipeline(tiny_unet(), chain(prediction_type="v_prediction")).save_pretrained(tmp_path / "model")
     config = small(tmp_path / "model", tmp_path, metrics="none", hub_model_id="me/digits", hub_token="secret")
     record = calibrate(config)
@@ -289,8 +289,8 @@ def test_errors_of_a_velocity_network_are_stored_and_pushed(tmp_path: Path, monk
     assert pushed == [((tmp_path / "out" / "pipeline", "me/digits"), {"private": None, "token": "secret"})]
     assert "secret" not in (tmp_path / "out" / "calibration.json").read_text()
     pixels = load_images("digits", split="train").batch(range(6)).pixels
-    bound = make_bound(tiny_unet(), chain(prediction_type="v_prediction"), pixels, clip_sample=False)
-    errors = step_errors(bound, grid_images(pixels), [torch.Generator().manual_seed(i) for i in range(6)])
+    bound = make_bound(tiny_unet(), chain(prediction_type="v_prediction"), pixels, BoundOptions(clip_sample=False))
+    errors = denoising_errors(bound, grid_images(pixels), [torch.Generator().manual_seed(i) for i in range(6)])
     assert record["mse_eps"] == pytest.approx(errors.mse_eps.mean(0).tolist(), rel=1e-5)
 
 
@@ -318,6 +318,7 @@ def test_steps_that_the_model_does_not_have_are_refused(stock: Path, tmp_path: P
 
 def test_where_the_result_goes(tmp_path: Path) -> None:
     (tmp_path / "run" / "pipeline").mkdir(parents=True)
+    (tmp_path / "run" / "pipeline" / "model_index.json").touch()
     assert CalibrateConfig(model=str(tmp_path / "run" / "pipeline")).folder == tmp_path / "run" / "calibrated"
     assert CalibrateConfig(model="google/ddpm-cifar10-32").folder == Path("evals/ddpm-cifar10-32/calibrated")
 

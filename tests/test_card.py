@@ -215,7 +215,7 @@ def test_scores_of_other_weights_are_left_out(run: Path, caplog: pytest.LogCaptu
     (run / "eval.json").write_text(json.dumps(record))
     text = str(render_card(run))
     assert "3.17" not in text and "3.7512" in text
-    assert "1 of 3 figures" in caplog.text
+    assert "1 of 3 results" in caplog.text
 
 
 @pytest.mark.parametrize(

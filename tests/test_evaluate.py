@@ -24,20 +24,20 @@ from PIL import Image
 from ddpm_ext.cli.arguments import parse_options
 from ddpm_ext.data.dataset import load_images
 from ddpm_ext.errors import UserError
-from ddpm_ext.evaluation import evaluate as evaluation
-from ddpm_ext.evaluation import metrics
-from ddpm_ext.evaluation.bits_per_dim import bits_per_dim, make_bound, rate_distortion
+from ddpm_ext.evaluation import metrics, runner
+from ddpm_ext.evaluation.bits_per_dim import BoundOptions, bits_per_dim, make_bound, rate_distortion
 from ddpm_ext.evaluation.calibrate import calibrate
 from ddpm_ext.evaluation.checks import grid_images
 from ddpm_ext.evaluation.config import CalibrateConfig, EvalConfig
-from ddpm_ext.evaluation.denoising_errors import drop_variance_head, set_errors, step_errors
-from ddpm_ext.evaluation.evaluate import evaluate, merge
+from ddpm_ext.evaluation.denoising_errors import denoising_errors, drop_variance_head, set_errors
+from ddpm_ext.evaluation.evaluate import evaluate
 from ddpm_ext.evaluation.features import Extractor, Features, make_extractor
-from ddpm_ext.evaluation.measure import set_bound
 from ddpm_ext.evaluation.reference import load_reference, make_reference
-from ddpm_ext.evaluation.report import markdown
+from ddpm_ext.evaluation.report import markdown as table_of
+from ddpm_ext.evaluation.results import Result, write_results
+from ddpm_ext.evaluation.runner import set_bound
 from ddpm_ext.evaluation.samplers import SAMPLERS, make_scheduler
-from ddpm_ext.evaluation.sharded import load_checked, run_shards, save_whole
+from ddpm_ext.evaluation.sharded import Shards, load_checked, run_shards, save_whole
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.pipelines.identity import network_hash, scheduler_options, weights_hash
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
@@ -83,9 +83,19 @@ def small(model: Path, tmp_path: Path, **options: Any) -> EvalConfig:
         "reference_cache": str(tmp_path / "references"),
         "output_dir": str(tmp_path / "out"),
         "kid_subset_size": 6,
+        "dataset_name": None if "data_dir" in options else "digits",
         "kid_subsets": 3,
     }
     return EvalConfig(model=str(model), **{**usual, **options})
+
+
+def measured(config: EvalConfig) -> list[dict[str, Any]]:
+    """The entries of eval.json that an evaluation makes."""
+    return [result.to_json() for result in evaluate(config)]
+
+
+def markdown(entries: list[dict[str, Any]]) -> str:
+    return table_of([Result.from_json(entry) for entry in entries])
 
 
 def by_metric(figures: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -96,7 +106,7 @@ def by_metric(figures: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def test_every_figure_equals_what_its_functions_give(model: Path, tmp_path: Path) -> None:
-    figures = evaluate(small(model, tmp_path, metrics="bpd,rate_distortion,fid,kid,prdc", variance_type="fixed_large"))
+    figures = measured(small(model, tmp_path, metrics="bpd,rate_distortion,fid,kid,prdc", variance_type="fixed_large"))
     found = by_metric(figures)
     pipeline: Any = DDPMExtPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
@@ -132,14 +142,14 @@ def test_every_figure_equals_what_its_functions_give(model: Path, tmp_path: Path
 def test_a_second_fixed_variance_needs_no_second_sweep(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = evaluate(small(model, tmp_path / "alone", metrics="bpd", variance_type="fixed_large"))[0]
+    alone = measured(small(model, tmp_path / "alone", metrics="bpd", variance_type="fixed_large"))[0]
     calls, plain = [], UNet2DModel.forward
     monkeypatch.setattr(
         UNet2DModel, "forward", lambda self, *args, **more: calls.append(1) or plain(self, *args, **more)
     )
-    both = evaluate(small(model, tmp_path, metrics="bpd", variance_type="fixed_small,fixed_large"))
+    both = measured(small(model, tmp_path, metrics="bpd", variance_type="fixed_small,fixed_large"))
     once = len(calls)
-    evaluate(small(model, tmp_path / "first", metrics="bpd", variance_type="fixed_small"))
+    measured(small(model, tmp_path / "first", metrics="bpd", variance_type="fixed_small"))
     assert len(calls) == 2 * once
     assert [figure["variance_type"] for figure in both] == ["fixed_small", "fixed_large"]
     assert both[1]["value"] == pytest.approx(alone["value"], rel=1e-9)
@@ -149,7 +159,7 @@ def test_a_second_fixed_variance_needs_no_second_sweep(
 
 def test_a_figure_says_what_made_it(model: Path, tmp_path: Path) -> None:
     config = small(model, tmp_path, metrics="bpd,fid", num_timesteps_sampled=5)
-    found = by_metric(evaluate(config))
+    found = by_metric(measured(config))
     unet = UNet2DModel.from_pretrained(model, subfolder="unet")
     for figure in found.values():
         assert figure["weights"] == weights_hash(unet)
@@ -180,17 +190,21 @@ def test_a_figure_says_what_made_it(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Diffusers' DPM-Solver++
 def test_measuring_again_replaces_and_other_conditions_add(model: Path, tmp_path: Path) -> None:
-    first = evaluate(small(model, tmp_path, metrics="fid"))
-    again = evaluate(small(model, tmp_path, metrics="fid"))
-    other = evaluate(small(model, tmp_path, metrics="fid", sampler="ddim,dpm++", num_inference_steps="5,3"))
+    first = measured(small(model, tmp_path, metrics="fid"))
+    again = measured(small(model, tmp_path, metrics="fid"))
+    other = measured(small(model, tmp_path, metrics="fid", sampler="ddim,dpm++", num_inference_steps="5,3"))
     assert first[0]["value"] == again[0]["value"]
     assert len(other) == 4
     assert len({figure["value"] for figure in [*again, *other]}) == 5
     path = tmp_path / "out" / "eval.json"
     assert len(json.loads(path.read_text())["figures"]) == 5
     table = (tmp_path / "out" / "eval.md").read_text()
-    assert "| sampler | 5 steps | 3 steps |" in table
-    assert f"| ddpm, fixed_small | {again[0]['value']:.4g} |  |" in table
+    assert "| sampler | 3 steps | 5 steps |" in table
+    assert f"| ddpm, fixed_small |  | {again[0]['value']:.4g} |" in table.replace("**", "")
+
+    def merge(path: Path, entries: list[dict[str, Any]]) -> list[Result]:
+        return write_results(path, [Result.from_json(entry) for entry in entries])
+
     assert len(merge(path, [{**again[0], "value": 7.0}])) == 5
     # A figure of an earlier version says less; one that contradicts stays.
     reference = {name: value for name, value in again[0]["reference"].items() if name != "fingerprint"}
@@ -201,10 +215,10 @@ def test_measuring_again_replaces_and_other_conditions_add(model: Path, tmp_path
     assert len(merge(path, again)) == 6
 
 
-def test_the_hand_off_and_the_spacing_are_conditions(model: Path, tmp_path: Path) -> None:
-    rounded = evaluate(small(model, tmp_path, metrics="fid"))[0]
-    floats = evaluate(small(model, tmp_path, metrics="fid", hand_off="float"))[0]
-    trailing = evaluate(small(model, tmp_path, metrics="fid", timestep_spacing="trailing"))[0]
+def test_the_quantization_and_the_spacing_are_conditions(model: Path, tmp_path: Path) -> None:
+    rounded = measured(small(model, tmp_path, metrics="fid"))[0]
+    floats = measured(small(model, tmp_path, metrics="fid", quantization="float"))[0]
+    trailing = measured(small(model, tmp_path, metrics="fid", timestep_spacing="trailing"))[0]
     assert floats["hand_off"] == "float"
     assert 0 < abs(floats["value"] - rounded["value"]) < 0.1 * rounded["value"]
     assert trailing["timestep_spacing"] == "trailing"
@@ -289,7 +303,7 @@ def test_other_samplers_leave_a_learned_variance_out(sampler: str, tmp_path: Pat
     torch.manual_seed(0)
     unet = UNet2DModel.from_config(tiny_unet().config, out_channels=2)
     DDPMExtPipeline(unet, tiny_scheduler(variance_type="learned_range")).save_pretrained(tmp_path / "pipeline")
-    found = evaluate(small(tmp_path / "pipeline", tmp_path, metrics="fid", sampler=sampler))[0]
+    found = measured(small(tmp_path / "pipeline", tmp_path, metrics="fid", sampler=sampler))[0]
     kind, clipped = (DDIMScheduler, {}) if sampler == "ddim" else (DPMSolverMultistepScheduler, {"thresholding": True})
     scheduler = kind(num_train_timesteps=20, beta_start=1e-3, beta_end=0.6, timestep_spacing="leading", **clipped)
     pipeline = DDPMExtPipeline(drop_variance_head(unet), scheduler)
@@ -325,9 +339,9 @@ def test_another_config_of_the_network_is_another_network(model: Path, tmp_path:
     shutil.copytree(model, other)
     path = other / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "freq_shift": 1}))
-    first = evaluate(small(model, tmp_path, metrics="bpd,fid"))
-    second = evaluate(small(other, tmp_path, metrics="bpd,fid"))
-    alone = evaluate(small(other, tmp_path, metrics="bpd,fid", output_dir=str(tmp_path / "alone")))
+    first = measured(small(model, tmp_path, metrics="bpd,fid"))
+    second = measured(small(other, tmp_path, metrics="bpd,fid"))
+    alone = measured(small(other, tmp_path, metrics="bpd,fid", output_dir=str(tmp_path / "alone")))
     for one, two, expected in zip(first, second, alone, strict=True):
         assert two["value"] == pytest.approx(expected["value"], rel=1e-6)
         assert two["value"] != pytest.approx(one["value"], rel=1e-5)
@@ -337,10 +351,10 @@ def test_another_config_of_the_network_is_another_network(model: Path, tmp_path:
 
 
 def test_one_image_has_no_error_and_no_nan_is_written(model: Path, tmp_path: Path) -> None:
-    (figure,) = evaluate(small(model, tmp_path, metrics="bpd", max_bpd_images=1))
+    (figure,) = measured(small(model, tmp_path, metrics="bpd", max_bpd_images=1))
     assert figure["parts"].keys() == {"prior", "rate", "decoder"}
     json.dumps(json.loads((tmp_path / "out" / "eval.json").read_text()), allow_nan=False)
-    two = evaluate(small(model, tmp_path, metrics="bpd", max_bpd_images=2))[0]
+    two = measured(small(model, tmp_path, metrics="bpd", max_bpd_images=2))[0]
     assert two["parts"]["standard_error_over_images"] > 0
 
 
@@ -349,8 +363,8 @@ def test_the_steps_of_a_calibrated_pipeline_are_conditions(tmp_path: Path) -> No
     scheduler.register_to_config(_ddpm_ext={"trajectory": "even", "eta": 0.5})
     model = tmp_path / "pipeline"
     DDPMExtPipeline(tiny_unet(), scheduler).save_pretrained(model)
-    stored = evaluate(small(model, tmp_path, metrics="fid", sampler="ddpm,ddim"))
-    asked = evaluate(small(model, tmp_path, metrics="fid", timestep_spacing="trailing"))
+    stored = measured(small(model, tmp_path, metrics="fid", sampler="ddpm,ddim"))
+    asked = measured(small(model, tmp_path, metrics="fid", timestep_spacing="trailing"))
     names = ("sampler", "timestep_spacing", "trajectory", "eta")
     assert [tuple(figure[name] for name in names) for figure in (*stored, *asked)] == [
         ("ddpm", None, "even", 0.5),
@@ -360,11 +374,11 @@ def test_the_steps_of_a_calibrated_pipeline_are_conditions(tmp_path: Path) -> No
     assert asked[0]["value"] != stored[0]["value"]
     table = (tmp_path / "out" / "eval.md").read_text()
     for words, figure in zip(("even trajectory", "trailing spacing"), (stored[0], asked[0]), strict=True):
-        assert f"| ddpm, fixed_small, {words} | {figure['value']:.4g} |" in table
+        assert f"| ddpm, fixed_small, {words} | {figure['value']:.4g} |" in table.replace("**", "")
     scheduler.register_to_config(_ddpm_ext={"trajectory": "even"})
     DDPMExtPipeline(tiny_unet(), scheduler).save_pretrained(model)
     respaced = {"metrics": "bpd", "bpd_num_inference_steps": 5}
-    bits = [evaluate(small(model, tmp_path, **respaced, **more))[0] for more in ({}, {"timestep_spacing": "leading"})]
+    bits = [measured(small(model, tmp_path, **respaced, **more))[0] for more in ({}, {"timestep_spacing": "leading"})]
     assert [(figure["timestep_spacing"], figure["trajectory"]) for figure in bits] == [
         (None, "even"),
         ("leading", None),
@@ -393,8 +407,8 @@ def test_scores_of_other_extractors_are_those_of_their_formulas(
     metric: str, name: str, classes: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extractor = stand_in(name, classes)
-    monkeypatch.setattr(evaluation, "make_extractor", lambda *_, **__: extractor)
-    (figure,) = evaluate(small(model, tmp_path, metrics=metric, extractor=name, num_samples=20))
+    monkeypatch.setattr(runner, "make_extractor", lambda *_, **__: extractor)
+    (figure,) = measured(small(model, tmp_path, metrics=metric, extractor=name, num_samples=20))
     assert figure["extractor"] == extractor.description
 
     pipeline: Any = DDPMExtPipeline.from_pretrained(model)
@@ -490,7 +504,7 @@ def test_the_command_line() -> None:
 def test_a_number_asked_for_twice_is_measured_once(model: Path, tmp_path: Path) -> None:
     config = small(model, tmp_path, metrics="fid,fid", num_inference_steps="3, 5,03,5")
     assert config.steps == [3, 5]
-    assert [figure["num_inference_steps"] for figure in evaluate(config)] == [3, 5]
+    assert [figure["num_inference_steps"] for figure in measured(config)] == [3, 5]
     bits = small(model, tmp_path, metrics="bpd,fid", sampler="ddim", variance_type="fixed_large")
     assert bits.variances == ["fixed_large"]  # of bits/dim
 
@@ -501,7 +515,7 @@ def test_a_folder_that_is_no_pipeline_is_a_sentence(model: Path, tmp_path: Path)
     shutil.rmtree(tmp_path / "broken" / "unet")
     for folder, sentence in (("empty", "empty holds none"), ("broken", "config.json is missing")):
         with pytest.raises(ValueError, match=sentence):
-            evaluate(small(tmp_path / folder, tmp_path))
+            measured(small(tmp_path / folder, tmp_path))
     config = CalibrateConfig(model=str(tmp_path / "empty"), extractor="pixels", cpu=True)
     with pytest.raises(ValueError, match="A pipeline is a folder with model_index"):
         calibrate(config)
@@ -524,16 +538,16 @@ def test_plots_that_cannot_be_drawn_are_refused_before_anything_is_measured(
     Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "train" / "0.png")
     alone = {"metrics": "bpd", "bpd_split": "train", "data_dir": str(tmp_path), "plots": True}
     with pytest.raises(ValueError, match=r'between two images of the split "train", got 1\. Leave --plots out'):
-        evaluate(small(model, tmp_path, **alone))
+        measured(small(model, tmp_path, **alone))
     with pytest.raises(ValueError, match="validation"):
-        evaluate(small(model, tmp_path, metrics="bpd", plots=True, reference_split="validation"))
+        measured(small(model, tmp_path, metrics="bpd", plots=True, reference_split="validation"))
 
 
 def test_too_small_a_reference_and_a_reference_without_logits_are_sentences(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='kid needs at least 6 reference images, the split "train" gives 5'):
-        evaluate(small(model, tmp_path, metrics="kid", max_reference_images=5))
+        measured(small(model, tmp_path, metrics="kid", max_reference_images=5))
     with pytest.raises(ValueError, match='fid needs at least 2 reference images, the split "train" gives 1: see max_'):
-        evaluate(small(model, tmp_path, metrics="fid", max_reference_images=1))
+        measured(small(model, tmp_path, metrics="fid", max_reference_images=1))
     test, pixels = load_images("digits", split="test"), make_extractor("pixels")
     with pytest.raises(ValueError, match="A reference needs at least 2 images for its covariance, got 1"):
         make_reference(test, pixels, "uint8", Accelerator(cpu=True), cache_dir=tmp_path, num_images=1)
@@ -543,9 +557,9 @@ def test_bits_and_errors_of_a_class_conditional_network_are_those_of_each_images
     torch.manual_seed(0)
     unet = UNet2DModel.from_config(tiny_unet().config, num_class_embeds=10)
     DDPMExtPipeline(unet, tiny_scheduler()).save_pretrained(tmp_path / "pipeline")
-    (figure,) = evaluate(small(tmp_path / "pipeline", tmp_path, metrics="bpd"))
+    (figure,) = measured(small(tmp_path / "pipeline", tmp_path, metrics="bpd"))
     accelerator = Accelerator(cpu=True)
-    work: dict[str, Any] = {"seed": 0, "batch_size": None, "folder": tmp_path, "key": {}, "accelerator": accelerator}
+    work: dict[str, Any] = {"seed": 0, "shards": Shards(tmp_path, {}, accelerator)}
     errors = set_errors(unet, tiny_scheduler(), load_images("digits", split="test"), num_images=6, **work)
 
     test, bits, mse = load_images("digits", split="test").batch(range(6)), [], []
@@ -556,14 +570,14 @@ def test_bits_and_errors_of_a_class_conditional_network_are_those_of_each_images
 
         pixels, (first, second) = test.pixels[i : i + 1], ([torch.Generator().manual_seed(i)] for _ in range(2))
         bits.append(bits_per_dim(network, tiny_scheduler(), pixels, generator=first).total.item())
-        bound = make_bound(network, tiny_scheduler(), pixels, clip_sample=False)
-        mse.append(step_errors(bound, grid_images(pixels), second).mse_eps)
+        bound = make_bound(network, tiny_scheduler(), pixels, BoundOptions(clip_sample=False))
+        mse.append(denoising_errors(bound, grid_images(pixels), second).mse_eps)
     assert figure["value"] == pytest.approx(sum(bits) / 6, rel=1e-5)  # float32 in other batches
     torch.testing.assert_close(errors.mse_eps, torch.cat(mse), rtol=1e-5, atol=1e-7)
 
     unlabelled: Any = SimpleNamespace(batch=lambda numbers: test._replace(labels=None))
     with pytest.raises(ValueError, match="these images have no classes"):
-        set_bound(unet, tiny_scheduler(), unlabelled, num_images=1, **work)
+        set_bound(unet, tiny_scheduler(), unlabelled, num_images=1, options=BoundOptions(), **work)
 
 
 # Pieces ---------------------------------------------------------------------------------------------------------------
@@ -766,7 +780,7 @@ def test_every_condition_that_differs_names_its_row() -> None:
         score(6.0, reference=other),
         score(7.0, sampler="ddim", variance_type=None, eta=None),
     ]
-    lines = markdown(figures).splitlines()
+    lines = markdown(figures).replace("**", "").splitlines()
     assert len(lines) == 2 + 2 + 7
     assert "| ddpm, fixed_small, leading spacing, η = 1, seed 1, reference fingerprint f | 2 |" in lines
     assert "| ddpm, fixed_small, trailing spacing, η = 1, seed 0, reference fingerprint f | 3 |" in lines
@@ -774,7 +788,7 @@ def test_every_condition_that_differs_names_its_row() -> None:
     assert "| ddim, leading spacing, seed 0, reference fingerprint f | 7 |" in lines
     # What none of them differs in goes unsaid, and η, which DDIM has not, makes no difference.
     assert "| ddim | 7 |" in markdown([figures[0], figures[-1]])
-    assert "| ddpm, fixed_small | 1 |" in markdown([figures[0], figures[-1]])
+    assert "| ddpm, fixed_small | **1** |" in markdown([figures[0], figures[-1]])
     assert "| ddpm, fixed_small, η = 0 | 5 |" in markdown([figures[0], figures[4], figures[-1]])
 
 
@@ -782,17 +796,18 @@ def test_tables_are_of_the_weights_measured_last() -> None:
     text = markdown(
         [score(1.0, weights="old"), score(2.0), score(3.0, network="other"), score(4.0, seed=1), score(5.0)]
     )
-    assert text.startswith("Left out: 2 figures of other weights; they are in eval.json.")
+    text = text.replace("**", "")
+    assert text.startswith("Left out: 2 results of other weights; see eval.json.")
     assert "| 1 |" not in text and "| 3 |" not in text and "| 4 |" in text and "| 5 |" in text
     assert "Left out" not in markdown([score(2.0), score(4.0, seed=1)])
-    assert markdown([]) == "\n"
+    assert markdown([]) == ""
 
 
 def test_an_inception_score_is_of_no_reference() -> None:
     figures = [score(2.0, metric="is", std=0.5), score(3.0)]
     text = markdown(figures)
-    assert "Inception score (pixels, 50 samples, hand-off uint8):" in text
-    assert "Fréchet distance to 1,500 images of digits train (pixels, 50 samples, hand-off uint8):" in text
+    assert "Inception score (pixels, 50 samples, quantization uint8):" in text
+    assert "Fréchet distance to 1,500 images of digits train (pixels, 50 samples, quantization uint8):" in text
 
 
 def test_bits_under_other_conditions_are_told_apart() -> None:

@@ -18,9 +18,9 @@ from ddpm_ext.evaluation.features import (
     Features,
     Preprocessing,
     extract,
-    hand_off,
     inception,
     make_extractor,
+    quantize,
 )
 from ddpm_ext.pipelines.identity import weights_hash
 
@@ -50,11 +50,11 @@ class StandIn(torch.nn.Module):
 
 def test_the_hand_off_rounds_or_does_not() -> None:
     x = torch.tensor([-0.2, 0.0, 0.5001, 100.4 / 255, 1.3])
-    assert_close(hand_off(x, "uint8") * 255, torch.tensor([0.0, 0.0, 128.0, 100.0, 255.0]))
-    assert_close(hand_off(x, "float"), torch.tensor([0.0, 0.0, 0.5001, 100.4 / 255, 1.0]))
+    assert_close(quantize(x, "uint8") * 255, torch.tensor([0.0, 0.0, 128.0, 100.0, 255.0]))
+    assert_close(quantize(x, "float"), torch.tensor([0.0, 0.0, 0.5001, 100.4 / 255, 1.0]))
     pixels = torch.arange(256, dtype=torch.uint8)
     for kind in ("uint8", "float"):
-        assert torch.equal((hand_off(pixels, kind) * 255).round().to(torch.uint8), pixels)  # type: ignore[arg-type]
+        assert torch.equal((quantize(pixels, kind) * 255).round().to(torch.uint8), pixels)  # type: ignore[arg-type]
 
 
 def test_pixels_are_the_image_itself() -> None:
@@ -77,7 +77,7 @@ def test_inception_gets_three_8_bit_channels() -> None:
     assert found.logits is not None
     assert_close(found.logits, expected[:, 5:9])
     with pytest.raises(
-        ValueError, match='"inception" takes 8-bit images only: hand_off must be "uint8", got \'float\''
+        ValueError, match='"inception" takes 8-bit images only: quantization must be "uint8", got \'float\''
     ):
         extract(extractor, [x], "float")
 
@@ -225,7 +225,7 @@ def test_the_weights_hash_sees_every_value_and_name() -> None:
         (lambda: make_extractor("pixels", weights="x.pth"), 'weights are those of "inception"'),
         (lambda: extract(make_extractor("pixels"), []), "There are no images"),
         (lambda: extract(make_extractor("pixels"), [images(), images(size=4)]), "one size: .* have 48, of others 192"),
-        (lambda: hand_off(images(), "png"), "hand_off must be one of 'uint8', 'float', got 'png'"),  # type: ignore[arg-type]
+        (lambda: quantize(images(), "png"), "quantization must be one of 'uint8', 'float', got 'png'"),  # type: ignore[arg-type]
         (lambda: inception(StandIn())(images(channels=2)), "takes 3 channels, got images with 2"),
         (lambda: features.pooled(Features(images(), None), images(), "x"), "has no pooled output"),
     ],

@@ -15,8 +15,9 @@ from PIL import Image
 pytest.importorskip("matplotlib", reason="matplotlib (extra plots) is not installed")
 
 from ddpm_ext.data.dataset import load_images
-from ddpm_ext.diffusion.images import to_x_0
-from ddpm_ext.evaluation import figures, plots
+from ddpm_ext.diffusion.images import to_uint8, to_x_0
+from ddpm_ext.evaluation import plots
+from ddpm_ext.evaluation.results import Result
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from tests.test_evaluate import score, small, tiny_scheduler, tiny_unet
 
@@ -25,8 +26,8 @@ from tests.test_evaluate import score, small, tiny_scheduler, tiny_unet
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that were saved."""
     found: list[Any] = []
-    plain = plots.save
-    monkeypatch.setattr(plots, "save", lambda figure, path: found.append(figure) or plain(figure, path))
+    plain = plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: found.append(figure) or plain(figure, path))
     return found
 
 
@@ -101,7 +102,7 @@ def rows_of_grids(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         found.append({"rows": rows, **labels})
         return path
 
-    monkeypatch.setattr(figures, "plot_images", keep)
+    monkeypatch.setattr(plots, "plot_images", keep)
     return found
 
 
@@ -115,19 +116,19 @@ def pipeline() -> DDPMExtPipeline:
 def test_progressive_generation_ends_in_the_images(
     pipeline: DDPMExtPipeline, rows_of_grids: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    figures.draw_progressive(pipeline, tmp_path / "x.png", num_images=3, columns=4, seed=5)
+    plots.draw_progressive(pipeline, tmp_path / "x.png", num_images=3, columns=4, seed=5)
     grid = rows_of_grids[0]
     assert grid["column_labels"] == ["t = 19", "t = 13", "t = 6", "t = 0"]
     seeds = [torch.Generator().manual_seed(5 + i) for i in range(3)]
     images: Any = pipeline(3, generator=seeds, num_inference_steps=20, output_type="latent")
-    expected = figures.as_pixels(images.images)
+    expected = to_uint8(images.images)
     assert torch.equal(torch.stack([row[-1] for row in grid["rows"]]), expected)
 
 
 def test_shared_latents_share_less_the_earlier_they_part(
     pipeline: DDPMExtPipeline, rows_of_grids: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    figures.draw_shared_latents(pipeline, tmp_path / "x.png", times=[19, 2], num_samples=4)
+    plots.draw_shared_latents(pipeline, tmp_path / "x.png", times=[19, 2], num_samples=4)
     grid = rows_of_grids[0]
     assert grid["row_labels"] == ["share x_t, t = 19", "share x_t, t = 2"]
     early, late = (row.float().std(0).mean() for row in grid["rows"])
@@ -139,7 +140,7 @@ def test_interpolation_goes_from_one_image_to_the_other(
     pipeline: DDPMExtPipeline, rows_of_grids: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     pair = torch.cat([torch.full((1, 1, 8, 8), -1.0), torch.full((1, 1, 8, 8), 1.0)])
-    figures.draw_interpolation(pipeline, pair, tmp_path / "x.png", times=[0, 3])
+    plots.draw_interpolation(pipeline, pair, tmp_path / "x.png", times=[0, 3])
     grid = rows_of_grids[0]
     assert grid["row_labels"] == ["mixed at t = 0", "mixed at t = 3"]
     assert [len(row) for row in grid["rows"]] == [9, 9]
@@ -151,10 +152,10 @@ def test_interpolation_goes_from_one_image_to_the_other(
 def test_interpolation_takes_the_training_images_farthest_apart() -> None:
     levels = torch.tensor([50, 60, 250, 55, 10, 250], dtype=torch.uint8)
     images = levels[:, None, None, None].expand(-1, 1, 8, 8)
-    assert figures.farthest_pair(images) == [2, 4]  # and not [4, 5], which is as far
+    assert plots.farthest_pair(images) == [2, 4]  # and not [4, 5], which is as far
     digits = load_images("digits", split="train").batch(range(32)).pixels.flatten(1).double().numpy()
     distances = np.linalg.norm(digits[:, None] - digits[None], axis=2)
-    assert figures.farthest_pair(load_images("digits", split="train").batch(range(32)).pixels) == list(
+    assert plots.farthest_pair(load_images("digits", split="train").batch(range(32)).pixels) == list(
         np.unravel_index(distances.argmax(), distances.shape)
     )
     assert distances.max() > 2 * distances[0, 1]
@@ -176,13 +177,13 @@ def test_a_class_conditional_model_is_drawn_in_its_classes(
 
     monkeypatch.setattr(UNet2DModel, "forward", forward)
     training = load_images("digits", split="train")
-    figures.draw_paper(pipeline, training, tmp_path)
+    plots.draw_paper(pipeline, training, tmp_path)
     assert len(rows_of_grids) == 3
     assert asked[0] == [0, 1, 2, 3, 4, 5]  # Figure 6
     assert asked[20] == [0] and asked[40] == [0] * 8  # Figure 7
     batch = training.batch(range(32))
     assert batch.labels is not None
-    a, b = batch.labels[figures.farthest_pair(batch.pixels)].tolist()
+    a, b = batch.labels[plots.farthest_pair(batch.pixels)].tolist()
     assert asked[-1] == [a] * 5 + [b] * 4  # Figure 8, λ up to 1/2 and beyond
 
 
@@ -190,12 +191,12 @@ def test_each_curve_is_of_one_condition_and_of_the_newest_weights(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     found: dict[str, Any] = {}
-    monkeypatch.setattr(figures, "plot_against_steps", lambda curves, title, path: found.update({path.name: curves}))
+    monkeypatch.setattr(plots, "plot_against_steps", lambda curves, title, path: found.update({path.name: curves}))
     (tmp_path / "kid_7_pixels_against_steps.png").touch()  # of former weights
     old = [score(K, weights="old", num_inference_steps=K) for K in (5, 10)]
     new = [score(K + seed, num_inference_steps=K, seed=seed) for seed in (0, 1) for K in (5, 10)]
     rounded = [score(K / 2, num_inference_steps=K, hand_off="float") for K in (5, 10)]
-    figures.draw_quality([*old, *new, *rounded], tmp_path)
+    plots.draw_results([Result.from_json(entry) for entry in (*old, *new, *rounded)], tmp_path)
     assert found == {
         "fid_50_pixels_against_steps.png": {
             "ddpm, fixed_small, seed 0": [(5, 5), (10, 10)],
@@ -213,12 +214,12 @@ def test_copies_would_show_beside_their_originals(rows_of_grids: list[dict[str, 
     copies = training.batch([700, 31]).pixels
     features = training.batch(range(800)).pixels.flatten(1).float()
     samples = SimpleNamespace(images=copies, features=SimpleNamespace(features=features[[3, 4]]))
-    figures.draw_nearest(samples, SimpleNamespace(features=features), training, "a/name", tmp_path / "x.png")  # type: ignore[arg-type]
+    plots.draw_nearest(samples, SimpleNamespace(features=features), training, "a/name", tmp_path / "x.png")  # type: ignore[arg-type]
     grid = rows_of_grids[0]
     assert grid["row_labels"] == ["generated", "nearest in pixels", "nearest in name"]
     assert torch.equal(grid["rows"][1], copies)
     assert torch.equal(grid["rows"][2], training.batch([3, 4]).pixels)
-    assert figures.nearest_in_pixels(copies, training, 800, chunk=100).tolist() == [700, 31]
+    assert plots.nearest_in_pixels(copies, training, 800, chunk=100).tolist() == [700, 31]
     assert torch.equal(to_x_0(copies).sign().abs().max(), torch.tensor(1.0))
 
 

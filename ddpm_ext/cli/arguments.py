@@ -26,7 +26,12 @@ from .suggestions import suggestion
 __all__ = ["parse_options", "parse_train_config", "to_yaml"]
 
 Options = TypeVar("Options")
-ALIASES = {"logger": "report_to", "ema_decay": "ema_max_decay", "output_folder": "output_dir"}
+ALIASES = {
+    "logger": "report_to",
+    "ema_decay": "ema_max_decay",
+    "output_folder": "output_dir",
+    "hand_off": "quantization",
+}
 
 _FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import UsageError, UserError
-from ..signals import exit_process, report_error
+from ..signals import PREEMPTED, Stopped, exit_process, report_error
 from .commands import COMMANDS
 
 __all__ = ["is_expected", "main", "script"]
@@ -34,6 +34,10 @@ def main(argv: list[str] | None = None) -> int:
         code = _command(argv)(argv[1:]) if argv else _overview()
     except SystemExit as leaving:  # argparse, after --help
         return leaving.code if isinstance(leaving.code, int) else 0
+    except Stopped as stop:
+        code = PREEMPTED
+        if os.environ.get("RANK", "0") == "0":
+            print(f"Stopped. {stop}")
     except KeyboardInterrupt:
         return report_error(UserError("interrupted."), 130)
     except Exception as error:

@@ -24,25 +24,41 @@ from ..diffusion.likelihood import BoundTerms, decoder_nll, mean_over_dims, prio
 from ..diffusion.process import jump, per_image, q_sample
 from ..diffusion.schedules import Tables, is_whole
 from ..diffusion.words import Cdf, DecoderVariance, check_word
+from ..errors import UserError
 from ..schedulers.checks import Generators, check_generators
 from ..schedulers.ddpm import DDPMExtScheduler
 from .checks import as_ours, check_network, checked_labels, grid_images
 
-PAIR_ELEMENTS, MOST_PAIRS = 2**19, 1024  # numbers and pairs in one network call where batch_size is None
+__all__ = [
+    "PILOT_FLOOR",
+    "PILOT_IMAGES",
+    "BitsPerDim",
+    "Bound",
+    "BoundOptions",
+    "RateDistortion",
+    "Sweep",
+    "bits_per_dim",
+    "check_sampled_steps",
+    "evaluating",
+    "full_sweep",
+    "make_bound",
+    "pilot_distribution",
+    "rate_distortion",
+    "rate_distortion_rows",
+    "sampled_bound",
+]
+
+_PAIR_ELEMENTS, _MOST_PAIRS = 2**19, 1024  # numbers and pairs in one network call where batch_size is None
 PILOT_IMAGES = 8  # whose L_t shape the distribution of sampled t
-PILOT_SEED = 2_206_069_301  # one that nobody takes for the images: p_t must not know the noise that it weighs
-PILOT_FLOOR = (
-    0.001  # share of that distribution that is uniform: no jump may be impossible because the pilot pays nothing
-)
+_PILOT_SEED = 2_206_069_301  # one that nobody takes for the images: p_t must not know the noise that it weighs
+PILOT_FLOOR = 0.001  # uniform share of that distribution: no jump is impossible because the pilot pays nothing
 
 
 class BitsPerDim(NamedTuple):
     """The bound of each image, float64, in bits/dim. Lower is better."""
 
     prior: Tensor  # (B,): L_T
-    steps: (
-        Tensor | None
-    )  # (B, K - 1): L_{t-1} from the noisiest jump to the last before the decoder; None where sampled
+    steps: Tensor | None  # (B, K - 1): L_{t-1} from the noisiest jump to the last but one; None where sampled
     decoder: Tensor  # (B,): L_0
     total: Tensor  # (B,)
     standard_error: Tensor | None  # 0-d: of total.mean(), images held fixed; None where every step was taken
@@ -66,98 +82,106 @@ class RateDistortion(NamedTuple):
     distortion_rmse: Tensor  # (K,): √E(x_0 - x̂_0(x_t))², in levels: 127.5 of them make 1 at 8 bits
 
 
-def bits_per_dim(
-    model: Callable[..., Any],
-    scheduler: Any,
-    images: Tensor,
-    *,
-    num_inference_steps: int | None = None,
-    timesteps: Sequence[int] | Tensor | None = None,
-    decoder_variance: DecoderVariance = "base",
-    cdf: Cdf = "tanh",
-    clip_sample: bool = True,
-    generator: Generators = None,
-    num_timesteps_sampled: int | None = None,
-    batch_size: int | None = None,
-    class_labels: Tensor | Sequence[int] | None = None,
-    bits: int = 8,
-) -> BitsPerDim:
-    r"""The variational bound on -log₂ p(x_0) of each image, in bits per dimension.
+@dataclass(frozen=True, kw_only=True)
+class BoundOptions:
+    """Which bound of a network is measured, and how much of it.
 
-    Args:
-        model: A UNet2DModel, or anything callable as (x_t, t) whose result is a tensor or has `.sample`. Put into eval
-            mode while it runs.
-        scheduler: A DDPMExtScheduler, or a stock scheduler, which is turned into one. It is left as it is.
-        images: Shape (B, C, H, W): levels (uint8, above 8 bits int32) or floats on the grid 2k/(2^bits - 1) - 1.
+    Attributes:
         num_inference_steps: K of a respaced chain, spaced as the scheduler says; None for all T steps.
         timesteps: The kept times themselves, descending, in place of K.
         decoder_variance: σ² of L_0: "base" (β̃_2 of the full chain, Analytic-DPM) or "respaced" (of the kept times).
         cdf: "tanh" as published, or "exact".
         clip_sample: Clip x̂_0 to the scheduler's range, as all published evaluations do. Dynamic thresholding, a trick
             of sampling, plays no part.
-        generator: Source of the noise; a list of one per image makes every image independent of its batch, but for
-            num_timesteps_sampled.
         num_timesteps_sampled: Jumps drawn per image instead of the whole sweep: an unbiased estimate (`sampled_bound`).
             Which jumps are likely follows from pilot images of the batch, so that an image's estimate, though not what
             it estimates, depends on the batch.
-        batch_size: Pairs (image, t) in one network call. It changes nothing but the speed.
+        batch_size: Pairs (image, t) in one network call; None chooses. It changes nothing but the speed.
+        bits: Depth of the images.
+    """
+
+    num_inference_steps: int | None = None
+    timesteps: Sequence[int] | Tensor | None = None
+    decoder_variance: DecoderVariance = "base"
+    cdf: Cdf = "tanh"
+    clip_sample: bool = True
+    num_timesteps_sampled: int | None = None
+    batch_size: int | None = None
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        check_word("decoder_variance", self.decoder_variance, get_args(DecoderVariance))
+        check_word("cdf", self.cdf, get_args(Cdf))
+        if self.batch_size is not None and (not is_whole(self.batch_size) or self.batch_size < 1):
+            raise UserError(f"batch_size must be an int of at least 1, got {self.batch_size!r}.")
+
+
+def bits_per_dim(
+    model: Callable[..., Any],
+    scheduler: Any,
+    images: Tensor,
+    options: BoundOptions | None = None,
+    *,
+    generator: Generators = None,
+    class_labels: Tensor | Sequence[int] | None = None,
+    **changes: Any,
+) -> BitsPerDim:
+    r"""Return the variational bound on -log₂ p(x_0) of each image, in bits per dimension.
+
+    Args:
+        model: A UNet2DModel, or anything callable as (x_t, t) whose result is a tensor or has `.sample`. Put into eval
+            mode while it runs.
+        scheduler: A DDPMExtScheduler, or a stock scheduler, which is turned into one. It is left as it is.
+        images: Shape (B, C, H, W): levels (uint8, above 8 bits int32) or floats on the grid 2k/(2^bits - 1) - 1.
+        options: Which bound; see `BoundOptions`.
+        generator: Source of the noise; a list of one per image makes every image independent of its batch, but for
+            num_timesteps_sampled.
         class_labels: The class of each image, shape (B,), for a class-conditional network: the bound on
             -log₂ p(x_0 | class), from the network's `class_labels`.
+        **changes: Fields of `options` by name, as in `bits_per_dim(..., num_timesteps_sampled=50)`.
 
     Raises:
         ValueError: images off the grid, of wrong range or shape, or NaN, or not of the network's channels and
             size; a network whose output is NaN or does not fit; a scheduler without betas; steps that the scheduler
             refuses; a list of generators that is not one per image.
     """
-    x_0 = grid_images(images, bits)
-    bound = make_bound(
-        model,
-        scheduler,
-        images,
-        num_inference_steps,
-        timesteps,
-        decoder_variance,
-        cdf,
-        clip_sample,
-        batch_size,
-        class_labels,
-        bits,
-    )
-    if num_timesteps_sampled is None:
+    options = replace(options or BoundOptions(), **changes)
+    x_0 = grid_images(images, options.bits)
+    bound = make_bound(model, scheduler, images, options, class_labels)
+    if options.num_timesteps_sampled is None:
         return full_sweep(bound, x_0, generator).bits_per_dim
-    return sampled_bound(bound, x_0, num_timesteps_sampled, generator)
+    return sampled_bound(bound, x_0, options.num_timesteps_sampled, generator)
 
 
 def rate_distortion(
     model: Callable[..., Any],
     scheduler: Any,
     images: Tensor,
+    options: BoundOptions | None = None,
     *,
-    num_inference_steps: int | None = None,
-    timesteps: Sequence[int] | Tensor | None = None,
-    decoder_variance: DecoderVariance = "base",
-    cdf: Cdf = "tanh",
-    clip_sample: bool = True,
     generator: Generators = None,
-    batch_size: int | None = None,
     class_labels: Tensor | Sequence[int] | None = None,
-    bits: int = 8,
+    **changes: Any,
 ) -> RateDistortion:
-    """The rows of DDPM Table 4, averaged over the images; arguments as for `bits_per_dim`."""
-    x_0 = grid_images(images, bits)
-    bound = make_bound(
-        model,
-        scheduler,
-        images,
-        num_inference_steps,
-        timesteps,
-        decoder_variance,
-        cdf,
-        clip_sample,
-        batch_size,
-        class_labels,
-        bits,
-    )
+    """Return the rows of DDPM Table 4, averaged over the images.
+
+    Args:
+        model: As for `bits_per_dim`, and so on.
+        scheduler: As there.
+        images: As there.
+        options: As there, but that every step is taken.
+        generator: As there.
+        class_labels: As there.
+        **changes: As there.
+
+    Raises:
+        ValueError: num_timesteps_sampled is given, or as there.
+    """
+    options = replace(options or BoundOptions(), **changes)
+    x_0 = grid_images(images, options.bits)
+    if options.num_timesteps_sampled is not None:
+        raise UserError("rate_distortion needs every step: leave num_timesteps_sampled out.")
+    bound = make_bound(model, scheduler, images, options, class_labels)
     return rate_distortion_rows(full_sweep(bound, x_0, generator), bound.chain.tables.num_timesteps)
 
 
@@ -204,7 +228,7 @@ class Bound:
         output = self.model(x_t.to(self.device), t.to(self.device), **condition)
         output = getattr(output, "sample", output)
         if not isinstance(output, Tensor):
-            raise ValueError(f"model must return a tensor or an object with .sample, got {type(output).__name__}.")
+            raise UserError(f"model must return a tensor or an object with .sample, got {type(output).__name__}.")
         return x_t.to(x_0.dtype), output.to(x_0)
 
     def terms(
@@ -268,7 +292,7 @@ class Bound:
     def _check_finite(self, nats: Tensor, t: Tensor) -> None:
         wrong = ~torch.isfinite(nats)
         if bool(wrong.any()):
-            raise ValueError(
+            raise UserError(
                 f"The network's output is not finite at timestep {int(t[wrong][0])} ({int(wrong.sum())} of "
                 f"{nats.numel()} pairs of image and timestep). Look at its weights and its precision."
             )
@@ -278,29 +302,21 @@ def make_bound(
     model: Callable[..., Any],
     scheduler: Any,
     images: Tensor,
-    num_inference_steps: int | None = None,
-    timesteps: Sequence[int] | Tensor | None = None,
-    decoder_variance: DecoderVariance = "base",
-    cdf: Cdf = "tanh",
-    clip_sample: bool = True,
-    batch_size: int | None = None,
+    options: BoundOptions | None = None,
     class_labels: Tensor | Sequence[int] | None = None,
-    bits: int = 8,
 ) -> Bound:
-    """The chain that `bits_per_dim` describes, on a copy of the scheduler; `images` tell the size and precision.
+    """Make the chain that `bits_per_dim` describes, on a copy of the scheduler; `images` tell the size and precision.
 
     With `class_labels` it is the bound of these images and of no others.
     """
-    check_word("decoder_variance", decoder_variance, get_args(DecoderVariance))
-    check_word("cdf", cdf, get_args(Cdf))
-    if batch_size is not None and (not is_whole(batch_size) or batch_size < 1):
-        raise ValueError(f"batch_size must be an int of at least 1, got {batch_size!r}.")
+    options = options or BoundOptions()
     check_network(model, images)
     chain = copy.copy(as_ours(scheduler))
-    chain.register_to_config(clip_sample=clip_sample, thresholding=False)
-    if num_inference_steps is None and timesteps is None:
+    chain.register_to_config(clip_sample=options.clip_sample, thresholding=False)
+    timesteps = options.timesteps
+    if options.num_inference_steps is None and timesteps is None:
         timesteps = range(len(chain) - 1, -1, -1)
-    chain.set_timesteps(num_inference_steps, timesteps=timesteps)
+    chain.set_timesteps(options.num_inference_steps, timesteps=timesteps)
 
     parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
     own_dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
@@ -308,14 +324,14 @@ def make_bound(
     return Bound(
         model=model,
         chain=chain,
-        tables=chain.tables.to(sum_device(device)),
+        tables=chain.tables.to(_sum_device(device)),
         times=chain.timesteps.tolist(),
-        decoder_variance=decoder_variance,
-        cdf=cdf,
+        decoder_variance=options.decoder_variance,
+        cdf=options.cdf,
         dtype=own_dtype if parameter is None else parameter.dtype,
         device=device,
-        batch_size=batch_size or max(1, min(MOST_PAIRS, PAIR_ELEMENTS // images[0].numel())),
-        bits=bits,
+        batch_size=options.batch_size or max(1, min(_MOST_PAIRS, _PAIR_ELEMENTS // images[0].numel())),
+        bits=options.bits,
         labels=checked_labels(model, class_labels, len(images)),
     )
 
@@ -362,16 +378,7 @@ def sampled_bound(
             `pilot_distribution`.
     """
     n, num_jumps = num_timesteps_sampled, len(bound.times) - 1
-    if num_jumps < 2:
-        raise ValueError(
-            f"A chain of {num_jumps + 1} steps has no two jumps before the decoder to draw from: leave out "
-            "num_timesteps_sampled."
-        )
-    if isinstance(n, bool) or not isinstance(n, int) or not 2 <= n <= num_jumps:
-        raise ValueError(
-            f"num_timesteps_sampled must be an int from 2 to {num_jumps}, the jumps before the decoder, got {n!r}. "
-            "Leave it out to take every step."
-        )
+    check_sampled_steps(bound, n)
     generator = check_generators(generator, len(x_0))
     x_0 = x_0.to(bound.tables.beta.device)
     times = torch.tensor(bound.times, device=x_0.device)
@@ -390,6 +397,21 @@ def sampled_bound(
     return BitsPerDim(prior, None, decoder, total, standard_error)
 
 
+def check_sampled_steps(bound: Bound, n: int) -> None:
+    """Raise a UserError unless n of a chain's jumps can be drawn."""
+    num_jumps = len(bound.times) - 1
+    if num_jumps < 2:
+        raise UserError(
+            f"A chain of {num_jumps + 1} steps has no two jumps before the decoder to draw from: leave out "
+            "num_timesteps_sampled."
+        )
+    if not is_whole(n) or not 2 <= n <= num_jumps:
+        raise UserError(
+            f"num_timesteps_sampled must be an int from 2 to {num_jumps}, the jumps before the decoder, got {n!r}. "
+            "Leave it out to take every step."
+        )
+
+
 @torch.no_grad()
 def pilot_distribution(bound: Bound, x_0: Tensor) -> Tensor:
     """p_t ∝ E L_{t-1} of the K - 1 jumps, shape (K - 1,), sum 1, from every jump of a few images spread over the batch.
@@ -406,7 +428,7 @@ def pilot_distribution(bound: Bound, x_0: Tensor) -> Tensor:
     times = torch.tensor(bound.times[:-1], device=x_0.device).expand(len(chosen), -1)
     few = bound if bound.labels is None else replace(bound, labels=bound.labels[chosen])
     with evaluating(bound.model):
-        found = few.columns(x_0[chosen], times, torch.Generator().manual_seed(PILOT_SEED))[0]
+        found = few.columns(x_0[chosen], times, torch.Generator().manual_seed(_PILOT_SEED))[0]
     mean = found.mean(0).clamp(min=0)
     uniform = torch.full_like(mean, 1 / len(mean))
     return uniform if not bool(mean.sum() > 0) else (1 - PILOT_FLOOR) * mean / mean.sum() + PILOT_FLOOR * uniform
@@ -420,7 +442,7 @@ def _uniform(size: int, generator: Generators) -> Tensor:
     return torch.rand((size, 1), generator=generator, dtype=torch.float64, device=device).cpu()
 
 
-def sum_device(device: torch.device) -> torch.device:
+def _sum_device(device: torch.device) -> torch.device:
     """Where float64 sums are made: on the network's device, or on the CPU where that has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 

@@ -7,11 +7,9 @@ One fresh noise per (image, t), ε̂ of whatever the network predicts, x̂_0 not
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from diffusers import UNet2DModel
 from torch import Tensor
 
@@ -20,13 +18,15 @@ from ..diffusion.likelihood import mean_over_dims
 from ..diffusion.process import eps_weights, per_image
 from ..diffusion.reverse import split_output
 from ..schedulers.checks import Generators, check_generators
-from .bits_per_dim import Bound, evaluating, make_bound
+from .bits_per_dim import Bound, BoundOptions, evaluating, make_bound
 from .checks import grid_images
-from .measure import SWEEP_SHARD, images_and_labels
-from .sharded import run_shards
+from .runner import images_and_labels
+from .sharded import SWEEP_SHARD, Shards
+
+__all__ = ["DenoisingErrors", "MeanError", "denoising_errors", "drop_variance_head", "mean_error", "set_errors"]
 
 
-class StepErrors(NamedTuple):
+class DenoisingErrors(NamedTuple):
     """Errors of each image at each step, float64, shape (n, T), step 0 first."""
 
     mse_eps: Tensor  # mean over dimensions of (ε - ε̂)²
@@ -40,7 +40,7 @@ class MeanError(NamedTuple):
     standard_error: Tensor  # (T,): σ/√n; 0 of a single image
 
 
-class ErrorTerms(Bound):
+class _ErrorTerms(Bound):
     """A bound whose two terms are the errors of ε̂ in place of L_{t-1} and the error of x̂_0."""
 
     def terms(
@@ -55,35 +55,26 @@ class ErrorTerms(Bound):
 
 
 @torch.no_grad()
-def step_errors(bound: Bound, x_0: Tensor, generator: Generators = None) -> StepErrors:
-    """The errors of every image at every step of a full chain.
+def denoising_errors(bound: Bound, x_0: Tensor, generator: Generators = None) -> DenoisingErrors:
+    """Measure the errors of every image at every step of a full chain.
 
     Args:
         bound: A network and all its steps, `make_bound`.
         x_0: Clean images, float64, shape (B, C, H, W).
         generator: Source of the noise; a list of one per image makes every image independent of its batch.
     """
-    terms, generator = ErrorTerms(**vars(bound)), check_generators(generator, len(x_0))
+    terms, generator = _ErrorTerms(**vars(bound)), check_generators(generator, len(x_0))
     x_0 = x_0.to(terms.tables.beta.device)
     times = torch.tensor(terms.times, device=x_0.device).expand(len(x_0), -1)
     with evaluating(terms.model):
         found = terms.columns(x_0, times, generator)
-    return StepErrors(*(part.flip(1) for part in found))  # times descend
+    return DenoisingErrors(*(part.flip(1) for part in found))  # times descend
 
 
 def set_errors(
-    unet: UNet2DModel,
-    scheduler: Any,
-    images: ImageSet,
-    *,
-    num_images: int,
-    seed: int,
-    batch_size: int | None,
-    folder: Path,
-    key: dict[str, Any],
-    accelerator: Accelerator,
-) -> StepErrors:
-    """`step_errors` of the first images of a set, piece by piece over all processes.
+    unet: UNet2DModel, scheduler: Any, images: ImageSet, *, num_images: int, seed: int, shards: Shards
+) -> DenoisingErrors:
+    """Measure `denoising_errors` of the first images of a set, piece by piece over all processes.
 
     Args:
         unet: The network.
@@ -91,32 +82,29 @@ def set_errors(
         images: The set.
         num_images: How many of them.
         seed: Image i draws its noise from seed + i.
-        batch_size: Pairs (image, t) in one network call; None chooses.
-        folder: Where the pieces go.
-        key: What tells this model from others.
-        accelerator: Knows the processes; each of them must call.
+        shards: Where the pieces go; each process must call.
     """
 
     def work(piece: range) -> dict[str, Tensor]:
         pixels, labels = images_and_labels(unet, images, piece)
-        bound = make_bound(unet, scheduler, pixels, clip_sample=False, batch_size=batch_size, class_labels=labels)
+        bound = make_bound(unet, scheduler, pixels, BoundOptions(clip_sample=False), labels)
         generators = [torch.Generator().manual_seed(seed + i) for i in piece]
-        found = step_errors(bound, grid_images(pixels, images.spec.bits), generators)
+        found = denoising_errors(bound, grid_images(pixels, images.spec.bits), generators)
         return {name: part.cpu() for name, part in found._asdict().items()}
 
-    key = {**key, "dataset": images.fingerprint, "seed": seed}
-    return StepErrors(**run_shards(folder, "errors", key, num_images, SWEEP_SHARD, work, accelerator))
+    key = {"dataset": images.fingerprint, "seed": seed}
+    return DenoisingErrors(**shards.run("errors", key, num_images, SWEEP_SHARD, work))
 
 
 def mean_error(of_images: Tensor) -> MeanError:
-    """Mean over images, shape (n, T) -> (T,), and its standard error."""
+    """Return the mean over images, shape (n, T) -> (T,), and its standard error."""
     n = len(of_images)
     spread = of_images.std(0) / n**0.5 if n > 1 else torch.zeros_like(of_images[0])
     return MeanError(of_images.mean(0), spread)
 
 
 def drop_variance_head(unet: UNet2DModel) -> UNet2DModel:
-    """The same network without its variance channels, as fixed and analytic variances want it.
+    """Return the same network without its variance channels, as fixed and analytic variances want it.
 
     Args:
         unet: A network of 2C output channels, of which the last C are the variance head.
@@ -129,9 +117,8 @@ def drop_variance_head(unet: UNet2DModel) -> UNet2DModel:
         )
     slim: Any = UNet2DModel.from_config(unet.config, out_channels=channels)
     weights = unet.state_dict()
-    slim.load_state_dict({**weights, **{f"conv_out.{name}": weights[f"conv_out.{name}"][:channels] for name in PARTS}})
+    slim.load_state_dict(
+        {**weights, **{f"conv_out.{name}": weights[f"conv_out.{name}"][:channels] for name in ("weight", "bias")}}
+    )
     torch.nn.Module.to(slim, device=unet.device, dtype=unet.dtype)  # Diffusers' own warns
     return slim.eval()
-
-
-PARTS = ("weight", "bias")

@@ -6,7 +6,7 @@
     "clip"        CLIP ViT-L/14 at 336, embedding of unit length               CMMD (arXiv:2401.09603)
     other words   folder or Hub name of a `transformers` vision model, pooled output
 
-Images enter as floats in [0, 1], shape (B, C, H, W); how generated floats become that is the *hand-off*: published
+Images enter as floats in [0, 1], shape (B, C, H, W); how generated floats become that is the *quantization*: published
 codes round to 8 bits or do not, and scores differ by it.
 """
 
@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from ..diffusion.words import check_word
+from ..errors import UserError
 from ..pipelines.identity import weights_hash
-from .words import HandOff
+from .words import Quantization
 
 HUB_NAMES = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}
 PIL_MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}
@@ -43,57 +44,57 @@ class Extractor:
         description: name, weights (a hash) and how images are resized and scaled: equal descriptions, equal features.
         forward: float images in [0, 1], shape (B, C, H, W), on the extractor's device -> Features.
         device: Where it runs.
-        hand_offs: Which kinds of images it takes.
+        quantizations: Which kinds of images it takes.
     """
 
     description: dict[str, Any]
     forward: Callable[[Tensor], Features]
     device: torch.device
-    hand_offs: tuple[str, ...] = get_args(HandOff)
+    quantizations: tuple[str, ...] = get_args(Quantization)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
         """Features of float images in [0, 1] or uint8 ones, shape (B, C, H, W)."""
         if images.ndim != 4:
-            raise ValueError(f"images must have shape (B, C, H, W), got {tuple(images.shape)}.")
+            raise UserError(f"images must have shape (B, C, H, W), got {tuple(images.shape)}.")
         if images.dtype == torch.uint8:
             images = images.float() / 255
         low, high = images.min().item(), images.max().item()
         if not (low >= 0 and high <= 1):
-            raise ValueError(f"images must lie in [0, 1], got values from {low:.4g} to {high:.4g}.")
+            raise UserError(f"images must lie in [0, 1], got values from {low:.4g} to {high:.4g}.")
         found = self.forward(images.to(self.device, torch.float32))
         logits = None if found.logits is None else found.logits.float().cpu()
         return Features(found.features.float().cpu(), logits)
 
 
-def hand_off(images: Tensor, kind: HandOff) -> Tensor:
+def quantize(images: Tensor, kind: Quantization) -> Tensor:
     """Images in [0, 1] as an extractor gets them: clamped, and for "uint8" rounded to the 256 grey levels of a file."""
-    check_word("hand_off", kind, get_args(HandOff))
+    check_word("quantization", kind, get_args(Quantization))
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float().clamp(0, 1)
     return (images * 255).round() / 255 if kind == "uint8" else images
 
 
-def extract(extractor: Extractor, batches: Iterable[Tensor], kind: HandOff = "uint8") -> Features:
+def extract(extractor: Extractor, batches: Iterable[Tensor], kind: Quantization = "uint8") -> Features:
     """Features of batches of images, one after the other; only the features are kept."""
-    check_hand_off(extractor, kind)
-    parts = [extractor(hand_off(batch, kind)) for batch in batches]
+    check_quantization(extractor, kind)
+    parts = [extractor(quantize(batch, kind)) for batch in batches]
     if not parts:
-        raise ValueError("There are no images to take features from.")
+        raise UserError("There are no images to take features from.")
     sizes = sorted({part.features.shape[1] for part in parts})
     if len(sizes) > 1:
-        raise ValueError(
+        raise UserError(
             f"All images must have one size: the features of some have {sizes[0]}, of others {sizes[-1]} numbers."
         )
     logits = [part.logits for part in parts if part.logits is not None]
     return Features(torch.cat([part.features for part in parts]), torch.cat(logits) if logits else None)
 
 
-def check_hand_off(extractor: Extractor, kind: HandOff) -> None:
-    """Raise a ValueError when an extractor does not take images handed off like this."""
-    check_word("hand_off", kind, get_args(HandOff))
-    if kind not in extractor.hand_offs:
-        raise ValueError(
-            f'The extractor "{extractor.description["name"]}" takes 8-bit images only: hand_off must be "uint8", '
+def check_quantization(extractor: Extractor, kind: Quantization) -> None:
+    """Raise a ValueError when an extractor does not take images quantized like this."""
+    check_word("quantization", kind, get_args(Quantization))
+    if kind not in extractor.quantizations:
+        raise UserError(
+            f'The extractor "{extractor.description["name"]}" takes 8-bit images only: quantization must be "uint8", '
             f"got {kind!r}."
         )
 
@@ -114,9 +115,9 @@ def make_extractor(
     """
     device = torch.device(device)
     if size is not None and (name in ("pixels", "inception") or size < 1):
-        raise ValueError(f'size is the input side of a transformers model, at least 1; got {size} for "{name}".')
+        raise UserError(f'size is the input side of a transformers model, at least 1; got {size} for "{name}".')
     if weights is not None and name != "inception":
-        raise ValueError(f'weights are those of "inception", got a file for "{name}".')
+        raise UserError(f'weights are those of "inception", got a file for "{name}".')
     if name == "pixels":
         description = {"name": name, "weights": None, "input": "[0, 1]"}
         return Extractor(description, lambda images: Features(images.flatten(1), None), device)
@@ -135,7 +136,7 @@ def load_inception(weights: str | None = None) -> torch.nn.Module:
             FeatureExtractorInceptionV3,
         )
     except Exception as error:  # a torchvision that does not fit this torch raises more than ImportError
-        raise ValueError(
+        raise UserError(
             'The extractor "inception" needs torch-fidelity and a torchvision that fits this torch: '
             f'pip install ddpm-ext[fid]. Importing it failed with: {error}. Without them, use "dinov2", "clip", '
             '"pixels" or a transformers model.'
@@ -143,7 +144,7 @@ def load_inception(weights: str | None = None) -> torch.nn.Module:
     try:
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], weights)
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"The weights of Inception-v3 cannot be read or downloaded ({error}). Fetch "
             "weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases and name the file."
         ) from error
@@ -162,7 +163,7 @@ def inception(network: torch.nn.Module, device: torch.device | str = "cpu") -> E
         "weights": weights_hash(network),
         "input": "299x299 bilinear as TensorFlow 1, (x - 128) / 128",
     }
-    return Extractor(description, forward, torch.device(device), hand_offs=("uint8",))
+    return Extractor(description, forward, torch.device(device), quantizations=("uint8",))
 
 
 # transformers ---------------------------------------------------------------------------------------------------------
@@ -200,7 +201,7 @@ def load_transformers(name: str) -> tuple[torch.nn.Module, Any]:
         auto = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
         return auto.from_pretrained(name), config
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
+        raise UserError(
             f'"{name}" is neither "pixels", "inception", "dinov2", "clip" nor a transformers vision model in reach: '
             f"{str(error).strip().splitlines()[0]}"
         ) from error
@@ -214,7 +215,7 @@ def pooled(output: Any, base_output: Any, name: str) -> Tensor:
         return base_output.pooler_output.flatten(1)
     if getattr(base_output, "last_hidden_state", None) is not None and base_output.last_hidden_state.ndim == 3:
         return base_output.last_hidden_state[:, 0]
-    raise ValueError(f'The model "{name}" has no pooled output: it cannot serve as an extractor.')
+    raise UserError(f'The model "{name}" has no pooled output: it cannot serve as an extractor.')
 
 
 @dataclass(frozen=True)
@@ -279,4 +280,4 @@ def with_channels(images: Tensor, channels: int) -> Tensor:
         return images
     if images.shape[1] == 1:
         return images.expand(-1, channels, -1, -1)
-    raise ValueError(f"The extractor takes {channels} channels, got images with {images.shape[1]}.")
+    raise UserError(f"The extractor takes {channels} channels, got images with {images.shape[1]}.")

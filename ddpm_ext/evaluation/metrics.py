@@ -6,7 +6,7 @@ in float64. `real` is the reference, `fake` the generated set. What grows with N
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.schedules import is_whole
+from ..errors import UserError
 
 BLOCK_ELEMENTS = 2**24  # of an N x N matrix this many numbers are in memory at once
 
@@ -53,19 +54,19 @@ class PrecisionRecall(NamedTuple):
 def check_count(name: str, value: Any, at_least: int = 1) -> None:
     """Raise a ValueError unless a number is an int of at least so much."""
     if not is_whole(value) or value < at_least:
-        raise ValueError(f"{name} must be an int of at least {at_least}, got {value!r}.")
+        raise UserError(f"{name} must be an int of at least {at_least}, got {value!r}.")
 
 
 def as_features(features: Any, name: str = "features", at_least: int = 2) -> Tensor:
     """A float64 matrix (N, d) of finite numbers, or a ValueError that says what came instead."""
     x = features if isinstance(features, Tensor) else torch.from_numpy(np.asarray(features))
     if x.ndim != 2 or x.shape[1] == 0 or x.is_complex():
-        raise ValueError(f"{name} must be one row of numbers per image, shape (N, d), got shape {tuple(x.shape)}.")
+        raise UserError(f"{name} must be one row of numbers per image, shape (N, d), got shape {tuple(x.shape)}.")
     if x.shape[0] < at_least:
-        raise ValueError(f"{name} has {x.shape[0]} images, but this metric needs at least {at_least}.")
+        raise UserError(f"{name} has {x.shape[0]} images, but this metric needs at least {at_least}.")
     x = x.detach().to(torch.float64)
     if not bool(torch.isfinite(x).all()):
-        raise ValueError(f"{name} contains NaN or infinity: the extractor or the generator diverged.")
+        raise UserError(f"{name} contains NaN or infinity: the extractor or the generator diverged.")
     return x
 
 
@@ -81,12 +82,12 @@ def check_statistics(name: str, statistics: FeatureStatistics) -> None:
     """Raise a ValueError unless mean and covariance fit each other and are finite."""
     mean, covariance = statistics.mean, statistics.covariance
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise ValueError(
+        raise UserError(
             f"{name} must have a mean of shape (d,) and a covariance of shape (d, d), got {tuple(mean.shape)} and "
             f"{tuple(covariance.shape)}. Compute both from the same features."
         )
     if not bool(torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
-        raise ValueError(f"{name} has NaN or infinity in its statistics. Compute them again.")
+        raise UserError(f"{name} has NaN or infinity in its statistics. Compute them again.")
 
 
 def frechet_distance(real: FeatureStatistics, fake: FeatureStatistics) -> float:
@@ -106,6 +107,29 @@ def frechet_distance(real: FeatureStatistics, fake: FeatureStatistics) -> float:
     return max(distance.item(), 0.0)  # a distance below 0 is rounding
 
 
+def frechet_distance_per_class(
+    real: Any, real_labels: Sequence[int], fake: Any, fake_labels: Sequence[int] | None
+) -> dict[int, float]:
+    """Return the Fréchet distance of the images of each class that both sets have.
+
+    Args:
+        real: Features of the reference, shape (N, d).
+        real_labels: Their N classes.
+        fake: Features of the generated images, shape (M, d).
+        fake_labels: Their M classes.
+
+    Raises:
+        UserError: a class of the generated images has fewer than 2 images on either side.
+    """
+    x, y = as_features(real, "real"), as_features(fake, "fake")
+    of_real, of_fake = torch.as_tensor(real_labels), torch.as_tensor(fake_labels)
+    found = {}
+    for c in sorted(set(of_fake.tolist())):
+        parts = x[of_real == c], y[of_fake == c]
+        found[c] = frechet_distance(*map(feature_statistics, parts))
+    return found
+
+
 def kernel_distance(
     real: Any, fake: Any, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> KernelDistance:
@@ -120,7 +144,7 @@ def kernel_distance(
     check_count("subset_size", subset_size, at_least=2)
     check_count("num_subsets", num_subsets)
     if subset_size > min(len(x), len(y)):
-        raise ValueError(
+        raise UserError(
             f"subset_size must be between 2 and the smaller set, got {subset_size} with {len(x)} real and {len(y)} "
             "fake images. Generate more images or make the subsets smaller."
         )
@@ -154,7 +178,7 @@ def rbf_mmd(real: Any, fake: Any, *, sigma: float = 10.0, scale: float = 1000.0,
     x, y = as_features(real, "real"), as_features(fake, "fake")
     _check_sizes(x, y)
     if not sigma > 0:
-        raise ValueError(f"sigma must be positive, got {sigma}.")
+        raise UserError(f"sigma must be positive, got {sigma}.")
 
     def mean_kernel(a: Tensor, b: Tensor, leave_out_diagonal: bool) -> float:
         total = sum(torch.exp(-block / (2 * sigma**2)).sum().item() for _, block in _squared_distances(a, b))
@@ -177,9 +201,9 @@ def inception_score(logits: Any, *, splits: int = 10) -> InceptionScore:
     check_count("splits", splits)
     x = as_features(logits, "logits", at_least=1)
     if x.shape[1] < 2:
-        raise ValueError(f"logits must have at least 2 classes, got {x.shape[1]}.")
+        raise UserError(f"logits must have at least 2 classes, got {x.shape[1]}.")
     if len(x) < 2 * splits:
-        raise ValueError(
+        raise UserError(
             f"logits has {len(x)} images, but {splits} splits of at least 2 need {2 * splits}. Generate more images or "
             "ask for fewer splits."
         )
@@ -241,7 +265,7 @@ def nearest(query: Any, reference: Any, k: int = 1) -> tuple[Tensor, Tensor]:
 
 def _check_sizes(x: Tensor, y: Tensor) -> None:
     if x.shape[1] != y.shape[1]:
-        raise ValueError(
+        raise UserError(
             f"Both sets must come from the same extractor: their features have {x.shape[1]} and {y.shape[1]} numbers."
         )
 

@@ -1,6 +1,6 @@
 """Features of a data set, computed once and kept: what generated images are compared with.
 
-The file's key is data set fingerprint, extractor with weights and input, resolution, pixel hand-off, number of images:
+The file's key is data set fingerprint, extractor with weights and input, resolution, quantization, number of images:
 a reference made with anything else is refused, never compared with.
 """
 
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ..data.dataset import ImageSet
 from ..diffusion.images import to_unit
+from ..errors import UserError
 from ..pipelines.identity import key_hash
-from .features import Extractor, Features, check_hand_off, extract
+from .features import Extractor, Features, check_quantization, extract
 from .metrics import FeatureStatistics, feature_statistics
 from .sharded import load_checked, run_shards, save_whole
-from .words import HandOff
+from .words import Quantization
 
 SHARD_SIZE = 2048
 
@@ -35,9 +36,9 @@ class Reference(NamedTuple):
     key: dict[str, Any]
 
 
-def reference_key(images: ImageSet, extractor: Extractor, kind: HandOff, num_images: int) -> dict[str, Any]:
+def reference_key(images: ImageSet, extractor: Extractor, kind: Quantization, num_images: int) -> dict[str, Any]:
     """Everything that reference features depend on."""
-    check_hand_off(extractor, kind)
+    check_quantization(extractor, kind)
     return {
         "dataset": images.fingerprint,
         "extractor": extractor.description,
@@ -55,7 +56,7 @@ def default_cache() -> Path:
 def make_reference(
     images: ImageSet,
     extractor: Extractor,
-    kind: HandOff,
+    kind: Quantization,
     accelerator: Accelerator,
     *,
     cache_dir: Path | str | None = None,
@@ -67,7 +68,7 @@ def make_reference(
     Args:
         images: The data set.
         extractor: Makes the features.
-        kind: The pixel hand-off; it is recorded even where 8-bit pictures make no difference.
+        kind: The pixel quantization; it is recorded even where 8-bit pictures make no difference.
         accelerator: Knows the processes; each of them must call.
         cache_dir: Folder of the references; None for `default_cache()`.
         num_images: None for all.
@@ -75,7 +76,7 @@ def make_reference(
     """
     count = min(num_images or len(images), len(images))
     if count < 2:
-        raise ValueError(
+        raise UserError(
             f"A reference needs at least 2 images for its covariance, got {count}: see max_reference_images."
         )
     key = reference_key(images, extractor, kind, count)

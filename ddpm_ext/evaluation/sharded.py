@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,38 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..errors import UserError
 from ..pipelines.identity import key_hash, key_text
 
+__all__ = ["SWEEP_SHARD", "Shards", "load_checked", "run_shards", "save_whole"]
+
 Work = Callable[[range], dict[str, Tensor]]
+SWEEP_SHARD = 32  # images of a piece in which every step is taken
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Where the pieces of measurements of one model go, and what tells the model from others.
+
+    Attributes:
+        folder: Where the pieces' folders lie.
+        key: Everything about the model that results depend on.
+        accelerator: Knows the processes.
+    """
+
+    folder: Path
+    key: dict[str, Any]
+    accelerator: Accelerator
+
+    def run(self, label: str, key: dict[str, Any], count: int, shard_size: int, work: Work) -> dict[str, Tensor]:
+        """Run `run_shards` under the model's key and that of the measurement."""
+        return run_shards(self.folder, label, {**self.key, **key}, count, shard_size, work, self.accelerator)
 
 
 def run_shards(
     folder: Path, label: str, key: dict[str, Any], count: int, shard_size: int, work: Work, accelerator: Accelerator
 ) -> dict[str, Tensor]:
-    """The results of `work` on items 0..count-1, concatenated; pieces that are on disk are not done again.
+    """Return the results of `work` on items 0..count-1, concatenated; pieces that are on disk are not done again.
 
     Every process must call it. All get the whole result.
 
@@ -48,23 +72,23 @@ def run_shards(
     pieces = [range(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
 
     accelerator.wait_for_everyone()
-    missing = [piece for piece in pieces if not shard_path(place, piece).exists()]
+    missing = [piece for piece in pieces if not _shard_path(place, piece).exists()]
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     with tqdm(
         total=sum(map(len, mine)), desc=label, unit="image", disable=not accelerator.is_main_process or not mine
     ) as bar:
         for piece in mine:
-            save_whole(work(piece), shard_path(place, piece), key)
+            save_whole(work(piece), _shard_path(place, piece), key)
             bar.update(len(piece))
     accelerator.wait_for_everyone()
 
-    parts = [load_checked(shard_path(place, piece), key) for piece in pieces]
+    parts = [load_checked(_shard_path(place, piece), key) for piece in pieces]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def shard_path(place: Path, piece: range) -> Path:
-    """The file of a piece."""
+def _shard_path(place: Path, piece: range) -> Path:
+    """Return the file of a piece."""
     return place / f"{piece.start:06d}-{piece.stop:06d}.safetensors"
 
 
@@ -81,10 +105,10 @@ def save_whole(tensors: dict[str, Tensor], path: Path, key: dict[str, Any]) -> N
 
 
 def load_checked(path: Path, key: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a file that was made for this key.
+    """Load the tensors of a file that was made for this key.
 
     Raises:
-        ValueError: it was made for another key; names what differs.
+        UserError: it was made for another key; names what differs.
     """
     with safe_open(path, framework="pt") as file:
         there = json.loads((file.metadata() or {}).get("key", "{}"))
@@ -92,5 +116,5 @@ def load_checked(path: Path, key: dict[str, Any]) -> dict[str, Tensor]:
     if there != asked:
         names = sorted(name for name in there.keys() | asked.keys() if there.get(name) != asked.get(name))
         changes = ", ".join(f"{name} is {there.get(name)!r}, needed {asked.get(name)!r}" for name in names)
-        raise ValueError(f"{path} was made for something else: {changes}. Delete it or name another file.")
+        raise UserError(f"{path} was made for something else: {changes}. Delete it or name another file.")
     return load_file(path)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-__all__ = ["HandOff", "Metric", "Sampler", "Score"]
+__all__ = ["Metric", "Quantization", "Sampler", "Score"]
 
-Metric = Literal["bpd", "rate_distortion", "fid", "kid", "cmmd", "is", "prdc"]
+Metric = Literal["bpd", "rate_distortion", "fid", "fid_per_class", "kid", "cmmd", "is", "prdc"]
 Score = Literal["bpd", "fid"]
 Sampler = Literal["ddpm", "ddim", "dpm++", "dpm++-plain", "dpm++-lu", "dpm++3", "unipc", "unipc-plain"]
-HandOff = Literal["uint8", "float"]
+Quantization = Literal["uint8", "float"]

@@ -17,8 +17,8 @@ from typing import Any
 from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..evaluation import calibrate
 from ..evaluation.report import NAMES, data_words, markdown, sampler_words
+from ..evaluation.results import Result, read_results
 from ..hub.files import RENDERED, find_pipeline, shown_images
 from ..pipelines.identity import weights_hash
 from ..run_dir import RunDir, read_json, write_atomically
@@ -74,7 +74,7 @@ def render_card(run: str | Path, repo_id: str | None = None, license: str | None
     """The card of a run folder; arguments as in `write_card`."""
     run = Path(run)
     record = read_json(run / "config.json") if (run / "config.json").is_file() else {}
-    figures, calibrated = own_figures(run, "eval.json"), own_figures(run, CALIBRATION)
+    results, calibrated = own_results(run, "eval.json"), own_results(run, CALIBRATION)
     repo_id = str(repo_id or record.get("config", {}).get("hub_model_id") or run.resolve().name)
     network = network_config(run)
     shown = gallery(run)
@@ -85,7 +85,7 @@ def render_card(run: str | Path, repo_id: str | None = None, license: str | None
         tags=["ddpm", TASK, "pytorch", "ddpm_ext"],
         datasets=hub_datasets(record),
         model_name=repo_id.split("/")[-1],
-        eval_results=[result for figure in figures for result in eval_results(figure)] or None,
+        eval_results=[entry for result in results for entry in eval_results(result)] or None,
         widget=[{"text": p["caption"], "output": {"url": p["path"]}} for p in shown] or None,
         ignore_metadata_errors=False,
     )
@@ -97,10 +97,10 @@ def render_card(run: str | Path, repo_id: str | None = None, license: str | None
         summary=summary(record, network),
         pictures=shown,
         training=training_rows(record),
-        results=markdown(figures).strip(),
-        certificates=certificates(figures),
-        few_steps=calibrate.markdown(calibrated).strip(),
-        few_steps_certificates=certificates(calibrated),
+        results=markdown(results).strip(),
+        provenance=provenance_lines(results),
+        few_steps=markdown(calibrated).strip(),
+        few_steps_provenance=provenance_lines(calibrated),
         few_steps_plot=BITS_PLOT if calibrated and (run / BITS_PLOT).is_file() else None,
         data=data_of(record),
         size=size_words(network),
@@ -116,21 +116,20 @@ def render_card(run: str | Path, repo_id: str | None = None, license: str | None
 # What the files hold --------------------------------------------------------------------------------------------------
 
 
-def own_figures(run: Path, name: str) -> list[dict[str, Any]]:
-    """The figures of a file of the run that were measured on the weights in pipeline/."""
-    path = run / name
-    figures = read_json(path).get("figures", []) if path.is_file() else []
-    if not figures:
+def own_results(run: Path, name: str) -> list[Result]:
+    """Return the results of a file of the run that were measured on the weights in pipeline/."""
+    results = read_results(run / name)
+    if not results:
         return []
     unet = UNet2DModel.from_pretrained(str(pipeline_of(run) / "unet"), low_cpu_mem_usage=False)  # it may be a thread
     weights = weights_hash(unet)  # pyright: ignore[reportArgumentType]
-    own = [figure for figure in figures if figure.get("weights") == weights]
-    if len(own) < len(figures):
+    own = [result for result in results if result.weights == weights]
+    if len(own) < len(results):
         logger.warning(
-            "%d of %d figures in %s are of other weights than pipeline/ and are left out of the card: measure again.",
-            len(figures) - len(own),
-            len(figures),
-            path,
+            "%d of %d results in %s are of other weights than pipeline/ and are left out of the card: measure again.",
+            len(results) - len(own),
+            len(results),
+            run / name,
         )
     return own
 
@@ -283,49 +282,51 @@ def training_hours(log: Sequence[Mapping[str, Any]], global_batch: int | None) -
 # Scores ---------------------------------------------------------------------------------------------------------------
 
 
-def eval_results(figure: Mapping[str, Any]) -> list[EvalResult]:
-    """Entries of the model-index: one per number, with how it was measured in its name and arguments."""
-    dataset = figure.get("dataset") or figure["reference"]
-    arguments = {
-        k: v for k, v in figure.items() if k not in ("value", "parts", "rows", "certificate", "metric", "model")
-    }
-    certificate = figure.get("certificate", {})
-    arguments |= {name: certificate[name] for name in ("commit", "hardware", "date") if name in certificate}
+def eval_results(result: Result) -> list[EvalResult]:
+    """Return entries of the model-index: one per number, with how it was measured in its name and arguments."""
+    dataset = result.dataset or result.reference
+    assert dataset is not None
+    left_out = ("value", "parts", "rows", "certificate", "metric", "model")
+    arguments = {name: value for name, value in result.to_json().items() if name not in left_out}
+    if result.provenance is not None:
+        made = result.provenance
+        arguments |= {"commit": made.commit, "hardware": made.hardware or None, "date": made.date or None}
     return [
         EvalResult(
             task_type=TASK,
-            dataset_type=str(dataset["name"]),
-            dataset_name=str(dataset["name"]),
-            dataset_split=dataset["split"],
+            dataset_type=dataset.name,
+            dataset_name=dataset.name,
+            dataset_split=dataset.split,
             metric_type=kind,
             metric_value=float(f"{value:.7g}"),
             metric_name=name,
-            metric_args={k: v for k, v in arguments.items() if v is not None},
+            metric_args={name: value for name, value in arguments.items() if value is not None},
         )
-        for kind, name, value in numbers(figure)
+        for kind, name, value in numbers(result)
         if math.isfinite(value)
     ]
 
 
-def numbers(figure: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-    """(type, name with conditions, value) of each number of a figure."""
-    metric, how = figure["metric"], conditions(figure)
+def numbers(result: Result) -> list[tuple[str, str, float]]:
+    """Return (type, name with conditions, value) of each number of a result."""
+    metric, how = result.metric, conditions(result)
     if metric == "prdc":
-        return [(name, f"{name} ({how})", value) for name, value in figure["parts"].items()]
-    name = str(NAMES.get(metric, metric.replace("_", " ")))
-    kind = str(SINGLE.get(metric, metric))
-    if metric == "fid" and figure["extractor"]["name"] != "inception":
+        return [(name, f"{name} ({how})", value) for name, value in (result.parts or {}).items()]
+    name = NAMES.get(metric, metric.replace("_", " "))
+    kind = SINGLE.get(metric, metric)
+    if metric == "fid" and (result.extractor or {}).get("name") != "inception":
         kind = "frechet_distance"  # FID is of Inception's features alone
-    return [(kind, f"{name} ({how})", figure["value"])]
+    return [(kind, f"{name} ({how})", result.value)]
 
 
-def conditions(figure: Mapping[str, Any]) -> str:
-    """How a figure was measured, in words."""
-    if "num_samples" not in figure:
-        return f"{figure['variance_type']}, {figure['num_inference_steps']} steps, {data_words(figure['dataset'])}"
+def conditions(result: Result) -> str:
+    """Return how a result was measured, in words."""
+    if result.dataset is not None:
+        return f"{result.variance_type}, {result.num_inference_steps} steps, {data_words(result.dataset)}"
+    assert result.extractor is not None and result.reference is not None
     return (
-        f"{figure['extractor']['name']}, {figure['num_samples']:,} samples of {sampler_words(dict(figure))} in "
-        f"{figure['num_inference_steps']} steps, to {data_words(figure['reference'])}"
+        f"{result.extractor['name']}, {result.num_samples:,} samples of {sampler_words(result)} in "
+        f"{result.num_inference_steps} steps, to {data_words(result.reference)}"
     )
 
 
@@ -334,32 +335,26 @@ def command_words(words: Sequence[str]) -> str:
     return " ".join(re.sub(r"(^|(?<==))/\S*/(?=\S)", "", word) for word in words)
 
 
-def _version_words(made: Mapping[str, Any]) -> str | None:
-    """Return version and commit of ddpm_ext, of which a checkout knows the commit alone; None without either."""
-    version, commit = (made.get("versions") or {}).get("ddpm-ext"), made.get("commit")
-    words = [*([version] if version else []), *([f"at commit {commit}"] if commit else [])]
-    return f"ddpm_ext {' '.join(words)}" if words else None
-
-
-def certificates(figures: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line per evaluation command."""
+def provenance_lines(results: Sequence[Result]) -> list[str]:
+    """Return one line per evaluation command."""
     lines = []
-    for figure in figures:
-        made = figure.get("certificate")
+    for result in results:
+        made = result.provenance
         if made is None:
             continue
-        hardware = made["hardware"]["gpu"] or f"{made['hardware']['processor']}, {made['hardware']['cores']} cores"
-        averaged = {True: "averaged weights", False: "weights as trained"}.get(figure["averaged"])
+        hardware = made.hardware["gpu"] or f"{made.hardware['processor']}, {made.hardware['cores']} cores"
+        words = [made.versions.get("ddpm-ext"), f"at commit {made.commit}" if made.commit else None]
+        version = " ".join(word for word in words if word)  # a checkout knows the commit alone
         parts = [
-            f"`{command_words(made['command'])}`",
-            averaged,
-            f"seed {figure['seed']}",
-            f"weights {figure['weights']}",
-        ]
-        parts += [
-            _version_words(made),
+            f"`{command_words(made.command)}`",
+            {True: "averaged weights", False: "weights as trained"}.get(bool(result.averaged))
+            if result.averaged is not None
+            else None,
+            f"seed {result.seed}",
+            f"weights {result.weights}",
+            f"ddpm_ext {version}" if version else None,
             hardware,
-            made["date"][:10],
+            made.date[:10],
         ]
         lines.append(", ".join(part for part in parts if part))
     return list(dict.fromkeys(lines))

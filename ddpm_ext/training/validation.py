@@ -21,13 +21,21 @@ from accelerate.utils import gather_object
 
 from ..data.dataset import ImageSet
 from ..data.spec import DataSpec
-from ..evaluation.bits_per_dim import PILOT_IMAGES, Bound, full_sweep, make_bound, pilot_distribution, sampled_bound
+from ..evaluation.bits_per_dim import (
+    PILOT_IMAGES,
+    Bound,
+    BoundOptions,
+    full_sweep,
+    make_bound,
+    pilot_distribution,
+    sampled_bound,
+)
 from ..evaluation.checks import grid_images
 from ..evaluation.features import Extractor, extract, make_extractor
-from ..evaluation.measure import images_and_labels, labels_in_turn
 from ..evaluation.metrics import feature_statistics, frechet_distance
 from ..evaluation.reference import make_reference
-from ..evaluation.words import HandOff
+from ..evaluation.runner import class_labels, images_and_labels
+from ..evaluation.words import Quantization
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.sampling import POLL_EVERY, SamplingStopped, images_from_seeds
 from ..run_dir import RunDir, read_json
@@ -50,7 +58,7 @@ class Validation:
         num_timesteps_sampled: Steps of the bound drawn per image; None for all.
         batch_size: Images of one process at a time.
         seed: Image i is drawn from seed + i.
-        hand_off: How generated pixels reach the extractor.
+        quantization: How generated pixels reach the extractor.
         cache_dir: Of the reference features.
     """
 
@@ -67,14 +75,15 @@ class Validation:
         num_timesteps_sampled: int | None = 50,
         batch_size: int = 64,
         seed: int = 0,
-        hand_off: HandOff = "uint8",
+        quantization: Quantization = "uint8",
         cache_dir: Path | str | None = None,
     ) -> None:
         if num_samples < 2:
             raise ValueError(f"num_samples must be at least 2 for a Fréchet distance, got {num_samples}.")
-        self.reference = make_reference(training, extractor, hand_off, accelerator, cache_dir=cache_dir)
+        self.reference = make_reference(training, extractor, quantization, accelerator, cache_dir=cache_dir)
         self.held_out, self.extractor, self.accelerator = held_out, extractor, accelerator
-        self.hand_off: HandOff = hand_off
+        self.quantization: Quantization = quantization
+        self.training = training
         self.num_samples, self.num_inference_steps, self.batch_size = num_samples, num_inference_steps, batch_size
         self.num_timesteps_sampled, self.seed = num_timesteps_sampled, seed
         self.num_held_out = 0 if held_out is None else min(num_held_out, len(held_out))
@@ -100,14 +109,15 @@ class Validation:
         pipeline = DDPMExtPipeline(unet, scheduler)
         pipeline.set_progress_bar_config(disable=True)
         numbers = self._share(self.num_samples)
+        labels = class_labels(unet.config.get("num_class_embeds"), self.training, self.num_samples)
         images = images_from_seeds(
             pipeline,
             [self.seed + i for i in numbers],
             batch_size=self.batch_size,
             num_inference_steps=self.num_inference_steps,
-            class_labels=labels_in_turn(pipeline, numbers),
+            class_labels=None if labels is None else [labels[i] for i in numbers],
         )
-        mine = extract(self.extractor, images, self.hand_off).features
+        mine = extract(self.extractor, images, self.quantization).features
         features = torch.cat(self._gathered(mine))
         found = {"fid": frechet_distance(self.reference.statistics, feature_statistics(features))}
         if self.held_out is not None:
@@ -134,7 +144,7 @@ class Validation:
         assert self.held_out is not None
         pixels, labels = images_and_labels(unet, self.held_out, numbers)
         bits = self.held_out.spec.bits
-        return make_bound(unet, scheduler, pixels, class_labels=labels, bits=bits), grid_images(pixels, bits)
+        return make_bound(unet, scheduler, pixels, BoundOptions(bits=bits), labels), grid_images(pixels, bits)
 
     def _share(self, count: int) -> range:
         """Return this process's part of range(count); every process has at least one item."""

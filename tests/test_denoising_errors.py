@@ -13,9 +13,9 @@ from torch.testing import assert_close
 from ddpm_ext.diffusion.analytic import optimal_trajectory
 from ddpm_ext.diffusion.schedules import make_tables, respaced_timesteps
 from ddpm_ext.diffusion.words import PredictionType
-from ddpm_ext.evaluation.bits_per_dim import BitsPerDim, bits_per_dim, full_sweep, make_bound
-from ddpm_ext.evaluation.denoising_errors import drop_variance_head, mean_error, step_errors
-from ddpm_ext.evaluation.measure import SetBound, is_fixed, under_fixed_variance
+from ddpm_ext.evaluation.bits_per_dim import BitsPerDim, BoundOptions, bits_per_dim, full_sweep, make_bound
+from ddpm_ext.evaluation.denoising_errors import denoising_errors, drop_variance_head, mean_error
+from ddpm_ext.evaluation.runner import SetBound, is_fixed, under_fixed_variance
 from ddpm_ext.models.unet import build_unet
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 
@@ -62,8 +62,10 @@ def test_a_known_error_is_measured_as_that_of_eps_whatever_is_predicted(
 ) -> None:
     images = torch.full((2, 1, 4, 4), GREY, dtype=torch.float64)
     scheduler = chain(num_train_timesteps=20, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type)
-    bound = make_bound(wrong_by(0.1, prediction_type), scheduler, images, clip_sample=False, batch_size=batch_size)
-    found = step_errors(bound, images, seeded(2))
+    bound = make_bound(
+        wrong_by(0.1, prediction_type), scheduler, images, BoundOptions(clip_sample=False, batch_size=batch_size)
+    )
+    found = denoising_errors(bound, images, seeded(2))
     snr = SHORT.alpha_bar / SHORT.one_minus_alpha_bar
     # How much ε̂ moves with the output: 1, -√SNR, √ᾱ, and -√SNR / c1 = -√(α_t (1-ᾱ_t)) / β_t.
     slope = {
@@ -84,15 +86,17 @@ def test_generators_are_one_per_image(count: int) -> None:
     images = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
     bound = make_bound(lambda x, t: x, chain(num_train_timesteps=20, beta_schedule="squaredcos_cap_v2"), images)
     with pytest.raises(ValueError, match=rf"one per image, 2 here, got a list of {count}"):
-        step_errors(bound, images, seeded(count))
+        denoising_errors(bound, images, seeded(count))
 
 
 def test_standard_normal_data_give_alpha_bar() -> None:
     """ε̂ = √(1-ᾱ) x_t is perfect for N(0, I): mse_eps = ᾱ, ms_eps = 1 - ᾱ."""
     x_0 = torch.randn(40, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     scheduler = chain(num_train_timesteps=20, beta_schedule="squaredcos_cap_v2")
-    bound = make_bound(lambda x, t: column(SHORT.one_minus_alpha_bar.sqrt(), t) * x, scheduler, x_0, clip_sample=False)
-    found = step_errors(bound, x_0, torch.Generator().manual_seed(0))
+    bound = make_bound(
+        lambda x, t: column(SHORT.one_minus_alpha_bar.sqrt(), t) * x, scheduler, x_0, BoundOptions(clip_sample=False)
+    )
+    found = denoising_errors(bound, x_0, torch.Generator().manual_seed(0))
     for errors, expected in ((found.mse_eps, SHORT.alpha_bar), (found.ms_eps, SHORT.one_minus_alpha_bar)):
         mean = mean_error(errors)
         assert ((mean.mean - expected).abs() <= 4.5 * mean.standard_error + 1e-9).all()  # 40 values
@@ -147,8 +151,8 @@ def test_black_and_white_pixels_are_best_with_the_analytic_variance_at_every_K()
         return torch.tanh(column(TABLES.alpha_bar.sqrt() / TABLES.one_minus_alpha_bar, t) * x_t)
 
     pixels = 2.0 * torch.randint(2, (8, 1, 6, 6), generator=torch.Generator().manual_seed(0)).double() - 1
-    bound = make_bound(model, chain(prediction_type="sample"), pixels, clip_sample=False)
-    mse_eps = step_errors(bound, pixels, seeded(8)).mse_eps.mean(0)
+    bound = make_bound(model, chain(prediction_type="sample"), pixels, BoundOptions(clip_sample=False))
+    mse_eps = denoising_errors(bound, pixels, seeded(8)).mse_eps.mean(0)
     found = sweep(model, pixels, prediction_type="sample")
     for K in (5, 10, 25, 50, 100, 1000):  # at K = 2 fixed_large agrees to 7 digits
         bits = {}
