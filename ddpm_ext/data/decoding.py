@@ -158,10 +158,7 @@ def _pillow(file: IO[bytes]) -> Image.Image | None:
         if is_tiff(file):
             return None
         raise
-    if not reads_all(image):
-        image.close()
-        return None
-    return image
+    return image if reads_all(image) else None
 
 
 # 8 bits, through Pillow -----------------------------------------------------------------------------------------------

@@ -66,7 +66,9 @@ def read_bytes(path: str) -> bytes:
 
 @lru_cache(maxsize=64)
 def _archive_of(kind: str, archive: str, version: float) -> tuple[Any, threading.Lock]:
-    return fsspec.filesystem(kind, fo=archive, skip_instance_cache=True), threading.Lock()
+    packed = {"gz": "gzip", "bz2": "bz2", "xz": "xz"}.get(archive.lower().rpartition(".")[2].replace("tgz", "gz"))
+    options = {"compression": packed} if kind == "tar" else {}
+    return fsspec.filesystem(kind, fo=archive, skip_instance_cache=True, **options), threading.Lock()
 
 
 def _archive(kind: str | None, archive: str) -> tuple[Any, threading.Lock]:

@@ -1,0 +1,335 @@
+"""Every bit, band and page of an image file is read as it is, or the file is refused with its reason."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_ext.data.dataset import load_images
+from ddpm_ext.data.decoding import ImageFormat, Seen, decode_image
+from ddpm_ext.data.samples import Unreadable
+from ddpm_ext.data.streaming import stream_images
+
+RANDOM = np.random.default_rng(0)
+
+
+def values_of(shape: tuple[int, ...], dtype: Any = np.uint16, top: int | None = None) -> np.ndarray:
+    return RANDOM.integers(0, (top or np.iinfo(dtype).max) + 1, shape).astype(dtype)
+
+
+def form(height: int, width: int, channels: int, bits: int = 16, **more: Any) -> ImageFormat:
+    return ImageFormat(height, width, channels, True, bits, **more)
+
+
+def npy(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    return buffer.getvalue()
+
+
+def png16(values: np.ndarray) -> bytes:
+    return pytest.importorskip("imagecodecs").png_encode(values)
+
+
+def tiff(values: np.ndarray, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    pytest.importorskip("tifffile").imwrite(buffer, values, **{"metadata": None, **options})
+    return buffer.getvalue()
+
+
+# Sixteen bits ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("channels", "write"), [(1, png16), (2, png16), (3, png16), (4, png16), (1, tiff), (3, tiff)])
+def test_sixteen_bits_are_read_whole(channels: int, write: Any) -> None:
+    values = values_of((5, 7, channels))
+    options = {"photometric": "rgb"} if write is tiff and channels == 3 else {}
+    stored = write(values[..., 0] if channels == 1 else values, **options)
+    levels = decode_image(stored, form(5, 7, channels))
+    assert levels.dtype == np.uint16
+    assert np.array_equal(levels, values.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("maxval", [65535, 4095])
+def test_a_ppm_of_sixteen_bits_is_read_whole(maxval: int) -> None:
+    values = values_of((3, 4, 3), top=maxval)
+    stored = b"P6 4 3 %d\n" % maxval + values.astype(">u2").tobytes()
+    expected = np.round(values.astype(float) * 65535 / maxval).astype(np.uint16)
+    assert np.array_equal(decode_image(stored, form(3, 4, 3)), expected.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("bits", [10, 12])
+def test_deep_jpeg_2000_is_read_at_its_own_depth(bits: int) -> None:
+    codecs = pytest.importorskip("imagecodecs")
+    values = values_of((16, 16, 3), top=2**bits - 1)
+    stored = codecs.jpeg2k_encode(values, bitspersample=bits, reversible=True, level=0, mct=False)
+    levels = decode_image(stored, form(16, 16, 3, bits=bits))
+    assert np.array_equal(levels, values.transpose(2, 0, 1))
+
+
+def test_eight_bits_fill_the_range_of_sixteen() -> None:
+    values = values_of((4, 4, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "png")
+    assert np.array_equal(decode_image(buffer.getvalue(), form(4, 4, 3)), values.transpose(2, 0, 1) * np.uint16(257))
+
+
+def test_what_is_cut_to_eight_bits_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(3):
+        Image.fromarray(values_of((4, 4))).save(tmp_path / f"{i}.png")
+    load_images(train_data_dir=str(tmp_path))
+    assert "3 images store up to 16 bits and are read at 8: --bits 16" in capsys.readouterr().err
+    deep = load_images(train_data_dir=str(tmp_path), bits=16)
+    assert deep.batch([0]).pixels.dtype == torch.int32 and deep.spec.bits == 16
+    assert "read at 8" not in capsys.readouterr().err
+
+
+def test_colour_of_sixteen_bits_is_counted_too() -> None:
+    seen = Seen()
+    decode_image(png16(values_of((4, 4, 3))), form(4, 4, 3, bits=8), seen=seen)
+    assert (seen.cut, seen.cut_bits) == (1, 16)
+
+
+@pytest.mark.parametrize("bits", [None, 16])
+def test_twelve_bits_in_sixteen_are_named_with_the_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: int | None
+) -> None:
+    values = values_of((6, 6), top=4095)
+    values[0, 0] = 4095 - (bits or 0)  # a sentence of its own for each case: it is said once
+    Image.fromarray(values).save(tmp_path / "a.png")
+    load_images(train_data_dir=str(tmp_path), bits=bits)
+    said = capsys.readouterr().err
+    assert f"largest value of these 16-bit images is {values.max()} of 65535" in said
+    assert "--value_range 0 4095" in said
+    found = load_images(train_data_dir=str(tmp_path), value_range=(0, 4095))
+    assert found.spec.bits == 12  # a level for each whole number
+    assert np.array_equal(found.batch([0]).pixels[0, 0].numpy(), values)
+    assert "largest" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "value_range"),
+    [
+        (np.linspace(-1, 3, 12, dtype=np.float32).reshape(3, 4), (-1, 3)),
+        (np.linspace(-1000, 3000, 12).astype(np.int16).reshape(3, 4), (-1000, 3000)),
+        (np.linspace(0, 1e9, 12).astype(np.int32).reshape(3, 4), (0, 1e9)),
+        (np.linspace(0, 1, 12, dtype=np.float64).reshape(3, 4), (0, 1)),
+        (np.linspace(-100, 100, 12).astype(np.int8).reshape(3, 4), (-100, 100)),
+    ],
+)
+@pytest.mark.parametrize("write", [npy, tiff])
+def test_floats_and_signed_integers_need_a_range_and_then_lie_in_it(
+    values: np.ndarray, value_range: tuple[float, float], write: Any
+) -> None:
+    stored = write(values)
+    stated = re.escape(f"{values.min():g} to {values.max():g}, have no stated range: give --value_range")
+    with pytest.raises(Unreadable, match=stated):
+        decode_image(stored, form(3, 4, 1))
+    lo, hi = value_range
+    expected = (values.astype(np.float64) - lo) / (hi - lo) * 65535
+    levels = decode_image(stored, form(3, 4, 1, value_range=value_range))[0]
+    assert np.abs(levels - expected).max() <= 0.5
+    with pytest.raises(Unreadable, match="leave the range"):
+        decode_image(stored, form(3, 4, 1, value_range=(lo, lo + 0.9 * (hi - lo))))
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(Unreadable, match="NaN"):
+        decode_image(npy(np.array([[0.0, np.nan]])), form(1, 2, 1, value_range=(0, 1)))
+
+
+# Bands, pages, arrays -------------------------------------------------------------------------------------------------
+
+
+BANDS = np.broadcast_to(np.array([20, 40, 60, 80], np.uint8), (8, 8, 4))
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_four_bands_are_four_bands_and_for_no_other_network(said: bool) -> None:
+    stored = tiff(BANDS, photometric="rgb", extrasamples=["unspecified"])
+    if not said:  # a file that does not mention its extra sample at all: another tag in the place of 338
+        with pytest.importorskip("tifffile").TiffFile(io.BytesIO(stored)) as file:
+            place = file.pages[0].tags[338].offset
+        stored = stored[:place] + (65000).to_bytes(2, "little") + stored[place + 2 :]
+    assert decode_image(stored, form(8, 8, 4, bits=8))[:, 0, 0].tolist() == [20, 40, 60, 80]
+    assert decode_image(stored, form(4, 4, 4, bits=8))[:, 0, 0].tolist() == [20, 40, 60, 80]  # nothing premultiplied
+    for channels in (1, 2, 3, 5):
+        with pytest.raises(Unreadable, match=f"4 bands .* the network has {channels} channels"):
+            decode_image(stored, form(8, 8, channels, bits=8))
+
+
+def test_alpha_is_alpha_where_the_file_says_so() -> None:
+    stored = tiff(BANDS, photometric="rgb", extrasamples=["unassalpha"])
+    white = 255 - (255 - np.array([20, 40, 60])) * 80 / 255
+    assert np.abs(decode_image(stored, form(8, 8, 3, bits=8))[:, 0, 0] - white).max() <= 1
+    assert decode_image(stored, form(8, 8, 4, bits=8))[:, 0, 0].tolist() == [20, 40, 60, 80]
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_deep_alpha_is_laid_on_white_or_kept(channels: int) -> None:
+    values = np.zeros((1, 2, 4), np.uint16)
+    values[0, 0] = (1000, 2000, 3000, 65535)
+    values[0, 1] = (1000, 2000, 3000, 13107)  # a fifth
+    levels = decode_image(png16(values), form(1, 2, channels))[:, 0].T
+    if channels == 4:
+        assert np.array_equal(levels, values[0])
+    else:
+        assert levels[0].tolist() == [1000, 2000, 3000]
+        assert levels[1].tolist() == [52628, 52828, 53028]  # v/5 + 4/5 · 65535
+
+
+def test_scaling_weighs_colour_by_real_alpha_alone() -> None:
+    """A clear half must not darken the other; four bands are averaged each by itself."""
+    values = np.zeros((2, 4, 4), np.uint16)
+    values[:, :2] = (60000, 60000, 60000, 65535)
+    of_bands = tiff(values, photometric="rgb", extrasamples=["unspecified"])
+    alpha, bands = (decode_image(stored, form(1, 2, 4)) for stored in (png16(values), of_bands))
+    assert (alpha[:3, 0, 0] == 60000).all()
+    lone = decode_image(npy(values[..., 0]), form(1, 2, 1))[0]
+    assert np.array_equal(bands[0], lone)
+
+
+@pytest.mark.parametrize("bands", [2, 5, 7])
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_any_number_of_bands(bands: int, planar: str) -> None:
+    values = values_of((6, 5, bands))
+    stored = tiff(
+        values if planar == "contig" else np.moveaxis(values, -1, 0), photometric="minisblack", planarconfig=planar
+    )
+    assert np.array_equal(decode_image(stored, form(6, 5, bands)), np.moveaxis(values, -1, 0))
+
+
+def test_pages_are_bands_or_refused() -> None:
+    values = values_of((3, 6, 5))
+    stored = tiff(values, photometric="minisblack")
+    assert np.array_equal(decode_image(stored, form(6, 5, 3)), values)
+    with pytest.raises(Unreadable, match="3 bands"):
+        decode_image(stored, form(6, 5, 1))
+
+
+def test_arrays_of_every_layout() -> None:
+    values = values_of((4, 6, 5))
+    assert np.array_equal(decode_image(npy(values), form(4, 6, 5)), np.moveaxis(values, -1, 0))
+    assert np.array_equal(
+        decode_image(npy(np.moveaxis(values, -1, 0)), form(4, 6, 5, channel_axis=0)), np.moveaxis(values, -1, 0)
+    )
+    assert np.array_equal(decode_image(npy(values[..., 0]), form(4, 6, 1))[0], values[..., 0])
+    assert np.array_equal(decode_image(npy(values.astype(">u2")), form(4, 6, 5)), np.moveaxis(values, -1, 0))
+    assert decode_image(npy(values[..., 0] > 30_000), form(4, 6, 1)).max() == 65535
+    with pytest.raises(Unreadable, match=r"6 bands of shape .*--channel_axis"):
+        decode_image(npy(np.swapaxes(values, 1, 2)), form(4, 6, 5))
+    with pytest.raises(Unreadable, match=r"shape \(1, 4, 6, 5\)"):
+        decode_image(npy(values[None]), form(4, 6, 5))
+
+
+def test_the_arrays_of_an_npz_are_named(tmp_path: Path) -> None:
+    one, two = values_of((4, 4), np.uint8), values_of((4, 4), np.uint8)
+    np.savez(tmp_path / "a.npz", one=one, two=two)
+    with pytest.raises(ValueError, match=r"None of the 1 images .*\['one', 'two'\].*--array_key"):
+        load_images(train_data_dir=str(tmp_path))
+    found = load_images(train_data_dir=str(tmp_path), array_key="two")
+    assert np.array_equal(found.batch([0]).pixels[0, 0].numpy(), two)
+    assert found.spec.load().fingerprint == found.fingerprint
+    np.savez(tmp_path / "b.npz", three=one)
+    with pytest.raises(ValueError, match="no 'two'"):
+        load_images(train_data_dir=str(tmp_path), array_key="two", strict=True, channels=1, resolution=4)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "tif"])
+def test_a_folder_of_arrays_is_a_set_with_its_own_record(tmp_path: Path, suffix: str) -> None:
+    values = values_of((5, 8, 8, 6))
+    for i, value in enumerate(values):
+        stored = npy(value) if suffix == "npy" else tiff(value, photometric="minisblack", planarconfig="contig")
+        (tmp_path / f"{i}.{suffix}").write_bytes(stored)
+    found = load_images(train_data_dir=str(tmp_path), bits=16)
+    assert found.shape == (6, 8, 8)
+    assert np.array_equal(found.batch(range(5)).pixels.numpy(), np.moveaxis(values, -1, 1))
+    again = found.spec.load()
+    assert again.fingerprint == found.fingerprint and again.spec == found.spec
+    stream = stream_images(train_data_dir=str(tmp_path), bits=16, resolution=8, channels=6)
+    assert {tuple(p.flatten().tolist()) for p in stream.at(range(5), 0).pixels} == {
+        tuple(np.moveaxis(value, -1, 0).flatten().tolist()) for value in values
+    }
+
+
+@pytest.mark.parametrize("how", ["array3d", "lists"])
+def test_columns_of_arrays(tmp_path: Path, how: str) -> None:
+    values = values_of((4, 3, 2, 2), np.uint8)
+    feature = datasets.Array3D((3, 2, 2), "uint8")
+    if how == "lists":
+        feature = datasets.List(datasets.List(datasets.List(datasets.Value("uint8"))))
+    table = datasets.Dataset.from_dict({"image": values.tolist()}, features=datasets.Features({"image": feature}))
+    table.to_parquet(tmp_path / "train.parquet")
+    found = load_images(train_data_dir=str(tmp_path), channel_axis=0)
+    assert np.array_equal(found.batch(range(4)).pixels.numpy(), values)
+    stream = stream_images(train_data_dir=str(tmp_path), channel_axis=0, resolution=2, channels=3)
+    assert np.array_equal(
+        np.sort(stream.at(range(4), 0).pixels.flatten(1).numpy(), 0), np.sort(values.reshape(4, -1), 0)
+    )
+
+
+def test_a_file_keeps_sixteen_bits_in_memory_and_mapped(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    values = values_of((3, 4, 4))
+    for i, value in enumerate(values):
+        Image.fromarray(value).save(folder / f"{i}.png")
+    options: dict[str, Any] = {"train_data_dir": str(folder), "bits": 16, "cache_dir": str(tmp_path / "cache")}
+    memory, file, asked = (
+        load_images(**options, **more) for more in ({}, {"memory_bytes": 0}, {"memory_bytes": 0, "mapped_bytes": 0})
+    )
+    for found in (memory, file, asked):
+        assert np.array_equal(found.batch(range(3)).pixels[:, 0].numpy(), values)
+    assert memory.fingerprint == file.fingerprint != load_images(**{**options, "bits": 8}).fingerprint
+
+
+def test_a_range_that_is_none_and_bits_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="the lower first, got"):
+        load_images(value_range=(5, 1))
+    with pytest.raises(ValueError, match="between 1 and 16, got 17"):
+        load_images(bits=17)
+
+
+def test_without_the_library_its_name_is_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = tiff(values_of((4, 4, 3)), photometric="rgb")
+    monkeypatch.setitem(__import__("sys").modules, "tifffile", None)
+    with pytest.raises(Unreadable, match=r"tifffile, which is not installed: pip install ddpm-ext\[deep\]"):
+        decode_image(stored, form(4, 4, 3))
+
+
+# Reasons --------------------------------------------------------------------------------------------------------------
+
+
+def test_reasons_are_counted_and_the_first_three_files_have_theirs(tmp_path: Path) -> None:
+    for i in range(4):
+        (tmp_path / f"float{i}.npy").write_bytes(npy(np.full((4, 4), i + 0.5, np.float32)))
+    (tmp_path / "z.npy").write_bytes(npy(np.zeros((2, 2, 2, 2), np.uint8)))
+    with pytest.raises(ValueError) as error:
+        load_images(train_data_dir=str(tmp_path), resolution=4, channels=1)
+    said = str(error.value)
+    assert "4 of 5: floats without a stated range; 1 of 5: arrays of 4 axes" in said
+    assert said.count(".npy") == 3 and "1.5 to 1.5" in said
+
+
+@pytest.mark.parametrize(("broken", "stops"), [(1, False), (2, True)])
+def test_more_than_one_per_cent_unreadable_stops(tmp_path: Path, broken: int, stops: bool) -> None:
+    for i in range(100):
+        Image.fromarray(values_of((2, 2), np.uint8)).save(tmp_path / f"{i:03}.png")
+    for i in range(broken):
+        (tmp_path / f"{i:03}.png").write_bytes(b"none")
+    options: dict[str, Any] = {"train_data_dir": str(tmp_path), "resolution": 2, "channels": 1}
+    if stops:
+        with pytest.raises(ValueError, match=r"2 of 100 images cannot be read, .*--max_unreadable.*no image format"):
+            load_images(**options)
+        with pytest.raises(ValueError, match="--max_unreadable"):
+            asked = load_images(**options, memory_bytes=0, mapped_bytes=0)
+            asked.batch(range(100))
+    assert len(load_images(**options, max_unreadable=0.02)) == 100 - broken
