@@ -64,7 +64,7 @@ def test_the_guided_score_is_the_mixture_of_the_exact_scores(kind: Any, w: float
     """(1+w) ε(x|c) - w ε(x) to rounding, whatever the network predicts, in one call."""
     scheduler = DDPMExtScheduler(prediction_type=kind)
     network, config = Mixture(scheduler), class_options(CLASSES, with_null_label=True)
-    guidance = make_guidance(config, w)
+    guidance = make_guidance(config, guidance_scale=w)
     assert guidance is not None
     x, labels = torch.randn(CLASSES, 1, 4, 4, dtype=torch.float64), torch.arange(CLASSES)
     for t in (1, 300, 999):
@@ -144,7 +144,7 @@ def test_an_interval_guides_at_its_steps_alone() -> None:
 def test_the_variance_is_that_of_the_conditional_head(scheduler: Any) -> None:
     """The head's channels come through unmixed; x̂_0 is clipped after the mixture."""
     pipeline = guided_pipeline(scheduler, heads=2)
-    guidance = make_guidance(pipeline.unet.config, 3.0)
+    guidance = make_guidance(pipeline.unet.config, guidance_scale=3.0)
     assert guidance is not None
     x, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
     with torch.no_grad():
@@ -214,6 +214,8 @@ def test_options_without_sense_or_effect_are_refused(options: dict, words: str) 
 
 def test_a_network_without_a_null_label_cannot_be_guided() -> None:
     pipeline = DDPMExtPipeline(network_with_classes(null=False), DDPMExtScheduler())
+    with pytest.raises(TypeError, match="no option guidance_scal of guidance"):
+        draw(pipeline, guidance_scal=1.0)
     with pytest.raises(UserError, match=r"trained with a class for every image. Train with --class_conditional"):
         draw(pipeline, guidance_scale=1.0)
 

@@ -38,7 +38,8 @@ def pipeline(seed: int, dtype: torch.dtype = torch.float32) -> DDPMExtPipeline:
         up_block_types=("UpBlock2D", "UpBlock2D"),
         norm_num_groups=4,
     )
-    return DDPMExtPipeline(torch.nn.Module.to(unet, dtype=dtype), DDPMExtScheduler())
+    torch.nn.Module.to(unet, dtype=dtype)
+    return DDPMExtPipeline(unet, DDPMExtScheduler())
 
 
 def holds(folder: Path, saved: DDPMExtPipeline, cls: Any = DDPMExtPipeline, **options: Any) -> bool:

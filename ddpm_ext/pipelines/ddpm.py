@@ -18,6 +18,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..diffusion.images import to_x_0
 from ..diffusion.schedules import respaced_timesteps
@@ -30,7 +31,7 @@ from ..models.unet import check_resolution
 from ..schedulers.checks import Generators, check_generators
 from ..schedulers.ddpm import DDPMExtScheduler
 from ..schedulers.solver import DDPMExtSolverScheduler, is_portable_solver
-from .guidance import Guidance, guided_prediction, make_guidance, scale_of
+from .guidance import Guidance, GuidanceOptions, guided_prediction, make_guidance, scale_of
 from .locate import INDEX, find_pipeline
 from .saving import replacing
 
@@ -104,10 +105,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        guidance_scale: float = 0.0,
-        guidance_interval: tuple[int, int] | None = None,
-        guidance_rescale: float = 0.0,
-        guider: Any = None,
+        **guidance: Unpack[GuidanceOptions],
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw images from noise: Algorithm 2 of DDPM.
 
@@ -124,10 +122,8 @@ class DDPMExtPipeline(DiffusionPipeline):
             callback_on_step_end: Called as (pipeline, i, t, tensors) after every step; what it returns replaces them.
                 Setting `pipeline._interrupt = True` in it ends the chain there.
             callback_on_step_end_tensor_inputs: Which tensors it gets: "latents", "pred_original_sample".
-            guidance_scale: w of class guidance (`pipelines.guidance`); 0 is none, and Diffusers' usual number is 1 + w.
-            guidance_interval: (low, high): guide at low <= t <= high only.
-            guidance_rescale: φ in [0, 1]: how far the guided ε̂ is brought back to the conditional one's deviation.
-            guider: One of `diffusers.guiders` that mixes two predictions, in place of these three.
+            **guidance: Class guidance: guidance_scale w, where 0 is none and Diffusers' usual number is 1 + w, with
+                guidance_interval and guidance_rescale, or a guider of Diffusers; see `guidance.GuidanceOptions`.
 
         Raises:
             UserError: input that does not fit network or scheduler, before the first step.
@@ -136,7 +132,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         output_type = self._checked_output_type(output_type)
         for name in callback_on_step_end_tensor_inputs:
             check_word("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
-        guidance = make_guidance(self.unet.config, guidance_scale, guidance_interval, guidance_rescale, guider)
+        guided = make_guidance(self.unet.config, **guidance)
         x_T, labels = self._start(batch_size, generator, num_inference_steps, timesteps, latents, class_labels)
 
         def after_step(i: int, t: Any, x_s: Tensor, x_0: Tensor | None) -> Tensor:
@@ -146,7 +142,7 @@ class DDPMExtPipeline(DiffusionPipeline):
             chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
             return (callback_on_step_end(self, i, t, chosen) or {}).get("latents", x_s)
 
-        images = self._run(x_T, generator, labels, output_type, guidance, after_step)
+        images = self._run(x_T, generator, labels, output_type, guided, after_step)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def progressive(
@@ -158,10 +154,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         class_labels: ClassLabels = None,
         at: Collection[int] | None = None,
-        guidance_scale: float = 0.0,
-        guidance_interval: tuple[int, int] | None = None,
-        guidance_rescale: float = 0.0,
-        guider: Any = None,
+        **guidance: Unpack[GuidanceOptions],
     ) -> Iterator[Progress]:
         """Yield the chain as it runs: (t, x_t, x̂_0(x_t)) at chosen steps (DDPM Figure 6).
 
@@ -173,20 +166,17 @@ class DDPMExtPipeline(DiffusionPipeline):
             latents: As above.
             class_labels: As above.
             at: The steps to show, each of them in the chain; None for all. The x̂_0 of the last one is the image.
-            guidance_scale: As above.
-            guidance_interval: As above.
-            guidance_rescale: As above.
-            guider: As above.
+            **guidance: As above.
 
         Raises:
             UserError: a step of `at` is not in the chain, or as in calling.
         """
-        guidance = make_guidance(self.unet.config, guidance_scale, guidance_interval, guidance_rescale, guider)
+        guided = make_guidance(self.unet.config, **guidance)
         x_T, labels = self._start(batch_size, generator, num_inference_steps, timesteps, latents, class_labels)
         missing = set(at or ()) - {int(t) for t in self.scheduler.timesteps}
         if missing:
             raise UserError(f"at must hold steps of the chain, got {sorted(missing)}. The chain is in .timesteps.")
-        steps = self._denoise(x_T, generator, labels, guidance)
+        steps = self._denoise(x_T, generator, labels, guided)
         return (progress for progress, _ in steps if at is None or progress.t in at)
 
     def interpolate(
@@ -199,7 +189,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         output_type: OutputType = "pil",
         class_labels: ClassLabels = None,
-        guidance_scale: float = 0.0,
+        **guidance: Unpack[GuidanceOptions],
     ) -> ImagePipelineOutput:
         r"""Draw images between two images, mixed after `timestep` forward steps (DDPM Figure 8).
 
@@ -216,7 +206,7 @@ class DDPMExtPipeline(DiffusionPipeline):
             num_inference_steps: Steps of the way back; None for every step from timestep to 0.
             output_type: As in calling the pipeline.
             class_labels: For class-conditional networks: one label for all images or one per weight.
-            guidance_scale: As in calling the pipeline.
+            **guidance: As in calling the pipeline.
 
         Returns:
             One image per weight.
@@ -236,7 +226,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         ends = [self.scheduler.add_noise(image, eps, t) for image in (a, b)]
         mixed = torch.cat([(1 - weight) * ends[0] + weight * ends[1] for weight in weights])
         shared = [generator.clone_state() for _ in weights]
-        return self._run_from(mixed, times, shared, class_labels, output_type, guidance_scale)
+        return self._run_from(mixed, times, shared, class_labels, output_type, guidance)
 
     def continue_from(
         self,
@@ -247,7 +237,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         output_type: OutputType = "pil",
         class_labels: ClassLabels = None,
-        guidance_scale: float = 0.0,
+        **guidance: Unpack[GuidanceOptions],
     ) -> ImagePipelineOutput:
         """Draw images that share the latent x_t: p(x_0 | x_t) sampled several times (DDPM Figure 7).
 
@@ -259,7 +249,7 @@ class DDPMExtPipeline(DiffusionPipeline):
             num_inference_steps: Steps of the way back; None for every step from timestep to 0.
             output_type: As in calling the pipeline.
             class_labels: For class-conditional networks: one label for all images or one per sample.
-            guidance_scale: As in calling the pipeline.
+            **guidance: As in calling the pipeline.
 
         Raises:
             UserError: a latent that does not fit the network, or a timestep outside [0, T).
@@ -271,7 +261,7 @@ class DDPMExtPipeline(DiffusionPipeline):
             )
         times = self._times_from(timestep, num_inference_steps)
         x_t = x_t.repeat(num_samples, 1, 1, 1)
-        return self._run_from(x_t, times, generator, class_labels, output_type, guidance_scale)
+        return self._run_from(x_t, times, generator, class_labels, output_type, guidance)
 
     # -- on disk ----------------------------------------------------------------------------------------------------
 
@@ -503,10 +493,10 @@ class DDPMExtPipeline(DiffusionPipeline):
         generator: Generators,
         class_labels: ClassLabels,
         output_type: OutputType,
-        guidance_scale: float,
+        guidance: GuidanceOptions,
     ) -> ImagePipelineOutput:
         output_type = self._checked_output_type(output_type)
-        guidance = make_guidance(self.unet.config, guidance_scale)
+        guided = make_guidance(self.unet.config, **guidance)
         labels = self._labels(class_labels, x_t.shape[0])
         x_t = self._prepare_latents(x_t.shape[0], generator, x_t)
         self._set_timesteps(None, times)
@@ -515,7 +505,7 @@ class DDPMExtPipeline(DiffusionPipeline):
                 f"{type(self.scheduler).__name__} keeps latents in other units than √ᾱ_t x_0 + √(1-ᾱ_t) ε "
                 f"(init_noise_sigma is {float(self.scheduler.init_noise_sigma):.4g}, not 1). Use DDPMExtScheduler here."
             )
-        return ImagePipelineOutput(images=self._run(x_t, generator, labels, output_type, guidance))
+        return ImagePipelineOutput(images=self._run(x_t, generator, labels, output_type, guided))
 
     def _clean_image(self, image: Tensor | Image.Image) -> Tensor:
         channels, height, width = self._image_shape()

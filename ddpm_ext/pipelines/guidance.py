@@ -13,16 +13,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..diffusion.process import compute_dtype, eps_weights
 from ..errors import UserError
 from ..models.classes import classes_of
 
-__all__ = ["Guidance", "guided_prediction", "make_guidance", "rescaled", "scale_of"]
+__all__ = ["Guidance", "GuidanceOptions", "guided_prediction", "make_guidance", "rescaled", "scale_of"]
 
 Network = Callable[[Tensor, Tensor], Tensor]  # (x_t, labels) -> output, of any number of images
 
@@ -46,25 +47,37 @@ class Guidance:
     guider: Any = None
 
 
-def make_guidance(
-    config: Any,
-    scale: float = 0.0,
-    interval: tuple[int, int] | None = None,
-    rescale: float = 0.0,
-    guider: Any = None,
-) -> Guidance | None:
+class GuidanceOptions(TypedDict, total=False):
+    """What a caller of the pipeline may ask for.
+
+    Attributes:
+        guidance_scale: w >= 0; 0, the default, is no guidance.
+        guidance_interval: (low, high): guide at low <= t <= high only.
+        guidance_rescale: φ in [0, 1]: how far ε̃ is brought back to the deviation of the conditional ε̂.
+        guider: One of `diffusers.guiders` that mixes two predictions, in place of these three.
+    """
+
+    guidance_scale: float
+    guidance_interval: tuple[int, int] | None
+    guidance_rescale: float
+    guider: Any
+
+
+def make_guidance(config: Any, **options: Unpack[GuidanceOptions]) -> Guidance | None:
     """Return the guidance that was asked for, checked against the network; None for none.
 
     Args:
         config: The network's.
-        scale: w.
-        interval: Steps at which to guide, both ends included.
-        rescale: φ.
-        guider: One of Diffusers' guiders.
+        **options: What was asked for.
 
     Raises:
         UserError: numbers out of range, options without effect, or a network that has no null label.
+        TypeError: an option that there is not.
     """
+    if unknown := options.keys() - GuidanceOptions.__annotations__.keys():
+        raise TypeError(f"There is no option {', '.join(sorted(unknown))} of guidance.")
+    scale, rescale = options.get("guidance_scale", 0.0), options.get("guidance_rescale", 0.0)
+    interval, guider = options.get("guidance_interval"), options.get("guider")
     if not _is_number(scale) or not 0 <= scale < math.inf:
         raise UserError(f"guidance_scale must be a number of at least 0, where 0 is no guidance, got {scale!r}.")
     if not _is_number(rescale) or not 0 <= rescale <= 1:
