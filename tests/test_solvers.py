@@ -25,6 +25,7 @@ from ddpm_ext.diffusion.solvers import (
     estimate_weights,
     fit_solver,
     power_times,
+    refine_solver,
     solve,
     solve_reference,
 )
@@ -215,6 +216,28 @@ def test_a_fit_is_nearer_than_ddim_and_chosen_steps_nearer_still(kind: Reference
     assert chosen.squared_distance <= fit.squared_distance and trials == sorted(trials, reverse=True)
     assert math.isclose(chosen.squared_distance, solve_distance(predict, held_out, chosen.solver, tables), rel_tol=1e-9)
     assert chosen.solver.times[0] == 999 and len(chosen.solver.times) == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_x_0", [True, False])
+def test_moving_all_coefficients_together_comes_nearer_still(kind: ReferenceKind, with_x_0: bool):
+    tables = make_tables()
+    predict = predictor(tables, "epsilon", kind)
+    reference = solve_reference(predict, noise(11, 24, 1, 6, 6), tables, 60)
+    times = [reference.times[place] for place in power_times(reference.times[:-1], 4, 2.0)]
+    options: dict[str, Any] = {"num_fit": 16, "with_x_0": with_x_0}
+    fit = fit_solver(predict, reference, times, 2, tables, **options)
+    refined = refine_solver(predict, reference, fit, tables, **options)
+    assert fit.squared_distance > 1e-3
+    held_out = Reference(reference.times, [state[16:] for state in reference.states])
+    assert math.isclose(
+        refined.squared_distance, solve_distance(predict, held_out, refined.solver, tables), rel_tol=1e-9
+    )
+    assert with_x_0 or torch.equal(refined.solver.coefficients[:, 2:], torch.zeros(4, 1, dtype=F64))
+    assert torch.equal(refined.solver.coefficients[0, 1:], torch.zeros(2, dtype=F64))  # no estimates before it
+
+    assert refined.squared_distance <= (1.0 if kind == "clipped" else 0.9) * fit.squared_distance  # jumpy at the clip
+    assert refine_solver(predict, reference, fit, tables, max_steps=0, **options) is fit
 
 
 def test_chains_that_share_their_beginning_are_fitted_as_alone():

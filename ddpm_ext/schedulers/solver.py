@@ -310,6 +310,18 @@ class DDPMExtSolverScheduler(DDPMExtScheduler):
         x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
         return DDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
 
+    def estimate(self, prediction: Tensor, timestep: int, sample: Tensor, reference: ReferenceKind) -> Estimate:
+        """Return x̂_0 and ε̂ of one step as a reference has them, clipped as the options say.
+
+        Args:
+            prediction: The network's output without a variance head, shape (B, C, …), the sample's dtype.
+            timestep: 0 <= t < T.
+            sample: x_t, shape (B, C, …).
+            reference: Which of them (`diffusion.solvers.estimate_weights`).
+        """
+        weights = estimate_weights(self.tables, timestep, self.config["prediction_type"], reference)
+        return estimate(prediction, sample, weights, self._clip() if reference != "unclipped" else None)
+
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _forget(self) -> None:

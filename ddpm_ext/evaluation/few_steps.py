@@ -1,0 +1,199 @@
+"""Samplers of a few network calls side by side: one row each, the same noises in every cell.
+
+A row is a fitted solver, one of its references with all its calls, a stock solver, or the model's own long chain. A
+cell holds the Fréchet distance to real images and, where the sampler turns x_T alone into an image, the mean squared
+distance of its features to those of the reference that was fitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .fit import REFERENCE_WORDS
+from .metrics import FeatureStatistics, feature_statistics, frechet_distance
+from .report import table
+from .samplers import STOCK_SETTINGS, SamplerSetting, make_scheduler
+
+__all__ = [
+    "FewStepScore",
+    "best_stock",
+    "compare",
+    "curves",
+    "fitted_setting",
+    "markdown_table",
+    "reference_setting",
+    "stock_settings",
+]
+
+Draw = Callable[[Any, int, int], Tensor]  # (scheduler, K, number of the seed) -> features of the samples, (N, d)
+# What stock solvers raise where they do not go together with a model (no such prediction, ᾱ_T = 0, too few steps).
+_STOCK_REFUSES = (ValueError, NotImplementedError, FloatingPointError, IndexError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class FewStepScore:
+    """One cell.
+
+    Attributes:
+        sampler: Name of the row.
+        kind: "fitted", "reference", "stock" or "chain".
+        num_inference_steps: Network calls.
+        value: Fréchet distance, mean over the seeds.
+        values: That of each seed.
+        squared_distance: Mean squared distance of the features to the reference's from the same x_T; None where the
+            sampler draws more noise, or nothing is fitted.
+    """
+
+    sampler: str
+    kind: str
+    num_inference_steps: int
+    value: float
+    values: list[float]
+    squared_distance: float | None = None
+
+    @property
+    def std(self) -> float | None:
+        """Deviation over the seeds; None of one."""
+        return torch.tensor(self.values, dtype=torch.float64).std().item() if len(self.values) > 1 else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the cell as it is written to files."""
+        return {**asdict(self), "std": self.std}
+
+
+def fitted_setting(kind: str, scheduler: Any) -> SamplerSetting:
+    """Return the row of a fitted solver."""
+    return SamplerSetting(f"fitted ({REFERENCE_WORDS[kind]})", lambda _: scheduler)
+
+
+def reference_setting(kind: str, scheduler: Any, steps: int) -> SamplerSetting:
+    """Return the row of a reference by itself."""
+    return SamplerSetting(f"reference, {steps} calls ({REFERENCE_WORDS[kind]})", lambda _: scheduler)
+
+
+def stock_settings(spacings: Sequence[str] = ()) -> list[SamplerSetting]:
+    """Return the rows of Diffusers' own solvers.
+
+    Args:
+        spacings: More rows, under these timestep spacings in place of the model's own.
+    """
+    found = list(STOCK_SETTINGS)
+    for spacing in spacings:
+        for setting in STOCK_SETTINGS:
+            if "lu lambdas" not in setting.name:  # these choose their steps themselves
+
+                def make(scheduler: Any, setting: SamplerSetting = setting, spacing: str = spacing) -> Any:
+                    config = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
+                    return setting.make(type(scheduler).from_config({**config, "timestep_spacing": spacing}))
+
+                found.append(SamplerSetting(f"{setting.name}, {spacing}", make))
+    return found
+
+
+def compare(
+    draw: Draw,
+    real: FeatureStatistics,
+    scheduler: Any,
+    plan: Sequence[tuple[str, SamplerSetting, Sequence[int]]],
+    num_seeds: int,
+    near: tuple[SamplerSetting, int] | None = None,
+    left_out: dict[str, str] | None = None,
+) -> Iterator[FewStepScore]:
+    """Measure every cell of a plan, all under the same seeds.
+
+    Args:
+        draw: Draws samples under a scheduler and returns their features.
+        real: What they are compared with.
+        scheduler: The model's own.
+        plan: (kind, setting, numbers of calls) of each row.
+        num_seeds: Sets of samples of a cell.
+        near: The reference, and its calls, to which squared distances are measured.
+        left_out: Takes the stock rows that cannot be drawn with this model, and why.
+    """
+    ancestral = make_scheduler(scheduler)
+    targets = [] if near is None else [draw(near[0].make(ancestral), near[1], seed) for seed in range(num_seeds)]
+    for kind, setting, steps in plan:
+        for K in steps:
+            try:
+                made = setting.make(ancestral)
+                found = [draw(made, K, seed) for seed in range(num_seeds)]
+            except _STOCK_REFUSES as error:
+                if kind != "stock":
+                    raise
+                if left_out is not None:
+                    left_out[f"{setting.name}, {K} calls"] = str(error).splitlines()[0]
+                continue
+            values = [frechet_distance(real, feature_statistics(features)) for features in found]
+            gaps = [(a.double() - b).square().mean().item() for a, b in zip(found, targets, strict=False)]
+            deterministic = kind != "chain" and gaps
+            yield FewStepScore(
+                setting.name,
+                kind,
+                K,
+                sum(values) / len(values),
+                values,
+                sum(gaps) / len(gaps) if deterministic else None,
+            )
+
+
+def best_stock(scores: Sequence[FewStepScore], steps: int) -> FewStepScore | None:
+    """Return the best stock setting at a number of calls."""
+    found = [score for score in scores if score.kind == "stock" and score.num_inference_steps == steps]
+    return min(found, key=lambda score: score.value, default=None)
+
+
+def markdown_table(scores: Sequence[FewStepScore], *, distances: bool = False) -> str:
+    """Return rows of samplers against numbers of calls; the best of a column that several share is bold.
+
+    Args:
+        scores: The cells.
+        distances: Show squared distances to the reference in place of Fréchet distances.
+    """
+    value = _distance if distances else _value
+    cells = {(one.sampler, one.num_inference_steps): one for one in scores if value(one) is not None}
+    if not cells:
+        raise UserError("There is no score to make a table of.")
+    steps = sorted({K for _, K in cells})
+    best = {K: min(value(one) for (_, other), one in cells.items() if other == K) for K in steps}
+    rows = []
+    for name in dict.fromkeys(name for name, _ in cells):
+        row = [name]
+        for K in steps:
+            one = cells.get((name, K))
+            text = "" if one is None else _words(one, distances)
+            shared = sum(other == K for _, other in cells) > 1
+            row.append(f"**{text}**" if one is not None and shared and value(one) == best[K] else text)
+        rows.append(row)
+    return table(["sampler", *(f"{K} calls" for K in steps)], rows)
+
+
+def curves(scores: Sequence[FewStepScore]) -> dict[str, list[tuple[int, float]]]:
+    """Return the score against calls of every sampler; references and long chains are level lines."""
+    few = sorted({one.num_inference_steps for one in scores if one.kind in ("fitted", "stock")})
+    found: dict[str, list[tuple[int, float]]] = {}
+    for one in scores:
+        level = one.kind in ("reference", "chain")
+        found.setdefault(one.sampler, []).extend((K, one.value) for K in (few if level else [one.num_inference_steps]))
+    return found
+
+
+def _value(score: FewStepScore) -> Any:
+    return score.value
+
+
+def _distance(score: FewStepScore) -> Any:
+    return score.squared_distance
+
+
+def _words(score: FewStepScore, distances: bool) -> str:
+    if distances:
+        return f"{score.squared_distance:.3g}"
+    digits = 4 if score.value < 1 else 2
+    spread = "" if score.std is None else f" ± {score.std:.{digits}f}"
+    return f"{score.value:.{digits}f}{spread}"
