@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .models.unet import build_unet
     from .pipelines.ddpm import DDPMExtPipeline
     from .schedulers.ddpm import DDPMExtScheduler
+    from .schedulers.solver import DDPMExtSolverScheduler
     from .training.config import TrainConfig
     from .training.presets import PRESETS
     from .training.run import train
@@ -33,6 +34,7 @@ __all__ = [
     "CalibrateConfig",
     "DDPMExtPipeline",
     "DDPMExtScheduler",
+    "DDPMExtSolverScheduler",
     "DenoiseDiffusion",
     "EvalConfig",
     "RateDistortion",
@@ -55,6 +57,7 @@ _HOMES = {
     "CalibrateConfig": "evaluation.config",
     "DDPMExtPipeline": "pipelines.ddpm",
     "DDPMExtScheduler": "schedulers.ddpm",
+    "DDPMExtSolverScheduler": "schedulers.solver",
     "DenoiseDiffusion": "diffusion.textbook",
     "EvalConfig": "evaluation.config",
     "PRESETS": "training.presets",

@@ -339,7 +339,7 @@ def choose_times(
     with_x_0: bool = True,
     powers: Sequence[float] = POWERS,
     moves: Sequence[int] = MOVES,
-    max_rounds: int = 4,
+    max_rounds: int = 3,
     ridge: float = RIDGE,
     on_trial: Callable[[float], None] | None = None,
 ) -> Fit:

@@ -32,6 +32,8 @@ from ..diffusion.solvers import (
     solve_reference,
 )
 from ..errors import UserError
+from ..models.classes import classes_of
+from ..pipelines.guidance import guided_prediction, make_guidance
 from ..schedulers.config import EXTENSION_KEY
 from ..schedulers.solver import DDPMExtSolverScheduler, solver_record
 
@@ -112,7 +114,8 @@ class FittedNetwork:
     def __init__(self, unet: UNet2DModel, scheduler: Any, options: FitOptions, run: Run, is_main: bool = True) -> None:
         self.unet, self.options, self.run, self.is_main = unet, options, run, is_main
         self.scheduler: DDPMExtSolverScheduler = DDPMExtSolverScheduler.from_config(scheduler.config)
-        self.classes: int | None = unet.config.get("num_class_embeds")
+        self.classes = classes_of(unet.config)
+        self.guidance = make_guidance(unet.config, options.guidance_scale or 0.0)
         size = unet.config["sample_size"]
         self.shape = (unet.config["in_channels"], *((size, size) if isinstance(size, int) else size))
         self.count = options.num_noises + options.num_held_out
@@ -188,12 +191,24 @@ class FittedNetwork:
         made = [torch.Generator().manual_seed(self.options.seed + NOISE_SEED + i) for i in numbers]
         return torch.stack([torch.randn(self.shape, generator=one) for one in made]).to(self.unet.device)
 
+    def ask(self, x_t: Tensor, t: int, labels: Tensor | None) -> Tensor:
+        """Return the network's output as the pipeline has it: of the classes, guided where the options say so."""
+        if labels is None:
+            return self.unet(x_t, t).sample
+
+        def network(x: Tensor, c: Tensor) -> Tensor:
+            return self.unet(x, t, class_labels=c).sample
+
+        if self.guidance is None:
+            return network(x_t, labels)
+        return guided_prediction(self.guidance, network, x_t, labels, t, (0, 1), self.scheduler)
+
     def predict(self, kind: ReferenceKind, numbers: range) -> Predict:
         """Return the network's estimates of the images of these numbers."""
         size = self.options.batch_size
         labels = None
         if self.classes is not None:
-            labels = torch.tensor([i % self.classes for i in numbers], device=self.unet.device)
+            labels = torch.tensor([i % self.classes.number for i in numbers], device=self.unet.device)
         learned = self.scheduler.config["variance_type"]
 
         @torch.no_grad()
@@ -201,8 +216,8 @@ class FittedNetwork:
             parts = []
             for start in range(0, len(x_t), size):
                 some = x_t[start : start + size]
-                mine = {} if labels is None else {"class_labels": labels[start : start + size]}
-                output = self.unet(some.to(self.unet.dtype), t, **mine).sample.to(x_t.dtype)
+                mine = None if labels is None else labels[start : start + size]
+                output = self.ask(some.to(self.unet.dtype), t, mine).to(x_t.dtype)
                 parts.append(self.scheduler.estimate(split_output(output, some, learned)[0], t, some, kind))
             return Estimate(torch.cat([part.x_0 for part in parts]), torch.cat([part.eps for part in parts]))
 

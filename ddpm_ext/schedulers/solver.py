@@ -255,14 +255,15 @@ class DDPMExtSolverScheduler(DDPMExtScheduler):
         self._forget()
         self.num_inference_steps, self.custom_timesteps, self._chosen = K, False, True
 
-    def warn_of_guidance(self, guidance_scale: float) -> None:
-        """Warn when images are drawn with another guidance than the solver was fitted under; 0 is none."""
+    def warn_of_guidance(self, guidance_scale: float | None) -> None:
+        """Warn when images are drawn with another guidance than the solver was fitted under; 0 or None is none."""
         fitted = fitted_solvers(self.config)
         there = 0.0 if fitted is None else fitted.setting.get("guidance_scale") or 0.0
-        if fitted is not None and there != guidance_scale:
+        here = guidance_scale or 0.0
+        if fitted is not None and here != there:
             warnings.warn(
-                f"The solver was fitted with guidance_scale {there:g}, the images are drawn with {guidance_scale:g}: "
-                "it is not the best there. Calibrate with this guidance.",
+                f"The solver was fitted with guidance_scale {there:g} and draws with {here:g}: it is not the best "
+                "there. Calibrate with this guidance.",
                 stacklevel=3,
             )
 
