@@ -4,9 +4,10 @@ The names below are what users need; each is loaded when it is first used.
 """
 
 import sys
-from importlib import import_module
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -53,39 +54,32 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BitsPerDim": "evaluation.bits_per_dim",
-    "CalibrateConfig": "evaluation.config",
-    "DDPMExtPipeline": "pipelines.ddpm",
-    "DDPMExtScheduler": "schedulers.ddpm",
-    "DDPMExtSolverScheduler": "schedulers.solver",
-    "DenoiseDiffusion": "diffusion.textbook",
-    "EvalConfig": "evaluation.config",
-    "PRESETS": "training.presets",
-    "RateDistortion": "evaluation.bits_per_dim",
-    "TrainConfig": "training.config",
-    "UserError": "errors",
-    "bits_per_dim": "evaluation.bits_per_dim",
-    "build_unet": "models.unet",
-    "calibrate": "evaluation.calibrate",
-    "convert": "conversion.convert",
-    "evaluate": "evaluation.evaluate",
-    "load_images": "data.dataset",
-    "push_to_hub": "hub.upload",
-    "rate_distortion": "evaluation.bits_per_dim",
-    "train": "training.run",
+    "conversion.convert": ("convert",),
+    "data.dataset": ("load_images",),
+    "diffusion.textbook": ("DenoiseDiffusion",),
+    "errors": ("UserError",),
+    "evaluation.bits_per_dim": (
+        "BitsPerDim",
+        "RateDistortion",
+        "bits_per_dim",
+        "rate_distortion",
+    ),
+    "evaluation.calibrate": ("calibrate",),
+    "evaluation.config": (
+        "CalibrateConfig",
+        "EvalConfig",
+    ),
+    "evaluation.evaluate": ("evaluate",),
+    "hub.upload": ("push_to_hub",),
+    "models.unet": ("build_unet",),
+    "pipelines.ddpm": ("DDPMExtPipeline",),
+    "schedulers.ddpm": ("DDPMExtScheduler",),
+    "schedulers.solver": ("DDPMExtSolverScheduler",),
+    "training.config": ("TrainConfig",),
+    "training.presets": ("PRESETS",),
+    "training.run": ("train",),
 }
-
-
-def __getattr__(name: str) -> Any:
-    """Load a public name when it is first used (PEP 562)."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)
 
 
 def _refuse_modules_as_commands() -> None:

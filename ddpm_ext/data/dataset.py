@@ -308,6 +308,11 @@ def load_images(
     Raises:
         ValueError: a set that cannot be opened or is empty, a missing column, images of several sizes without
             `resolution`, too few readable images, or with `strict` an unreadable one.
+
+    Example:
+        >>> digits = load_images("digits", split="test")
+        >>> len(digits), digits.shape
+        (297, (1, 8, 8))
     """
     spec = make_spec(
         dataset_name,

@@ -144,6 +144,13 @@ def bits_per_dim(
         ValueError: images off the grid, of wrong range or shape, or NaN, or not of the network's channels and
             size; a network whose output is NaN or does not fit; a scheduler without betas; steps that the scheduler
             refuses; a list of generators that is not one per image.
+
+    Example:
+        >>> from ddpm_ext import DDPMExtScheduler, load_images
+        >>> digits = load_images("digits", split="test").batch(range(2)).pixels
+        >>> bits = bits_per_dim(lambda x_t, t: x_t, DDPMExtScheduler(), digits, num_inference_steps=10)
+        >>> tuple(bits.total.shape), bool((bits.total > 0).all())
+        ((2,), True)
     """
     options = replace(options or BoundOptions(), **changes)
     x_0 = grid_images(images, options.bits)
@@ -176,6 +183,13 @@ def rate_distortion(
 
     Raises:
         ValueError: num_timesteps_sampled is given, or as there.
+
+    Example:
+        >>> from ddpm_ext import DDPMExtScheduler, load_images
+        >>> digits = load_images("digits", split="test").batch(range(2)).pixels
+        >>> rows = rate_distortion(lambda x_t, t: x_t, DDPMExtScheduler(), digits, num_inference_steps=10)
+        >>> len(rows.timesteps), bool((rows.rate_bits_per_dim.diff() >= 0).all())
+        (10, True)
     """
     options = replace(options or BoundOptions(), **changes)
     x_0 = grid_images(images, options.bits)

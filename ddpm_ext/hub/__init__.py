@@ -1,1 +1,22 @@
-"""Files to the Hugging Face Hub and back."""
+"""Files between this machine and the Hub: retried, checked, told in sentences."""
+
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .retry import HubError, RetryPolicy
+    from .upload import push_to_hub
+
+__all__ = ["HubError", "RetryPolicy", "push_to_hub"]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "retry": (
+            "HubError",
+            "RetryPolicy",
+        ),
+        "upload": ("push_to_hub",),
+    },
+)

@@ -154,6 +154,10 @@ def build_unet(
 
     Raises:
         ValueError: an unknown preset, option or initialisation, or a size that the network cannot halve often enough.
+
+    Example:
+        >>> sum(parameter.numel() for parameter in build_unet("digits").parameters())
+        701345
     """
     config = unet_config(
         preset_or_config,

@@ -63,12 +63,11 @@ class DDPMExtPipeline(DiffusionPipeline):
             `DDPMExtScheduler` with the same options, a calibrated one into the `DDPMExtSolverScheduler` it is.
 
     Example:
-        ```py
-        from ddpm_ext import DDPMExtPipeline
-
-        pipe = DDPMExtPipeline.from_pretrained("google/ddpm-cifar10-32")
-        image = pipe(num_inference_steps=1000).images[0]
-        ```
+        >>> from ddpm_ext import DDPMExtScheduler, build_unet
+        >>> pipe = DDPMExtPipeline(build_unet("digits"), DDPMExtScheduler())  # or .from_pretrained("user/model")
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> pipe(batch_size=2, num_inference_steps=3).images[0].size
+        (8, 8)
     """
 
     unet: UNet2DModel

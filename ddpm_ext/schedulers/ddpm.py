@@ -87,6 +87,12 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         UserError: an option that is not one of its words, betas outside (0, 1] or NaN, trained_betas whose length is
             not T, T < 1, or epsilon prediction where ᾱ_t = 0 would be used.
 
+    Example:
+        >>> scheduler = DDPMExtScheduler(variance_type="fixed_large")
+        >>> scheduler.set_timesteps(4)
+        >>> scheduler.timesteps.tolist()
+        [750, 500, 250, 0]
+
     Source: Ho et al. 2020, arXiv:2006.11239.
     """
 

@@ -311,6 +311,10 @@ class TrainConfig(
 
     Raises:
         ValueError: an option is out of range, or two contradict each other; the sentence says what to do.
+
+    Example:
+        >>> TrainConfig(unet="digits", max_train_steps=1200, resolution="8").size
+        (8, 8)
     """
 
     def __post_init__(self) -> None:

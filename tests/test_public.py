@@ -1,0 +1,86 @@
+"""The public surface: every name is there, is documented with an example that runs, and costs nothing until used."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ddpm_ext
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = sorted(path.parent.name for path in (ROOT / "ddpm_ext").glob("*/__init__.py"))
+PROMISED = {
+    *("DDPMExtPipeline", "DDPMExtScheduler", "DenoiseDiffusion", "build_unet", "load_images", "bits_per_dim"),
+    *("rate_distortion", "BitsPerDim", "RateDistortion", "train", "TrainConfig", "PRESETS", "evaluate", "EvalConfig"),
+    *("calibrate", "convert", "push_to_hub", "UserError"),
+}
+WITH_EXAMPLE = ("DDPMExtPipeline", "DDPMExtScheduler", "DenoiseDiffusion", "TrainConfig", "bits_per_dim", "build_unet")
+
+
+def test_every_promised_name_is_offered() -> None:
+    assert set(ddpm_ext.__all__) >= PROMISED
+    assert set(dir(ddpm_ext)) >= PROMISED
+    with pytest.raises(AttributeError, match="has no attribute 'Pipeline'"):
+        _ = ddpm_ext.Pipeline  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("package", ["ddpm_ext", *(f"ddpm_ext.{folder}" for folder in FOLDERS)])
+def test_every_name_of_a_package_loads_and_is_known_to_type_checkers(package: str) -> None:
+    module = importlib.import_module(package)
+    assert module.__all__ == sorted(module.__all__, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
+    assert module.__doc__
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+    source = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+    typed = {alias.name for node in ast.walk(source) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert set(module.__all__) - {"__version__"} <= typed
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'diffusers', 'transformers', 'datasets', 'accelerate', 'numpy', 'matplotlib'}"
+    code = f"import sys, ddpm_ext, ddpm_ext.training; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_the_pipeline_imports_no_data_sets_and_no_plots() -> None:
+    code = (
+        "import sys\nfrom ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, build_unet\n"
+        "assert not {'datasets', 'matplotlib', 'gradio', 'pandas'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", [name for name in ddpm_ext.__all__ if name not in ("__version__", "PRESETS")])
+def test_the_example_of_a_public_name_runs(name: str) -> None:
+    value: Any = getattr(ddpm_ext, name)
+    if not callable(value):
+        return
+    assert inspect.getdoc(value)
+    module = importlib.import_module(value.__module__)
+    tests = doctest.DocTestFinder(recurse=False).find(value, name, globs=vars(module).copy())
+    assert name not in WITH_EXAMPLE or any(test.examples for test in tests)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for test in tests:
+        runner.run(test)
+    assert runner.failures == 0
+
+
+def test_a_wrong_example_would_be_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong() -> None:
+        """Say what is not.
+
+        >>> 1 + 1
+        3
+        """
+
+    (test,) = doctest.DocTestFinder().find(wrong, "wrong", globs={})
+    assert doctest.DocTestRunner().run(test).failed == 1
+    assert "Expected" in capsys.readouterr().out
