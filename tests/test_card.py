@@ -17,7 +17,9 @@ from PIL import Image
 from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 from ddpm_ext.hub.files import collect
 from ddpm_ext.pipelines.identity import weights_hash
-from ddpm_ext.publishing.model_card import MARK, command_words, export_card, render_card, training_hours, write_card
+from ddpm_ext.publishing.model_card import MARK, export_card, render_card, write_card
+from ddpm_ext.publishing.results import command_words
+from ddpm_ext.publishing.training_record import training_hours
 from ddpm_ext.run_dir import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,7 +155,7 @@ def test_the_text_has_usage_training_limits_cost_and_citation(run: Path) -> None
     assert "| Updates × batch | 800,000 × 128 |" in text
     assert "| Averaged weights | constant, decay 0.9999 |" in text
     assert "| Commit of ddpm_ext | abc123 |" in text
-    assert "![Samples above their nearest training pictures](plots/nearest.png)" in text
+    assert "![Samples above their nearest training images](plots/nearest.png)" in text
     assert "Hardware: 2 × H200. Training time by the log: 11 hours." in text  # (400,000 · 128)(1/2000 + 1/4000) s
     assert "@inproceedings{ho2020denoising" in text
     assert "| 3.7512 |" in text and "seed 0" in text
@@ -161,6 +163,56 @@ def test_the_text_has_usage_training_limits_cost_and_citation(run: Path) -> None
         assert (run / name).is_file()
     body = text.split("# ddpm-cifar10")[1]
     assert "None" not in body and "{" not in body.split("## Training")[1].split("## Results")[0]
+
+
+def test_a_card_without_a_hub_id_names_none(run: Path) -> None:
+    for name in (None, "digits"):
+        text = str(render_card(run, name))
+        assert 'from_pretrained("<folder of the run>/pipeline")' in text and "This model is not on the Hub" in text
+        assert 'from_pretrained("digits")' not in text and 'revision="<commit>"' not in text
+    text = str(render_card(run, "alice/digits"))
+    assert "is not on the Hub" not in text and text.count('from_pretrained("alice/digits")') == 2
+    for shown in (text, str(render_card(run))):  # where the package is to be had
+        assert "pip install ddpm-ext" in shown and "https://github.com/" in shown
+
+
+@pytest.mark.parametrize("versions", [None, {}, {"torch": "2.13.0"}, {"ddpm-ext": "0.1.0"}])
+@pytest.mark.parametrize("commit", [None, "abc123"])
+def test_a_card_renders_from_a_checkout_or_an_installation(run: Path, versions: Any, commit: Any) -> None:
+    record = json.loads((run / "eval.json").read_text())
+    for one in record["figures"]:
+        made = one["certificate"]
+        one["certificate"] = {"command": made["command"], "versions": versions, "commit": commit, "date": None}
+    (run / "eval.json").write_text(json.dumps(record))
+    text = str(render_card(run, "alice/a"))
+    line = next(line for line in text.splitlines() if line.startswith("- `"))
+    version = (versions or {}).get("ddpm-ext")
+    assert ("ddpm_ext 0.1.0" in line) == (version is not None) and ("at commit abc123" in line) == (commit is not None)
+    assert ("ddpm_ext" in line.split("`")[2]) == (version is not None or commit is not None) and "None" not in line
+
+
+BASES: list[tuple[Any, str | None, str]] = [
+    ({"model": "google/ddpm-cifar10-32", "license": "apache-2.0"}, "google/ddpm-cifar10-32", "whose licence is apache"),
+    ("google/ddpm-cifar10-32", "google/ddpm-cifar10-32", "[google/ddpm-cifar10-32](https://huggingface.co/google"),
+    ({"model": "/home/me/runs/cats"}, None, "Fine-tuned from `cats`"),
+]
+
+
+@pytest.mark.parametrize(("start", "base", "words"), BASES)
+@pytest.mark.parametrize("is_option", [False, True])
+def test_a_fine_tuned_model_names_what_it_started_from(
+    run: Path, start: Any, base: str | None, words: str, is_option: bool
+) -> None:
+    start = start["model"] if is_option and isinstance(start, dict) else start
+    config = {**CONFIG["config"], **({"init_from": start} if is_option else {}), "init_new_head": True}
+    record = {**CONFIG, "config": config, **({} if is_option else {"init_from": start})}
+    (run / "config.json").write_text(json.dumps(record))
+    text = str(render_card(run, "alice/a"))
+    assert front_matter(text).get("base_model") == base
+    if isinstance(start, dict) or "licence" not in words:
+        assert words in text
+    assert "its head began anew" in text and "/home/me" not in text
+    assert ("license" in front_matter(text)) == (isinstance(start, dict) and "license" in start)
 
 
 def test_what_is_not_known_is_left_out(run: Path, tmp_path: Path) -> None:

@@ -402,3 +402,37 @@ def test_the_licence_of_the_last_card_is_kept(hub: Hub, client: Client, run: Pat
     for options in ({"license": "mit"}, {}):
         assert client(publish_run, str(run), "alice/digits", **options) == ""
         assert b"license: mit" in hub.head("alice/digits").files["README.md"]
+
+
+def publish_and_pull_card(folder: str, repo_id: str, **options: Any) -> str:
+    from huggingface_hub import ModelCard
+
+    told = publish_run(folder, repo_id, **options)
+    return told or str(ModelCard.load(repo_id, token="tok-alice").data.get("license"))
+
+
+@pytest.mark.parametrize("where", ["Hub", "folder", "run"])
+def test_a_fine_tuned_model_keeps_the_licence_of_its_base(
+    hub: Hub, client: Client, run: Path, tmp_path: Path, where: str
+) -> None:
+    card = b"---\nlicense: cc-by-4.0\n---\n"
+    base = {"Hub": "bob/base", "folder": str(tmp_path / "base"), "run": str(tmp_path / "base" / "pipeline")}[where]
+    hub.create("bob/base")
+    hub.commit("bob/base", "refs/heads/main", "card", {"README.md": card})
+    (tmp_path / "base" / "pipeline").mkdir(parents=True)
+    (tmp_path / "base" / "README.md").write_bytes(card)
+    (run / "README.md").unlink()
+    (run / "config.json").write_text(json.dumps({"config": {}, "init_from": {"model": base}}))
+    assert client(publish_and_pull_card, str(run), "alice/tuned") == "cc-by-4.0"
+    assert client(publish_and_pull_card, str(run), "alice/tuned", license="mit") == "mit"  # told otherwise
+    assert (b"base_model: bob/base" in hub.head("alice/tuned").files["README.md"]) == (where == "Hub")
+
+
+def test_a_licence_that_a_base_does_not_name_is_asked_for(hub: Hub, client: Client, run: Path) -> None:
+    hub.create("bob/base")
+    hub.commit("bob/base", "refs/heads/main", "card", {"README.md": b"---\ntags: [ddpm]\n---\n"})
+    (run / "README.md").unlink()
+    (run / "config.json").write_text(json.dumps({"config": {"init_from": "bob/base"}}))
+    assert "fine-tuned from bob/base, whose card names no licence" in client(publish_run, str(run), "alice/tuned")
+    assert "alice/tuned" not in hub.repos and not (run / "README.md").exists()
+    assert client(publish_and_pull_card, str(run), "alice/tuned", license="mit") == "mit"

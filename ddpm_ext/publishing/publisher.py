@@ -7,13 +7,22 @@ publisher.finish()                        # the last push, awaited
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
-from ..hub.retry import HubError
+from huggingface_hub import ModelCard
+
+from ..hub.client import Client
+from ..hub.retry import HubError, RetryPolicy
 from ..hub.upload import BackgroundPush, Push, PushOptions, full_name, open_repository, push_command, push_to_hub
-from .model_card import SHOWN, write_card
+from ..run_dir import read_json
+from .model_card import SHOWN, card_license, write_card
+from .training_record import base_model
+
+__all__ = ["Publisher", "publish"]
+logger = logging.getLogger(__name__)
 
 
 def publish(
@@ -24,12 +33,14 @@ def publish(
     Args:
         run: A run folder, or the folder of a saved pipeline, whose README.md is pushed as it is.
         repo_id: "user/model", or "model" for the token's owner.
-        license: Licence of the weights, for a card that is rendered; None takes that of the run's last card.
+        license: Licence of the weights, for a card that is rendered; None takes that of the run's last card, or of the
+            model that the training started from.
         token: As in `push_to_hub`.
         **options: Further options of `push_to_hub`.
 
     Raises:
-        HubError: the push failed, with what to do about it.
+        HubError: the push failed, with what to do about it; or the training started from a model whose licence is not
+            known, and none is given.
     """
     told = {name: options[name] for name in options.keys() & PushOptions.__annotations__.keys()}
     options.setdefault("command", push_command(run, repo_id, license=license, **told))
@@ -37,12 +48,37 @@ def publish(
     before = card.read_bytes() if card.is_file() else None
     if (Path(run) / "config.json").is_file() and (Path(run) / "pipeline").is_dir():
         repo_id = full_name(repo_id, token, options.get("retry"))
+        license = license or card_license(Path(run)) or _inherited_license(Path(run), token, options.get("retry"))
         write_card(Path(run), repo_id, license)
     try:
         return push_to_hub(run, repo_id, token=token, **options)
     except HubError:  # which says that the local files are as they were
         card.unlink(missing_ok=True) if before is None else card.write_bytes(before)
         raise
+
+
+def _inherited_license(run: Path, token: str | None, retry: RetryPolicy | None) -> str | None:
+    """Return the licence of the model that a run started from, None where it started from none.
+
+    Raises:
+        HubError: it names none.
+    """
+    base = base_model(read_json(run / "config.json"))
+    if base is None:
+        return None
+    found = base.license
+    if found is None and base.is_on_hub:
+        text = Client(token, retry).text(base.name, "README.md", base.revision or "main")
+        found = ModelCard(text, ignore_metadata_errors=True).data.get("license")
+    elif found is None:
+        folder = Path(base.path)
+        found = next((word for path in (folder, folder.parent) if (word := card_license(path))), None)
+    if found is None:
+        raise HubError(
+            f"{run} was fine-tuned from {base.name}, whose card names no licence: look up under which one "
+            "its weights are shared, and give it with --license."
+        )
+    return found
 
 
 class Publisher:
@@ -72,6 +108,11 @@ class Publisher:
         private = options.get("private")
         self.repo_id = open_repository(repo_id, private=private, token=token, retry=options.get("retry"))
         options.setdefault("command", push_command(run, self.repo_id, private=private, license=license))
+        if license is None and (self.run / "config.json").is_file():
+            try:
+                self.license = card_license(self.run) or _inherited_license(self.run, token, options.get("retry"))
+            except (HubError, OSError) as error:  # the training goes on; its last card can still be given one
+                logger.warning("The card will name no licence: %s", error)
         self._background = BackgroundPush(self.repo_id, also=SHOWN, prepare=self._card, token=token, **options)
 
     def push(self, update: int) -> None:

@@ -1,0 +1,181 @@
+"""What the config.json and log of a run say of its training, in the words of its card; the unknown is left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..run_dir import RunDir
+
+__all__ = [
+    "BaseModel",
+    "Record",
+    "base_model",
+    "compute_cost",
+    "data_words",
+    "hub_datasets",
+    "summary",
+    "training_hours",
+    "training_rows",
+]
+
+Record = Mapping[str, Any]  # of a JSON file
+
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# Rows of the table: label and text, whose fields are options or entries of config.json. A row with an unknown field is
+# left out.
+_ROWS = (
+    ("Data", "{data}, {images:,} images, fingerprint {data_fingerprint}"),
+    ("Network", "UNet2DModel, preset {unet}"),
+    ("Parameters", "{parameters:,}"),
+    ("Diffusion steps T", "{ddpm_num_steps}"),
+    ("Noise schedule", "{ddpm_beta_schedule}"),
+    ("Prediction, variance, loss", "{prediction_type}, {variance_type}, {loss}"),
+    ("Updates × batch", "{updates:,} × {global_batch}"),
+    (
+        "Optimiser",
+        "Adam, learning rate {learning_rate:g}, β {adam_beta1}, {adam_beta2}, weight decay {adam_weight_decay:g}",
+    ),
+    ("Learning rate", "{lr_scheduler}, {lr_warmup_steps} updates of warm-up"),
+    ("Gradient clipping", "global norm {max_grad_norm:g}"),
+    ("Averaged weights", "{averaged}"),
+    ("Dropout", "{dropout}"),
+    ("Mirrored images", "{mirrored}"),
+    ("Precision", "{precision}"),
+    ("Seed", "{seed}"),
+    ("Commit of ddpm_ext", "{commit}"),
+    ("Versions", "{versions}"),
+)
+
+
+class BaseModel:
+    """The model that a training started from.
+
+    Attributes:
+        name: A Hub name, or the name of a folder.
+        is_on_hub: Whether it is a Hub name.
+        license: Its licence, where the record has it.
+        changes: What the training changed, in words.
+    """
+
+    def __init__(self, start: Record | str, config: Record) -> None:
+        start = {"model": start} if isinstance(start, str) else start
+        given = next((str(start[key]) for key in ("model", "source", "name", "path") if start.get(key)), "")
+        self.path, self.is_on_hub = given, bool(_HUB_NAME.fullmatch(given)) and not Path(given).exists()
+        self.name = given if self.is_on_hub else Path(given).name
+        self.revision = start.get("revision") or start.get("commit")
+        self.license = start.get("license")
+        self.changes = _changes(start, config)
+
+
+def base_model(record: Record) -> BaseModel | None:
+    """Return the model that a run started from (`--init_from`), None where it started from random weights."""
+    config = record.get("config") or {}
+    start = record.get("init_from") or config.get("init_from")
+    return BaseModel(start, config) if start else None
+
+
+def _changes(start: Record, config: Record) -> list[str]:
+    """Return what a fine-tuning changed, in words."""
+    found = ["all weights were trained further"]
+    if frozen := config.get("freeze"):
+        found = [f"trained further, without {frozen if isinstance(frozen, str) else ', '.join(frozen)}"]
+    if lora := config.get("lora_rank"):
+        found = [f"low-rank changes of its attention were trained (LoRA, rank {lora}) and merged"]
+    new = start.get("new_layers") or start.get("new") or start.get("new_head")
+    if isinstance(new, list | tuple):
+        found.append(f"these began anew: {', '.join(map(str, new))}")
+    elif new or config.get("init_new_head"):
+        found.append("its head began anew")
+    return found
+
+
+def hub_datasets(record: Record) -> list[str] | None:
+    """Return the data set, where it is one of the Hub: a name with one slash that is no folder."""
+    name = record.get("config", {}).get("dataset_name")
+    return [name] if name and _HUB_NAME.fullmatch(name) and not Path(name).exists() else None
+
+
+def data_words(record: Record) -> str | None:
+    """Return the training data in words."""
+    config = record.get("config")
+    if config is None:
+        return None
+    if config.get("train_data_dir"):
+        return f"the folder {Path(config['train_data_dir']).name}"
+    if config.get("dataset_name") in (None, "digits"):
+        return "handwritten digits (UCI Optical Recognition of Handwritten Digits, CC BY 4.0)"
+    name = str(config["dataset_name"])
+    return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else f"the folder {Path(name).name}"
+
+
+def summary(record: Record, size: str | None) -> str:
+    """Return one sentence: what the model is.
+
+    Args:
+        record: config.json of its run.
+        size: Of its images, in words.
+    """
+    sentence = "A denoising diffusion probabilistic model (DDPM)" + (f" for images of {size}" if size else "")
+    if (base := base_model(record)) is not None:
+        sentence += f", fine-tuned from {base.name}" + (f" on {data}" if (data := data_words(record)) else "")
+    elif data := data_words(record):
+        sentence += f", trained on {data}"
+    return f"{sentence}."
+
+
+def training_rows(record: Record) -> list[tuple[str, str]]:
+    """Return the table of the training: label and value, without what is not known."""
+    config, start = record.get("config") or {}, (record.get("starts") or [{}])[-1]
+    known = {
+        **config,
+        **{name: record.get(name) for name in ("images", "parameters", "updates", "global_batch", "data_fingerprint")},
+        "data": data_words(record),
+        "averaged": None if not config else _fill("{ema}, decay {ema_max_decay:g}", config) or None,
+        "mirrored": ("yes" if config["random_flip"] else "no") if "random_flip" in config else None,
+        "precision": "float32" if config.get("mixed_precision") == "no" else config.get("mixed_precision"),
+        "commit": start.get("commit"),
+        "versions": ", ".join(f"{name} {version}" for name, version in start.get("versions", {}).items()) or None,
+        "seed": record.get("seed", config.get("seed")),
+    }
+    if config and not config.get("use_ema"):
+        known["averaged"] = "none"
+    filled = [(label, _fill(text, known)) for label, text in _ROWS]
+    return [(label, value) for label, value in filled if value]
+
+
+def _fill(text: str, known: Record) -> str:
+    """Return the text with its fields filled in; nothing where one of them is not known."""
+    fields = re.findall(r"\{(\w+)", text)
+    if any(known.get(name) is None for name in fields):
+        return ""
+    return text.format(**{name: known[name] for name in fields})
+
+
+def compute_cost(run: Path, record: Record) -> str | None:
+    """Return hardware and hours of the training; None where neither is known."""
+    devices = [device for start in record.get("starts") or [] if (device := _device_words(start))]
+    parts = [f"Hardware: {', then '.join(dict.fromkeys(devices))}."] if devices else []
+    if hours := training_hours(RunDir(run).read_log(), record.get("global_batch")):
+        parts.append(f"Training time by the log: {hours:.2g} hours.")
+    return " ".join(parts) or None
+
+
+def _device_words(start: Record) -> str | None:
+    """Return what one start of a training ran on; None where it is not known."""
+    hardware = start.get("hardware") or {}
+    if hardware.get("gpu"):
+        return f"{start.get('processes', 1)} × {hardware['gpu']}"
+    return f"{hardware['processor']}, {hardware.get('cores')} cores" if hardware.get("processor") else None
+
+
+def training_hours(log: Iterable[Record], global_batch: int | None) -> float | None:
+    """Return the hours spent in updates: the images of each log interval over its speed."""
+    seconds, before = 0.0, 0
+    for line in log:
+        if global_batch and line.get("images_per_second"):
+            seconds += (line["update"] - before) * global_batch / line["images_per_second"]
+            before = line["update"]
+    return seconds / 3600 or None
