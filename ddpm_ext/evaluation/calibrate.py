@@ -109,10 +109,10 @@ class _Calibration:
         self.loaded = chain_conditions(self.scheduler)
         self.learned = self.variance in LEARNED_VARIANCES
         self.without_head = drop_variance_head(runner.unet) if self.learned else runner.unet
-        self.training = runner.images(config.split)
+        self.training = runner.images(config.split, "split")
         self.count = min(config.num_images, len(self.training))
         runner.check_bound(self.scheduler, self.training, BoundOptions())
-        self.test = runner.images(config.test_split) if "bpd" in config.scores else None
+        self.test = runner.images(config.test_split, "test_split") if "bpd" in config.scores else None
         if "fid" in config.scores:
             runner.check_extractor(self.training, {"fid": 2})
 

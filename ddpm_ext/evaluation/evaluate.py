@@ -71,8 +71,10 @@ class _Evaluation:
     def __init__(self, config: EvalConfig) -> None:
         self.config = config
         self.runner = runner = Runner(config, config.folder / "eval_pieces")
-        self.held_out = runner.images(config.bpd_split) if config.of_bound else None
-        self.images = runner.images(config.reference_split) if config.of_samples or config.plots else None
+        self.held_out = runner.images(config.bpd_split, "bpd_split") if config.of_bound else None
+        self.images = (
+            runner.images(config.reference_split, "reference_split") if config.of_samples or config.plots else None
+        )
         self.bound_options = BoundOptions(
             num_inference_steps=config.bpd_num_inference_steps,
             decoder_variance=config.decoder_variance,

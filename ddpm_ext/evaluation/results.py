@@ -130,9 +130,10 @@ class Result:
         null = {"when"} if setting else set()
         null |= {"averaged", *(_CHAIN if chain else ()), *(["num_timesteps_sampled"] if self.cdf else [])}
         record = {name: value for name, value in asdict(self).items() if value is not None or name in null}
-        for part in (record.get("dataset"), record.get("reference")):
-            for name in [name for name, value in (part or {}).items() if value is None]:
-                del part[name]
+        for name in ("dataset", "reference"):
+            part: dict[str, Any] | None = record.get(name)
+            if part is not None:
+                record[name] = {key: value for key, value in part.items() if value is not None}
         return _finite({_KEYS.get(name, name): value for name, value in record.items()})
 
     @classmethod

@@ -121,18 +121,22 @@ class Runner:
 
     # -- images -------------------------------------------------------------------------------------------------------
 
-    def images(self, split: str | None = None) -> ImageSet:
+    def images(self, split: str | None, option: str) -> ImageSet:
         """Load a split as training read its own, and check that the network can be asked about it.
 
         Args:
             split: None for the split trained on.
+            option: The option that names the split.
 
         Raises:
             UserError: there is no such split, or its classes are not the network's.
         """
         split = split or self.data.split
         if split not in self._sets:
-            images = self.data.load(split)
+            try:
+                images = self.data.load(split)
+            except ValueError as error:
+                raise UserError(f"{error} (--{option} names the split.)") from error
             _check_classes(self.unet, images, self.trained)
             images_and_labels(self.unet, images, range(1))
             self._sets[split] = images
@@ -151,6 +155,8 @@ class Runner:
                 equal_sizes=trained.equal_sizes,  # nor refuses sizes that the training took
                 class_names=same.class_names if self.num_classes else trained.class_names,
             )
+            if trained.num_images is None:  # a stream, whose fingerprint is of its files
+                trained = replace(trained, fingerprint=None)
             departures = trained.differences(same)
         return Dataset(
             name=spec.name,
