@@ -171,12 +171,11 @@ def _rows_of_images(files: Sequence[str]) -> int:
     rows = 0
     for file in files:
         try:
-            found = pyarrow.parquet.ParquetFile(file)
+            features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(file))
+            if any(_may_be_images(name, feature) for name, feature in features.items()):
+                rows += pyarrow.parquet.read_metadata(file).num_rows
         except (OSError, pyarrow.ArrowException):
             continue
-        features = datasets.Features.from_arrow_schema(found.schema_arrow)
-        if any(_may_be_images(name, feature) for name, feature in features.items()):
-            rows += found.metadata.num_rows
     return rows
 
 
