@@ -234,4 +234,7 @@ def test_every_option_has_a_help_text_that_argparse_can_print(capsys: pytest.Cap
     assert leaving.value.code == 0
     text = capsys.readouterr().out
     for option in dataclasses.fields(TrainConfig):
+        if option.metadata.get("hidden"):
+            assert f"--{option.name}" not in text
+            continue
         assert f"--{option.name}" in text and option.metadata["help"]

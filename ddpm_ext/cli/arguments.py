@@ -68,8 +68,9 @@ def parse_train_config(argv: list[str] | None = None) -> TrainConfig:
         values = _train_values(argv, {**dataclasses.asdict(start), **replaced}, chosen)
         if "ddpm_num_inference_steps" not in given:  # a preset's is for its own number of steps
             values["ddpm_num_inference_steps"] = min(start.ddpm_num_inference_steps, values["ddpm_num_steps"])
-        _refuse_idle_options(values, by_hand | {name for name in given if values[name] != getattr(start, name)})
-        return TrainConfig(**values)
+        asked = by_hand | {name for name in given if values[name] != getattr(start, name)}
+        _refuse_idle_options(values, asked)
+        return TrainConfig(**values, asked=frozenset(asked))
 
 
 def parse_options(
@@ -294,7 +295,8 @@ def _make_parser(
         prog: How the command is called.
         epilog: What stands below the options.
     """
-    hints, fields = get_type_hints(options), dataclasses.fields(options)
+    hints = get_type_hints(options)
+    fields = [field for field in dataclasses.fields(options) if not field.metadata.get("hidden")]
     own = {field.name: _default(field) for field in fields}
     required = [field.name for field in fields if own[field.name] is dataclasses.MISSING]
     usage = " ".join(["%(prog)s", *(f"--{name} {name.upper()}" for name in required), "[options]"])

@@ -144,8 +144,8 @@ def build_scheduler(config: TrainConfig) -> DDPMExtScheduler:
 
 
 def network_config(config: TrainConfig) -> dict[str, Any]:
-    """Arguments of UNet2DModel before the data is known."""
-    source = config.model_config_name_or_path
+    """Return the arguments of UNet2DModel before the data is known."""
+    source = config.init_from or config.model_config_name_or_path
     base = load_network_config(source, config.cache_dir) if source else config.unet or "train_unconditional"
     size = None if config.size is None else list(config.size)
     found = unet_config(base, sample_size=size, dropout=config.dropout)
@@ -211,6 +211,7 @@ def build_network(config: TrainConfig, network: dict[str, Any], data: ImageSet |
         data.require_classes()
     _, height, width = data.shape
     preset = None if config.model_config_name_or_path else config.unet or "train_unconditional"
+    network = {name: value for name, value in network.items() if name != "num_class_embeds"}
     return build_unet(
         network,
         seed=config.seed,
@@ -222,7 +223,7 @@ def build_network(config: TrainConfig, network: dict[str, Any], data: ImageSet |
 
 def default_network(config: TrainConfig) -> bool:
     """Return whether nobody named a network, so that Diffusers' script's is taken."""
-    return config.unet is None and config.model_config_name_or_path is None
+    return config.unet is None and config.model_config_name_or_path is None and config.init_from is None
 
 
 def speed_up(config: TrainConfig, network: UNet2DModel, dynamo: dict[str, Any] | None = None) -> None:
@@ -275,7 +276,7 @@ def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Adam
     """AdamW; with weight decay 0 it is the paper's Adam."""
     speed = {"fused": True} if config.fused_optimizer else {"foreach": True}
     return torch.optim.AdamW(
-        network.parameters(),
+        [weight for weight in network.parameters() if weight.requires_grad],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,

@@ -80,6 +80,25 @@ class NetworkOptions:
         "Network preset of ddpm_ext.unet; none: Diffusers' script's network.",
         replaces=("model_config_name_or_path", "resolution"),
     )
+    init_from: str | None = option(
+        None,
+        "Start from the weights, network and schedule of a pipeline (folder or Hub name), a run or a checkpoint.",
+        replaces=("unet", "model_config_name_or_path", "resolution"),
+    )
+    init_new_head: bool = option(
+        False,
+        "Begin those layers of init_from anew that other channels, classes or a learned variance need.",
+        needs=("init_from", True),
+    )
+    freeze: list[str] = option(
+        [], "Weights of init_from that stay as they are, as down_blocks.*", needs=("init_from", True)
+    )
+    lora_rank: int | None = option(
+        None,
+        "Train low-rank adapters of the attention alone, merged into what is exported; needs peft.",
+        at_least=1,
+        needs=("init_from", True),
+    )
     dropout: float | None = option(None, "Dropout of the network; none: the preset's.", at_least=0, below=1)
     class_conditional: bool = option(False, "Give the network each picture's class.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, slower.")
@@ -90,24 +109,32 @@ class NetworkOptions:
 class DiffusionOptions:
     """The process, the prediction and the loss."""
 
-    ddpm_num_steps: int = option(1000, "T, the number of diffusion steps.", at_least=1)
+    ddpm_num_steps: int = option(
+        1000, "T, the number of diffusion steps.", at_least=1, of_schedule="num_train_timesteps"
+    )
     ddpm_num_inference_steps: int = option(1000, "Steps used for the sample grids.", at_least=1, neutral=True)
-    ddpm_beta_schedule: BetaSchedule = option("linear", "Noise schedule.")
+    ddpm_beta_schedule: BetaSchedule = option("linear", "Noise schedule.", of_schedule="beta_schedule")
     beta_start: float = option(
         1e-4,
         "First beta of the linear, scaled_linear and sigmoid schedules.",
         above=0,
         needs=("ddpm_beta_schedule", ("linear", "scaled_linear", "sigmoid")),
+        of_schedule="beta_start",
     )
     beta_end: float = option(
         0.02,
         "Last beta of the linear, scaled_linear and sigmoid schedules.",
         needs=("ddpm_beta_schedule", ("linear", "scaled_linear", "sigmoid")),
+        of_schedule="beta_end",
     )
-    rescale_betas_zero_snr: bool = option(False, "Rescale the schedule so that the last step is pure noise.")
-    prediction_type: PredictionType = option("epsilon", "What the network predicts.")
+    rescale_betas_zero_snr: bool = option(
+        False, "Rescale the schedule so that the last step is pure noise.", of_schedule="rescale_betas_zero_snr"
+    )
+    prediction_type: PredictionType = option("epsilon", "What the network predicts.", of_schedule="prediction_type")
     variance_type: TrainedVariance = option(
-        "fixed_large", "Reverse variance; the learned ones give the network twice the output channels."
+        "fixed_large",
+        "Reverse variance; the learned ones give the network twice the output channels.",
+        of_schedule="variance_type",
     )
     loss: Loss = option("simple", "Simple squared error, the bound, or both.")
     timestep_sampler: TimestepSampler = option(
@@ -135,7 +162,7 @@ class OptimizerOptions:
         neutral=True,
     )
     max_train_steps: int | None = option(
-        None, "Updates of the run; none: num_epochs.", at_least=1, neutral=True, replaces=("num_epochs",)
+        None, "Updates of the run; none: num_epochs.", at_least=0, neutral=True, replaces=("num_epochs",)
     )
     num_epochs: int | None = option(
         None,
@@ -317,6 +344,10 @@ class TrainConfig(
         (8, 8)
     """
 
+    # Not options: which of them were given by hand, and whether those of the schedule are already init_from's.
+    asked: frozenset[str] = dataclasses.field(default=frozenset(), metadata={"hidden": True}, compare=False, repr=False)
+    resolved: bool = dataclasses.field(default=False, metadata={"hidden": True}, compare=False, repr=False)
+
     def __post_init__(self) -> None:
         check_words(self)
         check_ranges(self)
@@ -359,12 +390,12 @@ def check_words(config: TrainConfig) -> None:
 def out_of_range(field: dataclasses.Field[Any], value: float) -> str:
     """Return in words the range of a field that a value is outside of; "" where it is inside."""
     rules = field.metadata
-    low, above, below = rules.get("at_least"), rules.get("above"), rules.get("below")
-    if below is not None:
-        return "" if low <= value < below else f"in [{low}, {below})"
-    if low is not None and not value >= low:
-        return f"at least {low}"
-    return f"above {above}" if above is not None and not value > above else ""
+    low, above, below = rules.get("at_least", -math.inf), rules.get("above", -math.inf), rules.get("below", math.inf)
+    if low <= value < below and value > above:
+        return ""
+    if below < math.inf:
+        return f"in [{low}, {below})"
+    return f"above {above}" if above > -math.inf else f"at least {low}"
 
 
 def check_ranges(config: TrainConfig) -> None:
@@ -385,11 +416,24 @@ def check_ranges(config: TrainConfig) -> None:
 def check_agreement(config: TrainConfig) -> None:
     """Options that would cancel or contradict each other are refused, so none is accepted and ignored."""
     refuse_unknown_names(config.allow_config_change)
-    check_loss_options(config.loss, config.variance_type, config.snr_gamma)
+    if config.init_from is None or config.resolved:  # else the variance is not known yet
+        check_loss_options(config.loss, config.variance_type, config.snr_gamma)
     clashes = (
         (
             config.dataset_name is not None and config.train_data_dir is not None,
             "dataset_name and train_data_dir both name the data; give one of them.",
+        ),
+        (
+            config.init_from is not None and (config.unet or config.model_config_name_or_path) is not None,
+            "init_from brings its own network; leave unet and model_config_name_or_path out.",
+        ),
+        (
+            config.max_train_steps == 0 and config.init_from is None,
+            "max_train_steps must be at least 1, got 0; with init_from 0 exports what is there.",
+        ),
+        (
+            config.lora_rank is not None and config.use_ema and config.ema == "power_function",
+            "power-function averages are of weights, not of the adapters of lora_rank; choose another --ema.",
         ),
         (
             config.local_rank not in (-1, int(os.environ.get("LOCAL_RANK", "-1"))),
@@ -449,18 +493,36 @@ def refuse_unknown_names(names: list[str]) -> None:
             raise ValueError(f'allow_config_change names options, and there is no "{name}". Did you mean "{nearest}"?')
 
 
+# Options that init_from brings along -> the scheduler's name for each.
+OF_SCHEDULE = {
+    field.name: field.metadata["of_schedule"]
+    for field in dataclasses.fields(TrainConfig)
+    if "of_schedule" in field.metadata
+}
 # What a resumed run may change freely: names, images and logs, never the weights.
 NEUTRAL = frozenset(field.name for field in dataclasses.fields(TrainConfig) if field.metadata.get("neutral"))
+
+
+_UNRECORDED = ("hub_token", "local_rank", "asked", "resolved")
 
 
 def recorded(config: TrainConfig) -> dict[str, Any]:
     """Return the configuration as it is written to files: all of it but the token and the process's own number."""
     options = dataclasses.asdict(config)
-    return {name: value for name, value in options.items() if name not in ("hub_token", "local_rank")}
+    return {name: value for name, value in options.items() if name not in _UNRECORDED}
 
 
 def config_changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Options that alter the weights and differ: name -> (old, new); batch and length are compared in resume.py."""
-    old = {"timestep_sampler": "uniform", "preserve_input_precision": False, **old}  # as before there was a choice
-    names = sorted((old.keys() | new.keys()) - NEUTRAL)
-    return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
+    old = {
+        "timestep_sampler": "uniform",
+        "init_new_head": False,
+        "freeze": [],
+        "preserve_input_precision": False,
+        **old,
+    }  # as before there was a choice
+    names = (old.keys() | new.keys()) - NEUTRAL
+    if new.get("init_from") is not None and new["init_from"] == old.get("init_from"):
+        names -= {*OF_SCHEDULE, "class_conditional"}  # these come from there
+    # None: an option that was not there.
+    return {name: (old.get(name), new.get(name)) for name in sorted(names) if old.get(name) != new.get(name)}

@@ -28,10 +28,20 @@ class ForeachEMA(EMAModel):
 
 
 class ConstantEMA(ForeachEMA):
-    """β_n = decay, and β_1 = 0: the first update copies. Source: the code of Ho et al. 2020, arXiv:2006.11239."""
+    """β_n = decay, and β_1 = 0: the first update copies. Source: the code of Ho et al. 2020, arXiv:2006.11239.
+
+    Args:
+        parameters: The weights.
+        decay: β_n.
+        copies_first: False keeps β_1 = decay, where the average begins at weights that were given.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float, copies_first: bool = True) -> None:
+        super().__init__(parameters, decay=decay)
+        self.copies_first = copies_first
 
     def get_decay(self, optimization_step: int) -> float:
-        return 0.0 if optimization_step <= 1 else self.decay
+        return 0.0 if optimization_step <= 1 and self.copies_first else self.decay
 
 
 class PowerFunctionEMA(ForeachEMA):
@@ -69,7 +79,7 @@ def make_averages(config: TrainConfig, parameters: Sequence[nn.Parameter]) -> li
     if config.ema == "warmup":
         warm_up = {"use_ema_warmup": True, "inv_gamma": config.ema_inv_gamma, "power": config.ema_power}
         return [ForeachEMA(parameters, decay=config.ema_max_decay, **warm_up)]
-    return [ConstantEMA(parameters, decay=config.ema_max_decay)]
+    return [ConstantEMA(parameters, config.ema_max_decay, copies_first=config.init_from is None)]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
@@ -13,7 +14,7 @@ from ..distributed import forget_accelerator, make_accelerator
 from ..run_dir import RunDir, RunError, environment, read_json, write_json
 from ..signals import PREEMPTED, StopRequest, die_with_launcher, exit_process
 from .checkpoint import list_checkpoints, update_of
-from .config import TrainConfig, recorded
+from .config import OF_SCHEDULE, TrainConfig, recorded
 from .dry_run import dry_run
 from .export import finish_upload
 from .monitor import start_trackers
@@ -115,13 +116,19 @@ def _open(config: TrainConfig, run: RunDir) -> None:
     run.lock()
     if not config.overwrite_output_dir or config.dry_run:
         return
-    if run.is_unfinished() and run.was_started_with(recorded(config)):
+    if run.is_unfinished() and run.was_started_with(_own_options(config)):
         print(
             f"{run.path} holds this very run, not finished: it goes on in spite of --overwrite_output_dir. To start "
             "afresh delete the folder."
         )
     else:
         run.starts_empty = True
+
+
+def _own_options(config: TrainConfig) -> dict[str, Any]:
+    """Return the options as config.json has them, without those that --init_from brings along."""
+    brought = () if config.init_from is None else (*OF_SCHEDULE, "class_conditional")
+    return {name: value for name, value in recorded(config).items() if name not in brought}
 
 
 def _run_to_its_end(trainer: Trainer) -> int:
@@ -178,6 +185,7 @@ def _record_start(trainer: Trainer) -> None:
         "skipped_images": list(trainer.state.unreadable.names),
         "network": dict(network.config),
         "parameters": sum(parameter.numel() for parameter in trainer.parameters),
+        **({} if trainer.origin is None else {"init_from": trainer.origin}),
         "starts": [*run.starts(), start],
     }
     write_json(run.config, record)

@@ -117,7 +117,8 @@ class TrainState:
         """Put Adam's moments back, sharded as the weights are."""
         inner = self.optimizer.optimizer
         state: dict[int, dict[str, Tensor]] = {}
-        for i, (name, weight) in enumerate(self.parameters.items()):
+        trained = [(name, weight) for name, weight in self.parameters.items() if weight.requires_grad]
+        for i, (name, weight) in enumerate(trained):
             for moment, tensor in moments.get(name, {}).items():
                 placed = tensor
                 if tensor.shape == weight.shape and tensor.ndim:

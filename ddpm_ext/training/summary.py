@@ -43,7 +43,15 @@ def _network(trainer: Trainer) -> str:
     text = plural(count, "parameter")
     if default_network(config):
         return f"{text}, that of Diffusers' train_unconditional.py since no other was named; --unet names smaller ones"
-    return f"{text}, {config.model_config_name_or_path or config.unet}"
+    if (origin := trainer.origin) is not None:
+        trained = sum(weight.numel() for weight in trainer.parameters if weight.requires_grad)
+        new = f", begun anew: {', '.join(origin['new'])}" if origin["new"] else ""
+        some = "" if trained == count else f" ({trained:,} of them trained)"
+        return f"{text}{some}, {plural(origin['loaded'], 'weight')} from {origin['source']}{new}"
+    source = config.model_config_name_or_path
+    if source is not None and not source.endswith(".json"):
+        return f"{text}, of the options of {source} alone; --init_from {source} would start from its weights"
+    return f"{text}, {source or config.unet}"
 
 
 def _images(trainer: Trainer) -> str:

@@ -5,6 +5,7 @@ An update: images and draws of (seed, step) -> x_t -> network -> loss -> clip ->
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..data.dataset import Batch, prefetch, random_flip
 from ..diffusion.images import to_x_0
 from ..diffusion.losses import training_loss
 from ..diffusion.process import q_sample
+from ..diffusion.words import LEARNED_VARIANCES
 from ..distributed import full_tensor, refuse_idle_accumulation, set_numerics, take_dynamo, tell_deepspeed
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.sampling import SamplingStopped, make_grid, sample_images, save_png
@@ -31,8 +33,10 @@ from .checkpoint import checkpoint_name, list_checkpoints
 from .config import TrainConfig, recorded
 from .ema import PowerFunctionEMA, make_averages, swapped
 from .export import finish_upload, make_publisher, write_pipeline, write_snapshot
+from .fine_tune import Start, add_lora, check_class_names, freeze, load_start, load_weights, merged, resumed_start
 from .monitor import Meter, Progress, draw_training, sampling_bar, tell_unreadable, track_images
 from .resume import (
+    ResumePoint,
     compare,
     find_checkpoint,
     is_of,
@@ -79,14 +83,21 @@ class Trainer:
         self.plan = resumed_plan(config, found, accelerator.num_processes)
         refuse_idle_accumulation(self.plan.accumulation)
         self.numerics = set_numerics(config, accelerator, found.record["numerics"]["num_threads"] if found else None)
-        arguments = builders.network_config(config)
-        self.data = builders.build_data(config, arguments)
-        self.scheduler = builders.build_scheduler(config)
+        start = self._start(found)
+        config = self.config
+        arguments = start.network if start else builders.network_config(config)
+        # A head of its own may be of the images' channels; else images are made of the network's.
+        own = start is not None and start.weights is not None and config.init_new_head
+        self.data = builders.build_data(config, {**arguments, "in_channels": None} if own else arguments)
+        if own:
+            arguments |= {"in_channels": self.data.shape[0], "out_channels": self.data.shape[0]}
+            arguments |= {"out_channels": 2 * self.data.shape[0]} if config.variance_type in LEARNED_VARIANCES else {}
+        self.scheduler = start.scheduler if start else builders.build_scheduler(config)
         self.tables = self.scheduler.tables.to(accelerator.device)
         self.num_images = builders.length(self.data)
         self.length = builders.total_updates(config, self.num_images, self.plan)
         self.lr_factor = builders.lr_factor(config, self.length)
-        self.state = self._prepare(builders.build_network(config, arguments, self.data))
+        self.state = self._prepare(self._build_network(arguments, start))
         if found:
             network = plain_config(self.network.config)
             compare(config, found.record, network, self.data.fingerprint, self.plan, self.length)
@@ -96,13 +107,35 @@ class Trainer:
             self.data.load_state_dict(found.record["data"]["state"])
         self.batches = self._read()
         # Another run's checkpoint is to be written here too.
-        self.saved_at = self.state.update if found is None or is_of(run, found.folder) else None
+        self.saved_at = self.state.update if found is not None and is_of(run, found.folder) else None
         self.every_grid = config.save_images_steps or self._updates_of("save_images_epochs")
         self.every_export = self._updates_of("save_model_epochs")
         self.data_spec = builders.data_spec(config, self.data)
         self.validation = make_validation(config, self.data_spec, accelerator) if config.eval_steps else None
         self.started = False  # whether the start stands in config.json
         self.publisher: Publisher | None = None  # the main process's, with --push_to_hub
+
+    def _start(self, found: ResumePoint | None) -> Start | None:
+        """Return what --init_from names, or named when the run began, and take over its schedule; None without it."""
+        if self.config.init_from is None:
+            self.origin = None
+            return None
+        start = load_start(self.config) if found is None else resumed_start(self.config, found.record)
+        self.config, self.origin = start.config, start.record
+        return start
+
+    def _build_network(self, arguments: dict[str, Any], start: Start | None) -> UNet2DModel:
+        """Build the network with its first weights, or with those of the source."""
+        network = builders.build_network(self.config, arguments, self.data)
+        if start is None:
+            return network
+        check_class_names(self.config, self.data.spec)
+        if start.weights is not None:
+            self.origin = {**start.record, "new": load_weights(network, start), "loaded": len(start.weights)}
+        if self.config.lora_rank is not None:
+            add_lora(network, self.config.lora_rank)
+        freeze(network, self.config.freeze)
+        return network
 
     def _prepare(self, network: UNet2DModel) -> TrainState:
         """Move the network to device, precision and memory layout, wrap it for the launcher, and begin a state."""
@@ -387,10 +420,17 @@ class Trainer:
             "data": {"fingerprint": self.data.fingerprint, "state": self.data.state_dict(self.position)},
             "numerics": self.numerics,
             "network": plain_config(self.network.config),
+            **self._of_start(),
             "versions": package_versions(),
             "config": recorded(self.config),
         }
         return self.state.tensors(), record
+
+    def _of_start(self) -> dict[str, Any]:
+        """Return what a run with --init_from needs to go on without its source."""
+        if self.origin is None:
+            return {}
+        return {"init_from": self.origin, "scheduler": json.loads(self.scheduler.to_json_string())}
 
     # -- images and weights that leave the run ------------------------------------------------------------------------
 
@@ -483,7 +523,7 @@ class Trainer:
 
         def write() -> None:
             network = cast(UNet2DModel, UNet2DModel.from_config(self.network.config))
-            network.load_state_dict(weights)
+            network.load_state_dict(merged(weights))
             write_pipeline(self.run, DDPMExtPipeline(unet=network, scheduler=self.scheduler), folder)
 
         on_main(self.accelerator, write)

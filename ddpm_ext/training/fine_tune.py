@@ -1,0 +1,307 @@
+"""--init_from: begin with the weights, the architecture and the schedule of a pipeline, a run or a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from ..data.spec import DataSpec
+from ..diffusion.words import LEARNED_VARIANCES
+from ..errors import UserError
+from ..pipelines.loading import load_pipeline
+from ..pipelines.locate import find_pipeline
+from ..run_dir import RunError
+from ..schedulers.ddpm import DDPMExtScheduler
+from . import checkpoint
+from .builders import build_scheduler
+from .config import OF_SCHEDULE, TrainConfig
+
+__all__ = ["Start", "add_lora", "check_class_names", "freeze", "load_start", "load_weights", "merged", "resumed_start"]
+
+# Weights whose shape follows from the images and the process: a network that differs elsewhere is another one.
+_HEADS = ("conv_in.", "conv_out.", "class_embedding.")
+_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with, or began with.
+
+    Attributes:
+        config: The options, with the schedule of the source in them.
+        network: Arguments of UNet2DModel.
+        scheduler: The source's schedule and sampling options.
+        record: What config.json says of it: source, SHA-256 of its weights, what was begun anew.
+        weights: Name -> tensor; None for a run that goes on, whose checkpoint holds them.
+    """
+
+    config: TrainConfig
+    network: dict[str, Any]
+    scheduler: DDPMExtScheduler
+    record: dict[str, Any]
+    weights: dict[str, Tensor] | None = None
+
+
+# Where it comes from --------------------------------------------------------------------------------------------------
+
+
+def load_start(config: TrainConfig) -> Start:
+    """Load what --init_from names.
+
+    Args:
+        config: The options; `init_from` is a folder or Hub name of a pipeline, a run folder, or a checkpoint.
+
+    Raises:
+        UserError: there is none, or options contradict it.
+    """
+    name = str(config.init_from)
+    path = Path(name).expanduser()
+    folder = path if (path / checkpoint.STATE).is_file() else None
+    if folder is None and (path / "checkpoints").is_dir() and not (path / "pipeline").is_dir():
+        folder = checkpoint.newest_intact(path / "checkpoints")
+    network, scheduler, weights = _of_pipeline(name) if folder is None else _of_checkpoint(folder)
+    weights = {key: tensor.to(torch.float32) for key, tensor in weights.items()}
+    adopted = _adopt(config, scheduler.config, network)
+    record = {
+        "source": name,
+        "base_model": None if path.exists() else name,
+        "checkpoint": None if folder is None else folder.name,
+        "weights_sha256": _digest(weights),
+    }
+    return Start(adopted, _arguments(adopted, network), _trainable(scheduler, adopted), record, weights)
+
+
+def resumed_start(config: TrainConfig, state: Mapping[str, Any]) -> Start:
+    """Return the start of a run that goes on, from its checkpoint: the source need not be there any more.
+
+    Args:
+        config: The options.
+        state: state.json of the checkpoint.
+
+    Raises:
+        UserError: options contradict it, or the run began without --init_from.
+    """
+    if state.get("scheduler") is None:
+        raise RunError(f"The run in the folder began without --init_from {config.init_from}; leave it out.")
+    scheduler = cast(DDPMExtScheduler, DDPMExtScheduler.from_config(state["scheduler"]))
+    adopted = _adopt(config, scheduler.config, state["network"])
+    return Start(adopted, dict(state["network"]), scheduler, dict(state["init_from"]))
+
+
+def _of_pipeline(name: str) -> tuple[dict[str, Any], DDPMExtScheduler, dict[str, Tensor]]:
+    """Load network options, scheduler and weights of a pipeline."""
+    pipeline = load_pipeline(find_pipeline(name))
+    scheduler = cast(DDPMExtScheduler, DDPMExtScheduler.from_config(pipeline.scheduler.config))
+    return dict(pipeline.unet.config), scheduler, pipeline.unet.state_dict()
+
+
+def _of_checkpoint(folder: Path) -> tuple[dict[str, Any], DDPMExtScheduler, dict[str, Tensor]]:
+    """Load network options, scheduler and averaged weights of a checkpoint."""
+    checkpoint.verify(folder)
+    state = checkpoint.read_state(folder)
+    if state.get("scheduler") is not None:
+        scheduler = cast(DDPMExtScheduler, DDPMExtScheduler.from_config(state["scheduler"]))
+    else:
+        scheduler = build_scheduler(cast(TrainConfig, SimpleNamespace(**state["config"])))
+    stem = "ema" if (folder / "ema.safetensors").is_file() else "model"
+    return state["network"], scheduler, merged(checkpoint.read_tensors(folder, stem))
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names and values."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode() + weights[name].contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# What options may say beside it ---------------------------------------------------------------------------------------
+
+
+def _adopt(config: TrainConfig, schedule: Mapping[str, Any], network: Mapping[str, Any]) -> TrainConfig:
+    """Return the options with the schedule and the classes of the source.
+
+    Raises:
+        RunError: with the list of what contradicts it.
+    """
+    theirs = {name: schedule[key] for name, key in OF_SCHEDULE.items()}
+    if theirs["variance_type"] == "analytic":  # measured for the source's weights, of which these are going to differ
+        theirs["variance_type"] = "fixed_small"
+    if config.init_new_head and config.variance_type in LEARNED_VARIANCES:
+        theirs["variance_type"] = config.variance_type
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    wrong = [
+        f"  {name}: {theirs[name]!r} there, {getattr(config, name)!r} asked for"
+        for name in theirs
+        if getattr(config, name) != theirs[name] and (name in config.asked or getattr(config, name) != defaults[name])
+    ]
+    conditional = network.get("num_class_embeds") is not None
+    if (
+        conditional
+        and "class_conditional" in config.asked
+        and not config.class_conditional
+        and not config.init_new_head
+    ):
+        wrong.append("  class_conditional: the network knows classes")
+    if wrong:
+        raise RunError(
+            f"--init_from {config.init_from} brings its own schedule, and options contradict it:\n"
+            + "\n".join(wrong)
+            + "\nLeave these options out; a learned variance is added with --init_new_head."
+        )
+    classes = config.class_conditional or (conditional and "class_conditional" not in config.asked)
+    return dataclasses.replace(config, **theirs, class_conditional=classes, resolved=True)
+
+
+def _arguments(config: TrainConfig, network: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of UNet2DModel: the source's, at the size, dropout and variance head asked for."""
+    known = inspect.signature(UNet2DModel.__init__).parameters
+    found = {name: value for name, value in network.items() if name in known}
+    if config.size is not None:
+        found["sample_size"] = list(config.size)
+    if config.dropout is not None:
+        found["dropout"] = config.dropout
+    if config.variance_type in LEARNED_VARIANCES:
+        found["out_channels"] = 2 * found["in_channels"]
+    return found
+
+
+def _trainable(scheduler: DDPMExtScheduler, config: TrainConfig) -> DDPMExtScheduler:
+    """Return the scheduler with the variance that is trained, and nothing that was measured for other weights."""
+    if scheduler.config["variance_type"] == config.variance_type:
+        return scheduler
+    options = {name: value for name, value in scheduler.config.items() if name != "_ddpm_ext"}
+    return cast(DDPMExtScheduler, DDPMExtScheduler.from_config(options, variance_type=config.variance_type))
+
+
+def check_class_names(config: TrainConfig, data: DataSpec) -> None:
+    """Refuse images whose classes have other names than those that the source was trained on.
+
+    Raises:
+        RunError: with both lists; a new embedding is begun with --init_new_head.
+    """
+    path = Path(str(config.init_from)).expanduser()
+    if not config.class_conditional or config.init_new_head or not path.exists():
+        return
+    source = DataSpec.from_run(path if not (path / checkpoint.STATE).is_file() else path.parent.parent)
+    if source is not None and source.class_names and data.class_names and source.class_names != data.class_names:
+        raise RunError(
+            f"--init_from {path} was trained on the classes {', '.join(source.class_names)}, and these images have "
+            f"{', '.join(data.class_names)}. Give --init_new_head to begin the class embedding anew."
+        )
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def load_weights(network: UNet2DModel, start: Start) -> list[str]:
+    """Copy the source's weights into a new network.
+
+    A variance head grown with --init_new_head keeps the prediction; what it adds begins at 0, the middle of its range.
+
+    Args:
+        network: Fresh, of the architecture asked for.
+        start: The source, with weights.
+
+    Returns:
+        Names of the weights that begin anew.
+
+    Raises:
+        RunError: heads differ and --init_new_head is not given, or other weights differ.
+    """
+    assert start.weights is not None
+    ours = dict(network.named_parameters())
+    shapes = {name: tuple(tensor.shape) for name, tensor in start.weights.items()}
+    new = sorted(
+        name for name in ours.keys() | shapes.keys() if name not in ours or tuple(ours[name].shape) != shapes.get(name)
+    )
+    lines = [
+        f"  {name}: {shapes.get(name, 'none')} there, {tuple(ours[name].shape) if name in ours else 'none'} needed"
+        for name in new
+    ]
+    if any(not name.startswith(_HEADS) for name in new):
+        raise RunError(f"The weights of {start.record['source']} do not fit its own options:\n" + "\n".join(lines))
+    if new and not start.config.init_new_head:
+        raise RunError(
+            f"The heads of {start.record['source']} are others than these images and options need:\n"
+            + "\n".join(lines)
+            + "\nGive --init_new_head to begin them anew; all other weights are loaded."
+        )
+    for name, weight in ours.items():
+        if name not in new:
+            weight.copy_(start.weights[name])
+        elif name.startswith("conv_out.") and len(weight) == 2 * shapes.get(name, (0,))[0]:
+            half = len(weight) // 2
+            if weight.shape[1:] == start.weights[name].shape[1:]:
+                weight[:half].copy_(start.weights[name])
+                weight[half:].zero_()
+    return new
+
+
+def freeze(network: nn.Module, patterns: list[str]) -> None:
+    """Let the weights whose names fit a pattern stay as they are.
+
+    Args:
+        network: Changed in place.
+        patterns: As in "down_blocks.*" or "*.conv1.weight"; * stands for anything.
+
+    Raises:
+        UserError: a pattern fits no weight, or nothing is left to train.
+    """
+    named = dict(network.named_parameters())
+    for pattern in patterns:
+        fitting = [name for name in named if fnmatch(name, pattern)]
+        if not fitting:
+            some = ", ".join(dict.fromkeys(name.split(".")[0] + ".*" for name in named))
+            raise UserError(f"--freeze {pattern} fits no weight of the network; its parts are {some}.")
+        for name in fitting:
+            named[name].requires_grad_(False)
+    if not any(weight.requires_grad for weight in named.values()):
+        raise UserError(f"--freeze {' '.join(patterns)} leaves nothing to train.")
+
+
+def add_lora(network: UNet2DModel, rank: int) -> None:
+    """Put low-rank adapters beside the linear layers of every attention; they alone are trained.
+
+        W x + B A x,   A of shape (rank, in), B of shape (out, rank), B = 0 at the start
+
+    Raises:
+        UserError: peft is not installed, or the network has no attention.
+
+    Source: Hu et al. 2021, arXiv:2106.09685, Eq. (3), with α = r.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("--lora_rank needs peft: pip install 'ddpm-ext[lora]'.")
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not any(name.endswith(_LORA_TARGETS) for name in linear):
+        raise UserError("--lora_rank adapts the attention of a network, and this one has none; use --freeze instead.")
+    from peft import LoraConfig, inject_adapter_in_model  # pyright: ignore[reportMissingImports]
+
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_LORA_TARGETS)), network)
+
+
+def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of the plain network: adapters are added to what they stand beside, W + B A."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if ".lora_" in name:
+            continue
+        layer, base, end = name.partition(".base_layer")
+        down, up = (weights.get(f"{layer}.lora_{part}.default.weight") for part in "AB")
+        if base and end == ".weight" and down is not None and up is not None:
+            tensor = (tensor.double() + up.double() @ down.double()).to(tensor.dtype)
+        found[layer + end] = tensor
+    return found

@@ -1,0 +1,228 @@
+"""--init_from: what a run begins with is the source's, to the last bit; what contradicts it is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+from training import TINY_UNET, assert_bitwise_equal, run_here, weights
+
+from ddpm_ext.run_dir import RunError
+from ddpm_ext.signals import PREEMPTED
+from ddpm_ext.training.fine_tune import merged
+from ddpm_ext.training.trainer import Trainer
+
+FROM: dict[str, Any] = {"model_config_name_or_path": None}
+
+
+def save(folder: Path, network: dict[str, Any] | None = None, **schedule: Any) -> dict[str, torch.Tensor]:
+    """Save a stock pipeline of random weights; return them."""
+    torch.manual_seed(7)
+    unet = UNet2DModel(**{**TINY_UNET, **(network or {})})
+    DDPMPipeline(unet, DDPMScheduler(**schedule)).save_pretrained(folder)  # pyright: ignore[reportArgumentType]
+    return unet.state_dict()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "stock"
+    save(folder, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", variance_type="fixed_small")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def half_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "half"
+    assert run_here(folder, max_train_steps=4, ema_max_decay=0.5) == 0
+    return folder
+
+
+def exported(run: Path) -> dict[str, torch.Tensor]:
+    return DDPMPipeline.from_pretrained(run / "pipeline").unet.state_dict()
+
+
+def test_after_no_update_the_export_is_the_source(source: Path, tmp_path: Path) -> None:
+    assert run_here(tmp_path / "run", **FROM, init_from=source, max_train_steps=0) == 0
+    there = DDPMPipeline.from_pretrained(source)
+    for name, tensor in exported(tmp_path / "run").items():
+        assert torch.equal(tensor, there.unet.state_dict()[name]), name
+    ours = json.loads((tmp_path / "run" / "pipeline" / "scheduler" / "scheduler_config.json").read_text())
+    for name, value in DDPMPipeline.from_pretrained(tmp_path / "run" / "pipeline").scheduler.config.items():
+        if not name.startswith("_"):
+            assert value == there.scheduler.config[name], name
+    assert ours["beta_schedule"] == "squaredcos_cap_v2"
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert record["config"]["prediction_type"] == "v_prediction" and record["config"]["variance_type"] == "fixed_small"
+    assert record["init_from"]["source"] == str(source) and record["init_from"]["new"] == []
+    assert len(record["init_from"]["weights_sha256"]) == 64
+
+
+@pytest.mark.parametrize("kind", ["run", "pipeline", "checkpoint", "unfinished run"])
+def test_a_run_and_its_parts_are_sources(kind: str, half_trained: Path, tmp_path: Path) -> None:
+    given = {"run": half_trained, "pipeline": half_trained / "pipeline"}
+    given["checkpoint"] = half_trained / "checkpoints" / "step-00000004"
+    given["unfinished run"] = Path(shutil.copytree(half_trained, tmp_path / "copy"))
+    shutil.rmtree(tmp_path / "copy" / "pipeline")
+    assert run_here(tmp_path / "run", **FROM, init_from=given[kind], max_train_steps=0) == 0
+    averaged = weights(half_trained, 4, "ema")
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in exported(tmp_path / "run").items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"prediction_type": "epsilon"}, "prediction_type: 'v_prediction' there, 'epsilon' asked for"),
+        ({"ddpm_beta_schedule": "linear"}, "ddpm_beta_schedule: 'squaredcos_cap_v2' there, 'linear' asked for"),
+        ({"ddpm_num_steps": 500}, "ddpm_num_steps: 1000 there, 500 asked for"),
+        ({"variance_type": "fixed_large"}, "variance_type: 'fixed_small' there"),
+        ({"variance_type": "learned_range", "loss": "hybrid"}, "added with --init_new_head"),
+        ({"unet": "digits"}, "init_from brings its own network"),
+        ({"freeze": ["nothing.*"]}, "fits no weight of the network; its parts are conv_in.*"),
+        ({"freeze": ["*"]}, "leaves nothing to train"),
+        ({"init_from": "runs/nowhere"}, "There is no folder runs/nowhere"),
+        ({"lora_rank": 2, "ema": "power_function"}, "not of the adapters"),
+    ],
+)
+def test_what_contradicts_the_source_is_refused_and_leaves_nothing(
+    changes: dict[str, Any], line: str, source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=line.replace("*", r"\*").replace("(", r"\(")):
+        run_here(tmp_path / "run", **{**FROM, "init_from": source, **changes})
+    assert not any((tmp_path / "run").iterdir())
+
+
+def test_a_learned_variance_is_grown_when_asked_for_and_begins_in_the_middle(source: Path, tmp_path: Path) -> None:
+    learned = {"variance_type": "learned_range", "loss": "hybrid", "init_new_head": True, "max_train_steps": 0}
+    assert run_here(tmp_path / "run", **FROM, init_from=source, **learned) == 0
+    there, here = DDPMPipeline.from_pretrained(source).unet.state_dict(), weights(tmp_path / "run", 0)
+    for name, tensor in here.items():
+        kept = tensor[:1] if name.startswith("conv_out") else tensor
+        assert torch.equal(kept, there[name]), name
+    assert here["conv_out.weight"].shape[0] == 2 and not here["conv_out.weight"][1:].any()
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert record["init_from"]["new"] == ["conv_out.bias", "conv_out.weight"]
+
+
+def pictures(folder: Path, classes: list[str]) -> Path:
+    """Save 4 colour images of each class."""
+    numbers = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(numbers.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_other_channels_and_classes_need_a_word_and_the_rest_is_loaded(source: Path, tmp_path: Path) -> None:
+    data = {"train_data_dir": pictures(tmp_path / "data", ["a", "b"]), "class_conditional": True, "max_train_steps": 0}
+    with pytest.raises(RunError, match=r"class_embedding.weight: none there, \(2, 32\) needed"):
+        run_here(tmp_path / "run", **FROM, init_from=source, **data)
+    assert run_here(tmp_path / "run", **FROM, init_from=source, **data, init_new_head=True) == 0
+    there, here = DDPMPipeline.from_pretrained(source).unet.state_dict(), weights(tmp_path / "run", 0)
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    new = ["class_embedding.weight", "conv_in.weight", "conv_out.bias", "conv_out.weight"]
+    assert record["init_from"]["new"] == new and record["network"]["in_channels"] == 3
+    assert all(torch.equal(here[name], there[name]) for name in there if name not in new)
+    other = {**data, "train_data_dir": pictures(tmp_path / "other", ["a", "c"])}
+    with pytest.raises(RunError, match="was trained on the classes a, b, and these images have a, c"):
+        run_here(tmp_path / "next", **FROM, init_from=tmp_path / "run", **other)
+
+
+def stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = Trainer.update
+
+    def stopping(self: Trainer) -> None:
+        update(self)
+        if self.state.update == count:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "update", stopping)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"ema": "constant"}, {"ema": "warmup"}, {"ema": "power_function"}, {"freeze": ["down_blocks.*", "conv_in.*"]}],
+    ids=lambda changes: str(next(iter(changes.values()))),
+)
+def test_a_stopped_fine_tune_goes_on_bitwise_without_its_source(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    there = save(source, prediction_type="v_prediction")
+    given = {**FROM, "init_from": source, "max_train_steps": 4, "checkpointing_steps": 100, **changes}
+    assert run_here(tmp_path / "whole", **given) == 0
+    with monkeypatch.context() as patched:
+        stop_after(2, patched)
+        assert run_here(tmp_path / "stopped", **given) == PREEMPTED
+    source.rename(tmp_path / "gone")
+    assert run_here(tmp_path / "stopped", **given) == 0
+    assert_bitwise_equal(tmp_path / "whole", tmp_path / "stopped", 4)
+    for name, tensor in weights(tmp_path / "whole", 4).items():
+        frozen = "freeze" in changes and name.startswith(("down_blocks.", "conv_in."))
+        assert torch.equal(tensor, there[name]) == frozen, name
+
+
+def test_averages_start_at_the_given_weights(tmp_path: Path) -> None:
+    there = save(tmp_path / "source")
+    given = {"init_from": tmp_path / "source", "max_train_steps": 1, "ema_max_decay": 0.75, "lr_warmup_steps": 0}
+    assert run_here(tmp_path / "run", **FROM, **given) == 0
+    averaged, raw = weights(tmp_path / "run", 1, "ema"), weights(tmp_path / "run", 1)
+    for name, tensor in averaged.items():  # 0.75 θ_0 + 0.25 θ_1, and not a copy of θ_1
+        torch.testing.assert_close(tensor, 0.75 * there[name] + 0.25 * raw[name], rtol=0, atol=1e-6)
+
+
+def test_options_of_a_folder_with_weights_are_said_to_be_its_options_alone(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(tmp_path / "run", model_config_name_or_path=source, max_train_steps=1) == 0
+    assert f"of the options of {source} alone; --init_from {source} would start" in capsys.readouterr().out
+
+
+def test_adapters_alone_are_trained_and_merged_into_the_export(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    attention = {
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    }
+    there = save(tmp_path / "source", attention)
+    given = {**FROM, "init_from": tmp_path / "source", "max_train_steps": 3, "lora_rank": 2, "lr_warmup_steps": 0}
+    assert run_here(tmp_path / "run", **given) == 0
+    here = exported(tmp_path / "run")
+    assert here.keys() == there.keys()
+    moved = {name for name, tensor in here.items() if not torch.equal(tensor, there[name])}
+    assert moved and all(name.rsplit(".", 1)[0].endswith(("to_q", "to_k", "to_v", "to_out.0")) for name in moved)
+    averaged = weights(tmp_path / "run", 3, "ema")
+    name = next(iter(sorted(moved))).removesuffix(".weight")
+    a, b = (averaged[f"{name}.lora_{part}.default.weight"] for part in "AB")
+    torch.testing.assert_close(here[f"{name}.weight"], there[f"{name}.weight"] + b @ a, rtol=0, atol=1e-6)
+    assert torch.linalg.matrix_rank(here[f"{name}.weight"].double() - there[f"{name}.weight"].double(), atol=1e-6) <= 2
+    assert run_here(tmp_path / "run", **{**given, "max_train_steps": 4}) == 0  # goes on
+    assert run_here(tmp_path / "next", **FROM, init_from=tmp_path / "run", max_train_steps=0) == 0
+
+
+def test_adapters_need_peft_and_an_attention(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = "ddpm_ext.training.fine_tune.importlib.util.find_spec"
+    monkeypatch.setattr(found, lambda name: None)
+    with pytest.raises(RunError, match="needs peft"):
+        run_here(tmp_path / "run", **FROM, init_from=source, lora_rank=2)
+    monkeypatch.setattr(found, lambda name: name)
+    save(tmp_path / "plain", {"add_attention": False})
+    with pytest.raises(RunError, match="this one has none"):
+        run_here(tmp_path / "run", **FROM, init_from=tmp_path / "plain", lora_rank=2)
+
+
+def test_merging_is_the_sum() -> None:
+    a, b, w = torch.randn(2, 5), torch.randn(4, 2), torch.randn(4, 5)
+    named = {"q.base_layer.weight": w, "q.base_layer.bias": w[:, 0], "q.lora_A.default.weight": a}
+    plain = merged({**named, "q.lora_B.default.weight": b, "x.weight": w})
+    assert plain.keys() == {"q.weight", "q.bias", "x.weight"}
+    torch.testing.assert_close(plain["q.weight"], w + b @ a)
