@@ -391,7 +391,7 @@ def out_of_range(field: dataclasses.Field[Any], value: float) -> str:
     """Return in words the range of a field that a value is outside of; "" where it is inside."""
     rules = field.metadata
     low, above, below = rules.get("at_least", -math.inf), rules.get("above", -math.inf), rules.get("below", math.inf)
-    if low <= value < below and value > above:
+    if low <= value and value > above and (value < below or below == math.inf):
         return ""
     if below < math.inf:
         return f"in [{low}, {below})"
