@@ -43,7 +43,6 @@ __all__ = [
     "RENDERED",
     "check_no_token",
     "collect",
-    "find_pipeline",
     "minimal_card",
     "shown_images",
     "stage",
@@ -79,7 +78,7 @@ image = {kind}.from_pretrained("{repo_id}")({arguments}).images[0]
 """
 
 
-def find_pipeline(folder: Path) -> Path | None:
+def _pipeline_in(folder: Path) -> Path | None:
     """Return the folder of the pipeline: the folder itself or its pipeline/; None where neither is one."""
     return next((path for path in (folder, folder / "pipeline") if (path / INDEX).is_file()), None)
 
@@ -97,7 +96,7 @@ def collect(folder: str | os.PathLike[str], staging: Path, variant: str | None =
             pickles, or the variant is not what its name says.
     """
     folder = Path(folder)
-    pipeline = find_pipeline(folder)
+    pipeline = _pipeline_in(folder)
     if pipeline is None:
         raise HubError(
             f"{folder} holds neither {INDEX} nor pipeline/{INDEX}: it is no saved pipeline and no finished run. Give "
