@@ -46,16 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def tiny_unet() -> torch.nn.Module:
-    """A network of two levels for 8x8 grey pictures that runs in milliseconds."""
-    from diffusers import UNet2DModel
+    """A network of two levels for 8x8 grey images that runs in milliseconds."""
+    from networks import tiny_unet
 
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-    )
+    return tiny_unet()

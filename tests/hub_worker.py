@@ -105,23 +105,12 @@ def fixture_run(client: Client, tmp_path: Path) -> Path:
 
 
 def make_run(folder: str, seed: int = 0, widths: tuple[int, ...] = (8, 16)) -> None:
-    import torch
-    from diffusers import UNet2DModel
+    from networks import tiny_unet
     from PIL import Image
 
     from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 
-    torch.manual_seed(seed)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=widths,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-    )
+    unet = tiny_unet(seed, block_out_channels=widths)
     run = Path(folder)
     DDPMExtPipeline(unet, DDPMExtScheduler(variance_type="fixed_large")).save_pretrained(str(run / "pipeline"))
     for name in ("samples/step-00000500.png", "samples/step-00001000.png", "training.png"):

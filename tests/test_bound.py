@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import oracles
 import pytest
 import torch
 from accelerate import Accelerator
@@ -21,6 +22,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
+from networks import tiny_unet
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -42,7 +44,6 @@ from ddpm_ext.evaluation.checks import grid_images
 from ddpm_ext.evaluation.features import make_extractor
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 from ddpm_ext.training.validation import Validation
-from tests import oracles
 
 SHORT = {"num_train_timesteps": 20, "beta_start": 1e-3, "beta_end": 0.6}
 EVEN = {K: respaced_timesteps("even", 1000, K)[::-1] for K in (10, 50, 1000)}
@@ -358,7 +359,8 @@ def test_terms_of_gaussian_data_follow_from_the_posterior_covariance(variance: s
 
 
 def equal(a: BitsPerDim, b: BitsPerDim) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True) if x is not None)
+    """Whether two records hold the same numbers, and lack the same ones."""
+    return all(y is None if x is None else y is not None and torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 7, 60, 1000])
@@ -533,20 +535,6 @@ def test_the_stated_error_counts_the_decoders_noise() -> None:
 # Networks, schedulers, input ------------------------------------------------------------------------------------------
 
 
-def tiny_unet(dropout: float = 0.0) -> UNet2DModel:
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        dropout=dropout,
-    )
-
-
 def test_a_unet_in_training_mode_is_evaluated_without_dropout_and_given_back_as_it_was() -> None:
     unet, images = tiny_unet(dropout=0.5), pictures(2, 1, 8, 8)
     scheduler = DDPMExtScheduler(**SHORT)
@@ -571,7 +559,11 @@ def test_the_record_is_the_same_for_tensor_and_sample_and_float64_weights_run_in
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [None, 10])
 def test_on_an_accelerator_the_bound_is_that_of_the_cpu(n: int | None) -> None:
-    unet, images, scheduler = tiny_unet().eval(), pictures(3, 1, 8, 8), DDPMExtScheduler(**SHORT)
+    unet, images, scheduler = (
+        tiny_unet().eval(),
+        pictures(3, 1, 8, 8),
+        DDPMExtScheduler(**SHORT),
+    )
     here = bits_per_dim(unet, scheduler, images, generator=seeded(), num_timesteps_sampled=n)
     there = bits_per_dim(unet.to("cuda"), scheduler, images, generator=seeded(), num_timesteps_sampled=n)
     assert_close(there.total.cpu(), here.total, rtol=1e-3, atol=0)  # the network's float32 sums

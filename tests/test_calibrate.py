@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from networks import tiny_unet
+from training import TORCHRUN, finish, start
 
 from ddpm_ext.data.dataset import load_images
 from ddpm_ext.diffusion.analytic import optimal_trajectory
@@ -25,23 +27,8 @@ from ddpm_ext.evaluation.config import CalibrateConfig
 from ddpm_ext.evaluation.denoising_errors import denoising_errors, drop_variance_head
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
-from tests.training import TORCHRUN, finish, start
 
 T = 20
-
-
-def tiny_unet(out_channels: int = 1) -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=out_channels,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
 
 
 def small(model: Path, folder: Path, **options: Any) -> CalibrateConfig:
@@ -153,7 +140,13 @@ def test_before_is_the_model_as_it_was_loaded(done: SimpleNamespace) -> None:
     for K in (3, 5, T):
         times = own(K).timesteps.tolist()
         seeds = [torch.Generator().manual_seed(i) for i in range(4)]
-        bits = bits_per_dim(tiny_unet(), chain(variance_type="fixed_large"), pixels, timesteps=times, generator=seeds)
+        bits = bits_per_dim(
+            tiny_unet(),
+            chain(variance_type="fixed_large"),
+            pixels,
+            timesteps=times,
+            generator=seeds,
+        )
         found = figure(done.record, "bpd", "fixed_large, as loaded (leading)", K)
         assert found["value"] == pytest.approx(bits.total.mean().item(), rel=1e-5)
         assert (found["when"], found["timestep_spacing"], found["trajectory"]) == ("before", "leading", None)
@@ -289,7 +282,12 @@ def test_errors_of_a_velocity_network_are_stored_and_pushed(tmp_path: Path, monk
     assert pushed == [((tmp_path / "out" / "pipeline", "me/digits"), {"private": None, "token": "secret"})]
     assert "secret" not in (tmp_path / "out" / "calibration.json").read_text()
     pixels = load_images("digits", split="train").batch(range(6)).pixels
-    bound = make_bound(tiny_unet(), chain(prediction_type="v_prediction"), pixels, BoundOptions(clip_sample=False))
+    bound = make_bound(
+        tiny_unet(),
+        chain(prediction_type="v_prediction"),
+        pixels,
+        BoundOptions(clip_sample=False),
+    )
     errors = denoising_errors(bound, grid_images(pixels), [torch.Generator().manual_seed(i) for i in range(6)])
     assert record["mse_eps"] == pytest.approx(errors.mse_eps.mean(0).tolist(), rel=1e-5)
 

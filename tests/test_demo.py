@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
 from hub_server import Hub
 from hub_worker import Client, fixture_client, fixture_hub  # noqa: F401
+from networks import tiny_unet
 from PIL import Image
 
 from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
@@ -41,16 +41,8 @@ def model(tiny_unet: Any, tmp_path: Path) -> str:
 @pytest.fixture
 def other(tmp_path: Path) -> str:
     """A class-conditional model of fewer steps."""
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-        num_class_embeds=3,
+    unet = tiny_unet(
+        block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), num_class_embeds=3
     )
     scheduler = DDPMExtScheduler(num_train_timesteps=40, beta_start=1e-3, beta_end=0.4)
     DDPMExtPipeline(unet, scheduler).save_pretrained(tmp_path / "other")

@@ -19,7 +19,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from evaluations import score, small
+from networks import tiny_scheduler, tiny_unet
 from PIL import Image
+from training import ROOT, TORCHRUN, finish, start
 
 from ddpm_ext.cli.arguments import parse_options
 from ddpm_ext.data.dataset import load_images
@@ -42,25 +45,6 @@ from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.pipelines.identity import network_hash, scheduler_options, weights_hash
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 from ddpm_ext.training.validation import Validation
-from tests.training import ROOT, TORCHRUN, finish, start
-
-
-def tiny_unet() -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
-
-
-def tiny_scheduler(**options: Any) -> DDPMExtScheduler:
-    return DDPMExtScheduler(num_train_timesteps=20, beta_start=1e-3, beta_end=0.6, **options)
 
 
 @pytest.fixture(scope="module")
@@ -70,23 +54,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     DDPMExtPipeline(tiny_unet(), tiny_scheduler()).save_pretrained(run / "pipeline")
     (run / "config.json").write_text(json.dumps({"config": {"use_ema": True}}))
     return run / "pipeline"
-
-
-def small(model: Path, tmp_path: Path, **options: Any) -> EvalConfig:
-    usual: dict[str, Any] = {
-        "extractor": "pixels",
-        "num_samples": 12,
-        "num_inference_steps": "5",
-        "batch_size": 5,
-        "max_bpd_images": 6,
-        "max_reference_images": 40,
-        "reference_cache": str(tmp_path / "references"),
-        "output_dir": str(tmp_path / "out"),
-        "kid_subset_size": 6,
-        "dataset_name": None if "data_dir" in options else "digits",
-        "kid_subsets": 3,
-    }
-    return EvalConfig(model=str(model), **{**usual, **options})
 
 
 def measured(config: EvalConfig) -> list[dict[str, Any]]:
@@ -759,14 +726,6 @@ def test_tables_hold_every_kind_of_figure() -> None:
     text = markdown([bits, {**bits, "metric": "rate_distortion", "rows": rows}])
     assert "| 297 images of digits test | fixed_small | 1000 | 0.0000 | 1.5000 | 1.2500 | 2.7500 ± 0.0120 |" in text
     assert text.index("| 1000 | 10.00000 | 0.00100 |") < text.index("| 500 | 5.00000 | 0.00200 |")
-
-
-def score(value: float, **more: Any) -> dict[str, Any]:
-    usual = {"metric": "fid", "weights": "new", "network": "n", "sampler": "ddpm", "variance_type": "fixed_small"}
-    reference = {"name": "digits", "split": "train", "num_images": 1500, "fingerprint": "f"}
-    usual |= {"num_inference_steps": 10, "timestep_spacing": "leading", "trajectory": None, "eta": 1.0, "seed": 0}
-    usual |= {"num_samples": 50, "hand_off": "uint8", "extractor": {"name": "pixels"}, "reference": reference}
-    return {**usual, **more, "value": value}
 
 
 def test_every_condition_that_differs_names_its_row() -> None:

@@ -10,6 +10,7 @@ import diffusers.guiders
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, EulerDiscreteScheduler, UNet2DModel
+from networks import tiny_unet
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -81,19 +82,7 @@ def test_the_guided_score_is_the_mixture_of_the_exact_scores(kind: Any, w: float
 
 
 def network_with_classes(null: bool = True, heads: int = 1, **options: Any) -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=heads,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        num_class_embeds=CLASSES + null,
-        **options,
-    )
+    return tiny_unet(out_channels=heads, num_class_embeds=CLASSES + null, **options)
 
 
 def guided_pipeline(scheduler: Any = None, heads: int = 1, names: list[str] | None = None) -> DDPMExtPipeline:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 import ddpm_ext
@@ -71,3 +73,49 @@ def test_every_file_of_the_package_is_packed() -> None:
     assert {"py.typed", "train.parquet", "test.parquet", "SOURCE.md"} <= {path.name for path in data}
     missing = [path.name for path in data if not any(path.relative_to(package).match(glob) for glob in patterns)]
     assert missing == []
+
+
+MODULES = sorted((ROOT / "ddpm_ext").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def imports(path: Path) -> list[tuple[str, str]]:
+    """(module, name) of every `from … import …` of a file, and (module, "") of every `import …`."""
+    found: list[tuple[str, str]] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            found += [("." * node.level + (node.module or ""), alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_module_says_what_is_public_and_takes_nothing_private(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), "a module says what it owns"
+    public = [ast.literal_eval(value) for name, value in assignments(tree) if name == "__all__"]
+    assert len(public) == 1, "a module has __all__"
+    assert [name for name in public[0] if name.startswith("_") and name != "__version__"] == []
+    private = [
+        name
+        for module, name in imports(path)
+        if module.startswith((".", "ddpm_ext")) and name.startswith("_") and name != "__version__"
+    ]
+    assert private == []
+
+
+def assignments(tree: ast.Module) -> list[tuple[str, ast.expr]]:
+    """(name, value) of the assignments at the top of a module."""
+    found: list[tuple[str, ast.expr]] = []
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            found += [(target.id, node.value) for target in node.targets if isinstance(target, ast.Name)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            found.append((node.target.id, node.value))
+    return found
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
+def test_a_test_file_imports_no_test_file(path: Path) -> None:
+    assert [module for module, name in imports(path) if re.search(r"(^|\.)test_", f"{module}.{name}")] == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import mpmath
+import oracles
 import pytest
 import torch
 from torch.testing import assert_close
@@ -20,7 +21,6 @@ from ddpm_ext.diffusion.likelihood import (
     prior_kl,
     step_kl,
 )
-from tests import oracles
 
 GRID = torch.arange(256, dtype=torch.float64) / HALF_RANGE - 1
 LOG_VAR_BASE = math.log(5.453187661302606e-05)  # log β̃_2 of linear 1e-4..0.02, T = 1000

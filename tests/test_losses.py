@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 
+import oracles
 import pytest
 import torch
+from tensors import PREDICTIONS, TABLES, images, noise
 from torch import Tensor
 from torch.testing import assert_close
 
 from ddpm_ext.diffusion.losses import bound_term, min_snr_weight, training_loss, uniform_timesteps
 from ddpm_ext.diffusion.process import jump, q_sample, training_target
 from ddpm_ext.diffusion.schedules import Tables, make_tables
-from tests import oracles
-from tests.test_process import PREDICTIONS, TABLES, images, noise
 
 TIMES = torch.tensor([0, 1, 7, 400, 999])
 SMALL = make_tables("squaredcos_cap_v2", 12)

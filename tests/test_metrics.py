@@ -6,11 +6,11 @@ import math
 import warnings
 
 import numpy as np
+import oracles
 import pytest
 import torch
 
 from ddpm_ext.evaluation import metrics
-from tests import oracles
 
 AGREE = {"rel": 1e-6, "abs": 1e-6}
 

@@ -7,13 +7,13 @@ import math
 import time
 
 import numpy as np
+import oracles
 import pytest
 import torch
 
 from ddpm_ext.diffusion import analytic
 from ddpm_ext.diffusion.process import jump
 from ddpm_ext.diffusion.schedules import make_tables, respaced_timesteps
-from tests import oracles
 
 TABLES = make_tables()
 T = 1000

@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
+from networks import tiny_unet
 from safetensors.torch import load_file
 
 from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
@@ -22,14 +23,10 @@ from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 
 def unet() -> UNet2DModel:
     """The small network of Diffusers' own DDPM test, from its seed."""
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
+    return tiny_unet(
         in_channels=3,
         out_channels=3,
-        layers_per_block=1,
         block_out_channels=(4, 8),
-        norm_num_groups=4,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )

@@ -22,6 +22,7 @@ from diffusers import (
     DiffusionPipeline,
     UNet2DModel,
 )
+from networks import tiny_unet
 from safetensors.torch import load_file
 
 from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
@@ -79,20 +80,8 @@ for folder in sorted(path for path in root.iterdir() if (path / "model_index.jso
 
 
 def unet(**config: Any) -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        **{
-            "sample_size": 8,
-            "in_channels": 3,
-            "out_channels": 3,
-            "layers_per_block": 1,
-            "block_out_channels": (4, 8),
-            "norm_num_groups": 2,
-            "down_block_types": ("DownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "UpBlock2D"),
-            **config,
-        }
-    ).eval()
+    usual = {"in_channels": 3, "out_channels": 3, "block_out_channels": (4, 8), "norm_num_groups": 2}
+    return tiny_unet(**{**usual, **config}).eval()
 
 
 OURS: dict[str, dict[str, Any]] = {

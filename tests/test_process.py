@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import mpmath
+import oracles
 import pytest
 import torch
-from torch import Tensor
+from tensors import BAR, PREDICTIONS, TABLES, images, noise
 from torch.testing import assert_close
 
 from ddpm_ext.diffusion.process import (
@@ -19,23 +20,9 @@ from ddpm_ext.diffusion.process import (
     training_target,
 )
 from ddpm_ext.diffusion.schedules import make_tables
-from tests import oracles
 
-TABLES = make_tables()
-BAR = oracles.exact_alpha_bar(TABLES.beta.tolist())
-PREDICTIONS = ("epsilon", "sample", "v_prediction", "posterior_mean")
 TIMES = torch.tensor([0, 1, 5, 400, 999])
 TEN_DIGITS = {"rtol": 1e-10, "atol": 0.0}
-
-
-def images(seed: int = 0, dtype: torch.dtype = torch.float64, shape: tuple[int, ...] = (5, 2, 3, 2)) -> Tensor:
-    """Clean images on the 8-bit grid."""
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randint(256, shape, generator=generator).double() / 127.5 - 1).to(dtype)
-
-
-def noise(seed: int = 1, shape: tuple[int, ...] = (5, 2, 3, 2)) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # Coefficients ---------------------------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import mpmath
+import oracles
 import pytest
 import torch
+from tensors import BAR, PREDICTIONS, TABLES, noise
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -20,8 +22,6 @@ from ddpm_ext.diffusion.reverse import (
     variance_bounds,
 )
 from ddpm_ext.diffusion.schedules import make_tables
-from tests import oracles
-from tests.test_process import BAR, PREDICTIONS, TABLES, noise
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 T_FULL, S_FULL = [0, 1, 5, 400, 999], [-1, 0, 4, 399, 998]

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDPMPipeline
+from networks import tiny_unet
 from safetensors.torch import load_file, save_file
 
 from ddpm_ext.errors import UserError
@@ -27,17 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def pipeline(seed: int, dtype: torch.dtype = torch.float32) -> DDPMExtPipeline:
-    torch.manual_seed(seed)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-    )
+    unet = tiny_unet(seed)
     torch.nn.Module.to(unet, dtype=dtype)
     return DDPMExtPipeline(unet, DDPMExtScheduler())
 

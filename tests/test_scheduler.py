@@ -5,15 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
+import oracles
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from tensors import noise
 from torch import Tensor
 from torch.testing import assert_close
 
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
-from tests import oracles
-from tests.test_process import noise
 
 STOCK_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")  # of the others it makes NaN
 STOCK_PREDICTIONS = ("epsilon", "sample", "v_prediction")

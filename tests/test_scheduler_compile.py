@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from tensors import noise
 from torch import Tensor
 from torch.testing import assert_close
 
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
-from tests.test_process import noise
 
 SHAPE = (3, 2, 4, 4)
 OPTIONS: list[dict[str, Any]] = [

@@ -18,11 +18,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from tensors import noise
 from torch import Tensor
 from torch.testing import assert_close
 
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
-from tests.test_process import noise
 
 OPTIONS: list[dict] = [
     {},

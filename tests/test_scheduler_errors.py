@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensors import noise
 
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
-from tests.test_process import noise
 
 X, OUTPUT = noise(0, (3, 2, 4, 4)), noise(1, (3, 2, 4, 4))
 NAN, INF = float("nan"), float("inf")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import mpmath
 import numpy as np
+import oracles
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from tensors import BAR, images, noise
 from torch import Tensor
 from torch.testing import assert_close
 
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
-from tests import oracles
-from tests.test_process import BAR, images, noise
 
 SHAPE = (3, 2, 2, 2)
 CHAINS = {

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from fractions import Fraction
 
 import mpmath
 import numpy as np
+import oracles
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ddpm_ext.diffusion.schedules import make_tables, respaced_timesteps
-from tests import oracles
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
 
@@ -183,9 +182,3 @@ def test_integers_of_numpy_and_torch_count():
 def test_unknown_spacing():
     with pytest.raises(ValueError, match=r"timestep_spacing must be one of 'linspace', 'leading'.*got 'uniform'"):
         respaced_timesteps("uniform", 1000, 10)  # pyright: ignore[reportArgumentType]
-
-
-def test_no_warning_from_the_pure_functions():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        make_tables(num_timesteps=10)

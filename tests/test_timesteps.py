@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.testing import assert_close
+from training import TORCHRUN, assert_bitwise_equal, finish, forget_accelerator, options, run_here, start, weights
 
 from ddpm_ext.diffusion.losses import (
     REMEMBERED,
@@ -22,7 +23,6 @@ from ddpm_ext.diffusion.losses import (
 )
 from ddpm_ext.training.monitor import Meter
 from ddpm_ext.training.timestep_samplers import Timesteps, uniforms
-from tests.training import TORCHRUN, assert_bitwise_equal, finish, forget_accelerator, options, run_here, start, weights
 
 T = 6
 AWARE = {

@@ -176,10 +176,12 @@ def test_a_size_that_cannot_be_halved_is_refused(size: tuple[int, int]) -> None:
         build_unet("cifar10", sample_size=size)
 
 
-def test_a_size_that_fits_runs() -> None:
-    unet = build_unet("digits", sample_size=(6, 10))
+def test_a_size_is_that_of_the_configuration_and_changes_no_weight() -> None:
+    unet, square = (build_unet("digits", init="torch", sample_size=size).eval() for size in ((6, 10), None))
+    assert tuple(unet.config["sample_size"]) == (6, 10)
+    x_t = torch.randn(1, 1, 6, 10)
     with torch.no_grad():
-        assert unet(torch.randn(1, 1, 6, 10), 0).sample.shape == (1, 1, 6, 10)
+        assert torch.equal(unet(x_t, 0).sample, square(x_t, 0).sample)
 
 
 def test_unknown_words_are_refused() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
+from training import assert_bitwise_equal, forget_accelerator, options, run_here
 
 from ddpm_ext.cli.arguments import parse_train_config
 from ddpm_ext.data.dataset import load_images
@@ -14,7 +15,6 @@ from ddpm_ext.evaluation.features import make_extractor
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.run_dir import RunDir
 from ddpm_ext.training.validation import Validation, is_better
-from tests.training import assert_bitwise_equal, forget_accelerator, options, run_here
 
 EVALUATED = {
     "eval_steps": 4,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from networks import TINY_UNET
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,16 +21,6 @@ from ddpm_ext.training.checkpoint import checkpoint_name
 from ddpm_ext.training.run import run_training
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY_UNET = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": [8, 16],
-    "layers_per_block": 1,
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "norm_num_groups": 4,
-}
 TINY: dict[str, Any] = {
     "train_batch_size": 8,
     "max_train_steps": 12,
