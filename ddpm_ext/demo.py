@@ -24,6 +24,8 @@ from .pipelines.ddpm import DDPMExtPipeline
 from .pipelines.loading import load_pipeline
 from .pipelines.locate import is_hub_name
 
+__all__ = ["SHOWN_STEPS", "SIDE", "Buttons", "Studio", "in_a_row", "make_page", "space_files"]
+
 Shown = Literal["ddpm", "ddim"]  # the samplers whose steps tell x̂_0
 SIDE = 384  # of a shown picture, in screen pixels
 SHOWN_STEPS = 25  # at most so many pictures of a chain are sent to the browser

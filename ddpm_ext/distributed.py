@@ -22,6 +22,24 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .run_dir import RunDir, RunError
 
+__all__ = [
+    "FSDP_ON_CPU",
+    "asked_of_accelerate",
+    "check_world",
+    "copy_into",
+    "forget_accelerator",
+    "full_tensor",
+    "launch_options",
+    "make_accelerator",
+    "refuse_idle_accumulation",
+    "refuse_idle_precision",
+    "refuse_idle_sharding",
+    "set_numerics",
+    "take_dynamo",
+    "tell_deepspeed",
+    "tracker",
+]
+
 FSDP_ON_CPU = "DDPM_EXT_FSDP_ON_CPU"  # for tests: Accelerate turns FSDP on for GPU worlds only
 
 

@@ -29,6 +29,18 @@ from typing import IO, Any
 
 from .errors import UserError
 
+__all__ = [
+    "RunDir",
+    "RunError",
+    "commit",
+    "environment",
+    "package_versions",
+    "read_json",
+    "without_token",
+    "write_atomically",
+    "write_json",
+]
+
 VERSIONED = ("ddpm-ext", "torch", "diffusers", "transformers", "accelerate", "datasets", "safetensors", "numpy")
 
 

@@ -27,6 +27,16 @@ from .process import Jump, jump
 from .schedules import Tables
 from .words import TrajectoryCost, check_word
 
+__all__ = [
+    "covariance",
+    "ddim_variance",
+    "kl_bound",
+    "optimal_trajectories",
+    "optimal_trajectory",
+    "optimal_variance",
+    "sampling_cap",
+]
+
 
 def covariance(tables: Tables, mse_eps: Tensor, t: Tensor) -> Tensor:
     r"""How far x̂_0 is from x_0 at step t, per dimension: Cov_t = min((1-ᾱ_t)/ᾱ_t · mse_eps[t], 1).

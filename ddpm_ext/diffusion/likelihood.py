@@ -16,6 +16,17 @@ from ..errors import UserError
 from .images import half_range
 from .words import Cdf, check_word
 
+__all__ = [
+    "BoundTerms",
+    "decoder_nll",
+    "discretized_log_likelihood",
+    "gaussian_kl",
+    "mean_over_dims",
+    "normal_cdf",
+    "prior_kl",
+    "step_kl",
+]
+
 LOWEST_PROBABILITY = 1e-12  # P is held above this before its logarithm is taken, as published
 
 

@@ -17,6 +17,19 @@ from .reverse import decoder_log_var, p_mean_variance, split_output, variance_bo
 from .schedules import Tables
 from .words import Loss, PredictionType, VarianceType, check_loss_options, check_word
 
+__all__ = [
+    "REMEMBERED",
+    "LossHistory",
+    "bound_term",
+    "empty_history",
+    "loss_aware_probabilities",
+    "min_snr_weight",
+    "remember",
+    "training_loss",
+    "uniform_timesteps",
+    "weighted_timesteps",
+]
+
 REMEMBERED = 10  # losses of each t that decide how often it is drawn
 UNIFORM_SHARE = 0.001  # of the draws, so that no t is forgotten
 

@@ -21,6 +21,28 @@ from ..errors import UserError
 from .schedules import Tables
 from .words import PredictionType, check_word
 
+__all__ = [
+    "Gaussian",
+    "Jump",
+    "check_range",
+    "check_same_shape",
+    "check_steps",
+    "compute_dtype",
+    "entries",
+    "eps_weights",
+    "jump",
+    "per_image",
+    "predict_eps",
+    "predict_x_0",
+    "q_marginal",
+    "q_posterior",
+    "q_sample",
+    "q_step",
+    "training_target",
+    "weighted_sum",
+    "x_0_weights",
+]
+
 
 class Gaussian(NamedTuple):
     """A normal distribution per image."""

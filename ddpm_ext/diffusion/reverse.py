@@ -17,6 +17,18 @@ from .process import Jump, compute_dtype, jump, per_image, predict_x_0, weighted
 from .schedules import Tables
 from .words import LEARNED_VARIANCES, DecoderVariance, PredictionType, VarianceType, check_word
 
+__all__ = [
+    "Clip",
+    "ReverseStep",
+    "clip_x_0",
+    "decoder_log_var",
+    "p_mean_variance",
+    "reverse_log_var",
+    "split_output",
+    "threshold_x_0",
+    "variance_bounds",
+]
+
 Clip = float | Callable[[Tensor], Tensor] | None
 
 

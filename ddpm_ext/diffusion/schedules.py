@@ -19,6 +19,8 @@ from torch import Tensor
 from ..errors import UserError
 from .words import SPACINGS, BetaSchedule, TimestepSpacing, check_word
 
+__all__ = ["Tables", "is_whole", "make_tables", "respaced_timesteps", "warn_if_signal_remains"]
+
 FAR_FROM_ZERO = 0.02  # ᾱ_T above this leaves an x_T that is visibly not standard normal
 
 

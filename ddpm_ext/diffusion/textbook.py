@@ -18,6 +18,8 @@ from .reverse import p_mean_variance
 from .schedules import make_tables, warn_if_signal_remains
 from .words import VarianceType, check_word
 
+__all__ = ["DenoiseDiffusion"]
+
 Sigma2 = Literal["beta", "posterior"]
 VARIANCES: dict[Sigma2, VarianceType] = {"beta": "fixed_large", "posterior": "fixed_small"}
 

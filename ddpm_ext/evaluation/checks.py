@@ -13,6 +13,8 @@ from ..diffusion.images import half_range
 from ..models.unet import check_resolution
 from ..schedulers.ddpm import DDPMExtScheduler
 
+__all__ = ["as_ours", "check_network", "checked_labels", "grid_images"]
+
 
 def grid_images(images: Tensor, bits: int = 8) -> Tensor:
     """Return images as float64 exactly on the grid 2k/(2^bits - 1) - 1.

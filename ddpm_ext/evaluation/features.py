@@ -25,6 +25,19 @@ from ..errors import UserError
 from ..pipelines.identity import weights_hash
 from .words import Quantization
 
+__all__ = [
+    "HUB_NAMES",
+    "Extractor",
+    "Features",
+    "Preprocessing",
+    "check_quantization",
+    "extract",
+    "inception",
+    "make_extractor",
+    "pooled",
+    "quantize",
+]
+
 HUB_NAMES = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}
 PIL_MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 

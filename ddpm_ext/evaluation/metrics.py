@@ -16,6 +16,19 @@ from torch import Tensor
 from ..diffusion.schedules import is_whole
 from ..errors import UserError
 
+__all__ = [
+    "FeatureStatistics",
+    "feature_statistics",
+    "frechet_distance",
+    "frechet_distance_per_class",
+    "inception_score",
+    "kernel_distance",
+    "nearest",
+    "polynomial_mmd",
+    "precision_recall",
+    "rbf_mmd",
+]
+
 BLOCK_ELEMENTS = 2**24  # of an N x N matrix this many numbers are in memory at once
 
 

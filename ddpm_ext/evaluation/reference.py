@@ -24,6 +24,8 @@ from .metrics import FeatureStatistics, feature_statistics
 from .sharded import load_checked, run_shards, save_whole
 from .words import Quantization
 
+__all__ = ["Reference", "as_features", "as_tensors", "load_reference", "make_reference"]
+
 SHARD_SIZE = 2048
 
 

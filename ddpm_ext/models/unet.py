@@ -16,6 +16,17 @@ from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+__all__ = [
+    "UNET_PRESETS",
+    "build_unet",
+    "check_resolution",
+    "count_parameters",
+    "init_ddpm_",
+    "last_layers",
+    "set_dropout_",
+    "unet_config",
+]
+
 Initialisation = Literal["ddpm", "iddpm", "torch"]
 
 

@@ -27,6 +27,24 @@ from ..run_dir import RunError
 from ..schedulers.ddpm import DDPMExtScheduler
 from .config import TrainConfig
 
+__all__ = [
+    "BatchPlan",
+    "build_data",
+    "build_network",
+    "build_optimizer",
+    "build_scheduler",
+    "compile_blocks",
+    "data_spec",
+    "default_network",
+    "epochs_to_updates",
+    "length",
+    "lr_factor",
+    "network_config",
+    "plan_batch",
+    "speed_up",
+    "total_updates",
+]
+
 
 class BatchPlan(NamedTuple):
     """How one update's global batch is cut: by process, then by forward pass."""

@@ -28,6 +28,24 @@ from torch import Tensor
 
 from ..run_dir import RunError
 
+__all__ = [
+    "BrokenCheckpoint",
+    "checkpoint_name",
+    "delete",
+    "flatten",
+    "list_checkpoints",
+    "newest_intact",
+    "prune",
+    "read_state",
+    "read_tensors",
+    "set_aside",
+    "sweep",
+    "unflatten",
+    "update_of",
+    "verify",
+    "write_checkpoint",
+]
+
 FORMAT = 1
 SUMS = "SHA256SUMS"
 STATE = "state.json"

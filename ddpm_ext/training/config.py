@@ -23,6 +23,8 @@ from ..diffusion.words import (
 )
 from ..options import option, required
 
+__all__ = ["NEUTRAL", "ReconstructConfig", "TrainConfig", "config_changes", "recorded"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:

@@ -15,6 +15,17 @@ from torch import Tensor, nn
 
 from .config import TrainConfig
 
+__all__ = [
+    "ForeachEMA",
+    "PowerFunctionEMA",
+    "gamma_of",
+    "make_averages",
+    "profile_products",
+    "reconstruction_weights",
+    "swapped",
+    "weighted_sum",
+]
+
 
 class ForeachEMA(EMAModel):
     """Diffusers' EMAModel with its update in one call for all weights: θ̂ ← θ̂ + (1 - β_n)(θ - θ̂)."""

@@ -19,6 +19,8 @@ from .checkpoint import checkpoint_name
 from .config import ReconstructConfig, TrainConfig
 from .ema import reconstruction_weights, weighted_sum
 
+__all__ = ["finish_upload", "make_publisher", "reconstruct", "write_pipeline", "write_snapshot"]
+
 
 def write_snapshot(run: RunDir, weights: dict[str, Tensor], update: int, sigma_rel: float) -> None:
     """snapshots/step-N-sigma.safetensors, whole or not at all; update and width stand in its metadata."""

@@ -17,6 +17,17 @@ from tqdm.auto import tqdm
 
 from ..run_dir import RunDir
 
+__all__ = [
+    "Meter",
+    "Progress",
+    "Unreadable",
+    "draw_training",
+    "sampling_bar",
+    "start_trackers",
+    "tell_unreadable",
+    "track_images",
+]
+
 QUARTERS = 4
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from .config import TrainConfig
 
+__all__ = ["PRESETS"]
+
 
 @dataclass(frozen=True)
 class Preset:

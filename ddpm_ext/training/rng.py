@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..diffusion.losses import uniform_timesteps
 
+__all__ = ["BLOCK", "draw", "seed_dropout", "seed_of"]
+
 BLOCK = 16  # neighbours in the global batch that share one generator: drawing picture by picture costs a third more
 
 

@@ -16,6 +16,8 @@ from ..diffusion.losses import LossHistory, empty_history, loss_aware_probabilit
 from ..diffusion.words import TimestepSampler
 from .rng import BLOCK, seed_of
 
+__all__ = ["STEM", "Timesteps", "uniforms"]
+
 STEM = "timesteps"  # of the file in a checkpoint
 
 
