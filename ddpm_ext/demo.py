@@ -20,6 +20,7 @@ from .diffusion.images import to_uint8
 from .errors import UserError
 from .evaluation.bits_per_dim import bits_per_dim
 from .evaluation.samplers import make_scheduler
+from .models import classes
 from .pipelines.ddpm import DDPMExtPipeline
 from .pipelines.loading import load_pipeline
 from .pipelines.locate import is_hub_name
@@ -145,7 +146,7 @@ def with_own_scheduler(pipeline: DDPMExtPipeline, sampler: Shown) -> DDPMExtPipe
 
 def number_of_classes(pipeline: DDPMExtPipeline) -> int | None:
     """Classes of a class-conditional network; None for any other."""
-    return pipeline.unet.config.get("num_class_embeds")
+    return classes.number_of_classes(pipeline.unet.config)
 
 
 def labels_of(pipeline: DDPMExtPipeline, label: int | None, count: int) -> list[int] | None:

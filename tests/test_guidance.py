@@ -74,10 +74,9 @@ def test_the_guided_score_is_the_mixture_of_the_exact_scores(kind: Any, w: float
         weights = eps_weights(scheduler.tables, torch.tensor(t), kind)
         eps = weights.of_x_t * x + weights.of_output * call
         alpha_bar = scheduler.tables.alpha_bar[t].item()
-        expected = [
-            (1 + w) * conditional_eps(x[c], alpha_bar, c) - w * unconditional_eps(x[c], alpha_bar) for c in labels
-        ]
-        assert_close(eps, torch.stack(expected), rtol=1e-9, atol=1e-9)
+        with_class = torch.stack([conditional_eps(x[c], alpha_bar, c) for c in range(CLASSES)])
+        without = torch.stack([unconditional_eps(one, alpha_bar) for one in x])
+        assert_close(eps, (1 + w) * with_class - w * without, rtol=1e-9, atol=1e-9)
         assert network.calls == 1
 
 

@@ -22,7 +22,8 @@ from ddpm_ext.diffusion.losses import (
     weighted_timesteps,
 )
 from ddpm_ext.training.monitor import Meter
-from ddpm_ext.training.timestep_samplers import Timesteps, uniforms
+from ddpm_ext.training.rng import uniforms
+from ddpm_ext.training.timestep_samplers import Timesteps
 
 T = 6
 AWARE = {
@@ -90,11 +91,14 @@ def test_history_keeps_the_last_ten_and_leaves_the_old_one_alone() -> None:
 
 
 def test_draws_belong_to_places_in_the_global_batch() -> None:
-    whole = uniforms(3, 5, range(100))
+    whole = uniforms("timestep", 3, 5, range(100))
     assert whole.dtype == torch.float64 and whole.min() >= 0 and whole.max() < 1
-    assert torch.equal(torch.cat([uniforms(3, 5, range(37)), uniforms(3, 5, range(37, 100))]), whole)
-    assert not torch.equal(uniforms(3, 6, range(100)), whole)
-    assert not torch.equal(uniforms(4, 5, range(100)), whole)
+    assert torch.equal(
+        torch.cat([uniforms("timestep", 3, 5, range(37)), uniforms("timestep", 3, 5, range(37, 100))]), whole
+    )
+    assert not torch.equal(uniforms("timestep", 3, 6, range(100)), whole)
+    assert not torch.equal(uniforms("timestep", 4, 5, range(100)), whole)
+    assert not torch.equal(uniforms("class", 3, 5, range(100)), whole)
 
 
 def test_uniform_steps_are_left_as_drawn() -> None:

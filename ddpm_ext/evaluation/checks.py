@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..diffusion.images import half_range
+from ..models.classes import ClassLabels, check_labels
 from ..models.unet import check_resolution
 from ..schedulers.ddpm import DDPMExtScheduler
 
@@ -91,20 +92,10 @@ def check_network(model: Any, images: Tensor) -> None:
         check_resolution(config, (size[0], size[1]))
 
 
-def checked_labels(model: Any, class_labels: Tensor | Sequence[int] | None, count: int) -> Tensor | None:
-    """One class per image, int64, where the network asks for them.
+def checked_labels(model: Any, class_labels: ClassLabels, count: int) -> Tensor | None:
+    """Return one class per image, int64, where the network asks for them.
 
     Raises:
-        ValueError: they are missing or too many, or are none of the network's classes.
+        UserError: they are missing or too many, or are none of the network's classes.
     """
-    classes = network_config(model).get("num_class_embeds")
-    if class_labels is None:
-        if classes is not None:
-            raise ValueError(f"The network is class-conditional: pass class_labels, one of 0..{classes - 1} per image.")
-        return None
-    labels = torch.as_tensor(class_labels)
-    outside = classes is not None and bool(((labels < 0) | (labels >= classes)).any())
-    if labels.is_floating_point() or labels.shape != (count,) or outside:
-        limit = "" if classes is None else f" in 0..{classes - 1}"
-        raise ValueError(f"class_labels must be {count} ints{limit}, one per image, got {class_labels!r}.")
-    return labels.long()
+    return check_labels(class_labels, count, network_config(model))

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..data.dataset import ImageSet
 from ..diffusion.images import to_uint8, to_x_0
 from ..errors import UserError
+from ..models.classes import number_of_classes
 from ..pipelines.ddpm import DDPMExtPipeline
 from .bits_per_dim import Sweep, rate_distortion_rows
 from .metrics import nearest
@@ -241,7 +242,7 @@ def farthest_pair(pixels: Tensor) -> list[int]:
 
 def _round_the_classes(pipeline: DDPMExtPipeline, count: int) -> list[int] | None:
     """Labels 0, 1, ... of images of a class-conditional network; None for another."""
-    classes = pipeline.unet.config.get("num_class_embeds")
+    classes = number_of_classes(pipeline.unet.config)
     return None if classes is None else [i % classes for i in range(count)]
 
 

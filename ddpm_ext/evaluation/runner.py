@@ -31,6 +31,7 @@ from ..diffusion.process import jump
 from ..diffusion.reverse import reverse_log_var, variance_bounds
 from ..distributed import check_world
 from ..errors import UserError
+from ..models.classes import number_of_classes
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.identity import network_hash, scheduler_options, weights_hash
 from ..pipelines.loading import load_pipeline
@@ -171,7 +172,7 @@ class Runner:
     @property
     def num_classes(self) -> int | None:
         """Classes of a class-conditional network; None for another."""
-        return self.unet.config.get("num_class_embeds")
+        return number_of_classes(self.unet.config)
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
@@ -355,7 +356,7 @@ def _data_of(config: MeasureConfig, trained: DataSpec | None, unet: UNet2DModel)
             "pipeline away from it, and name the images with --dataset_name or --data_dir."
         )
     base = trained or DataSpec(resolution=resolution, channels=channels)
-    if unet.config.get("num_class_embeds") is None:
+    if number_of_classes(unet.config) is None:
         base = replace(base, class_names=None)  # other classes than the training's do not matter
     changes: dict[str, Any] = {"image_column": config.image_column, "label_column": config.label_column}
     changes = {name: value for name, value in changes.items() if value is not None or named}
@@ -375,7 +376,7 @@ def _check_classes(unet: UNet2DModel, images: ImageSet, trained: DataSpec | None
     The names of a run's classes decide (`DataSpec.load`). Without its record only a set of as many classes can be
     numbered as the training's was.
     """
-    classes = unet.config.get("num_class_embeds")
+    classes = number_of_classes(unet.config)
     known = trained is not None and trained.class_names is not None
     if classes is not None and not known and images.num_classes not in (None, classes):
         raise UserError(
@@ -391,7 +392,7 @@ def images_and_labels(unet: UNet2DModel, images: ImageSet, numbers: range) -> tu
         UserError: it asks for them and the set has none.
     """
     pixels, labels = images.batch(list(numbers))
-    if unet.config.get("num_class_embeds") is None:
+    if number_of_classes(unet.config) is None:
         return pixels, None
     if labels is None:
         raise UserError("The network is class-conditional, and these images have no classes: name their label_column.")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ["NETWORK_KEY", "ClassLabels", "Classes", "check_labels", "class_options", "classes_of"]
+__all__ = ["NETWORK_KEY", "ClassLabels", "Classes", "check_labels", "class_options", "classes_of", "number_of_classes"]
 
 NETWORK_KEY = "_ddpm_ext"  # of a UNet2DModel's config: stock neither warns about nor drops a leading "_"
 ClassLabels = int | str | Sequence[int | str] | Tensor | None
@@ -58,6 +58,12 @@ def classes_of(config: Mapping[str, Any]) -> Classes | None:
     if names is not None and len(names) != number:
         raise UserError(f"class_names must name {number} classes, got {len(names)}: {names!r}.")
     return Classes(number, null, None if names is None else tuple(names))
+
+
+def number_of_classes(config: Mapping[str, Any]) -> int | None:
+    """Return C of a network by its config, the null label not counted; None where it takes no class numbers."""
+    classes = classes_of(config)
+    return None if classes is None else classes.number
 
 
 def check_labels(

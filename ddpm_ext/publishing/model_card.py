@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..evaluation.report import markdown
 from ..hub.files import RENDERED, shown_images
 from ..hub.pipeline_files import INDEX
+from ..models.classes import number_of_classes
 from ..run_dir import read_json, write_atomically
 from .results import TASK, model_index, provenance_lines, results_of
 from .training_record import Record, base_model, compute_cost, data_words, hub_datasets, summary, training_rows
@@ -127,7 +128,7 @@ def render_card(run: str | Path, repo_id: str | None = None, license: str | None
         data=data_words(record),
         size=size,
         T=(record.get("config") or {}).get("ddpm_num_steps"),
-        classes=network.get("num_class_embeds"),
+        classes=number_of_classes(network),
         nearest=_NEAREST if (run / _NEAREST).is_file() else None,
         cost=compute_cost(run, record),
         mark=MARK,

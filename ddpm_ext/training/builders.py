@@ -21,6 +21,7 @@ from ..data.rows import Reading
 from ..data.spec import DataSpec
 from ..data.streaming import ImageStream, open_stream
 from ..diffusion.words import LEARNED_VARIANCES
+from ..models.classes import NETWORK_KEY, class_options
 from ..models.unet import UNET_PRESETS, build_unet, unet_config
 from ..pipelines.loading import load_network_config
 from ..run_dir import RunError
@@ -230,13 +231,20 @@ def build_network(config: TrainConfig, network: dict[str, Any], data: ImageSet |
     _, height, width = data.shape
     preset = None if config.model_config_name_or_path else config.unet or "train_unconditional"
     network = {name: value for name, value in network.items() if name != "num_class_embeds"}
-    return build_unet(
+    classes: dict[str, Any] = {}
+    if config.class_conditional:
+        assert data.num_classes is not None  # required above
+        classes = class_options(data.num_classes, data.spec.class_names, with_null_label=config.class_dropout > 0)
+    unet = build_unet(
         network,
         seed=config.seed,
         init=UNET_PRESETS[preset].init if preset else None,
         sample_size=height if height == width else (height, width),
-        num_class_embeds=data.num_classes if config.class_conditional else None,
+        num_class_embeds=classes.get("num_class_embeds"),
     )
+    if NETWORK_KEY in classes:
+        unet.register_to_config(**{NETWORK_KEY: classes[NETWORK_KEY]})
+    return unet
 
 
 def default_network(config: TrainConfig) -> bool:

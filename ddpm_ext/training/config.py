@@ -103,6 +103,13 @@ class NetworkOptions:
     )
     dropout: float | None = option(None, "Dropout of the network; none: the preset's.", at_least=0, below=1)
     class_conditional: bool = option(False, "Give the network each picture's class.")
+    class_dropout: float = option(
+        0.0,
+        "Share of images that are trained without their class, for class guidance: 0.1 is usual.",
+        at_least=0,
+        below=1,
+        needs=("class_conditional", (True,)),
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, slower.")
     enable_xformers_memory_efficient_attention: bool = option(False, "Attention of xformers, which must be installed.")
 
@@ -521,6 +528,7 @@ def config_changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[
         "init_new_head": False,
         "freeze": [],
         "preserve_input_precision": False,
+        "class_dropout": 0.0,
         **old,
     }  # as before there was a choice
     names = (old.keys() | new.keys()) - NEUTRAL

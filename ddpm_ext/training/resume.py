@@ -30,7 +30,7 @@ __all__ = [
 
 Result = TypeVar("Result")
 
-_NETWORK_OPTIONS = ("model_config_name_or_path", "unet", "dropout", "class_conditional", "resolution")
+_NETWORK_OPTIONS = ("model_config_name_or_path", "unet", "dropout", "class_conditional", "class_dropout", "resolution")
 _DATA_OPTIONS = (
     *("dataset_name", "dataset_config_name", "train_data_dir", "train_split", "image_column", "label_column"),
     *("resolution", "center_crop", "bits", "preserve_input_precision", "value_range", "channel_axis", "array_key"),

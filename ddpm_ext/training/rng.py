@@ -70,6 +70,22 @@ def draw_block(
     return Draws(t, flip, torch.randn((BLOCK, *shape), generator=generator, device=device))
 
 
+def uniforms(word: str, seed: int, step: int, rows: range) -> Tensor:
+    """Return a number in [0, 1) for each of some rows of a step's global batch, float64, drawn in blocks as all is.
+
+    Args:
+        word: What they are for; each word has draws of its own.
+        seed: The run's seed.
+        step: The batch's number in the run, from 0.
+        rows: Places in the global batch, step 1.
+    """
+    blocks = range(rows.start // BLOCK, -(-rows.stop // BLOCK))
+    generators = [torch.Generator().manual_seed(seed_of(word, seed, step, block)) for block in blocks]
+    parts = [torch.rand(BLOCK, generator=generator, dtype=torch.float64) for generator in generators]
+    first = rows.start - blocks.start * BLOCK
+    return torch.cat(parts)[first : first + len(rows)]
+
+
 def seed_dropout(seed: int, step: int, micro_batch: int, rank: int) -> None:
     """Seed the global generators, of which dropout masks are drawn. Masks depend on the rank: they are not elastic."""
     torch.manual_seed(seed_of("dropout", seed, step, micro_batch, rank))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..diffusion.losses import LossHistory, empty_history, loss_aware_probabilities, remember, weighted_timesteps
 from ..diffusion.words import TimestepSampler
-from .rng import BLOCK, seed_of
+from .rng import uniforms
 
 __all__ = ["STEM", "Timesteps", "uniforms"]
 
@@ -44,7 +44,7 @@ class Timesteps:
         """
         if self.history is None:
             return uniform, None
-        t, weight = weighted_timesteps(uniforms(seed, step, rows), loss_aware_probabilities(self.history))
+        t, weight = weighted_timesteps(uniforms("timestep", seed, step, rows), loss_aware_probabilities(self.history))
         return t.to(uniform.device), weight.float().to(uniform.device)
 
     def see(self, t: Tensor, losses: Tensor) -> None:
@@ -68,12 +68,3 @@ class Timesteps:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Go on from the tensors of a checkpoint's file."""
         self.history = LossHistory(**tensors)
-
-
-def uniforms(seed: int, step: int, rows: range) -> Tensor:
-    """A number in [0, 1) for each of some rows of a step's global batch, float64, drawn in blocks like all draws."""
-    blocks = range(rows.start // BLOCK, -(-rows.stop // BLOCK))
-    generators = [torch.Generator().manual_seed(seed_of("timestep", seed, step, block)) for block in blocks]
-    parts = [torch.rand(BLOCK, generator=generator, dtype=torch.float64) for generator in generators]
-    first = rows.start - blocks.start * BLOCK
-    return torch.cat(parts)[first : first + len(rows)]

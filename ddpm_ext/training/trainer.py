@@ -23,6 +23,7 @@ from ..diffusion.losses import training_loss
 from ..diffusion.process import q_sample
 from ..diffusion.words import LEARNED_VARIANCES
 from ..distributed import full_tensor, refuse_idle_accumulation, set_numerics, take_dynamo, tell_deepspeed
+from ..models.classes import classes_of, number_of_classes
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.sampling import SamplingStopped, make_grid, sample_images, save_png
 from ..publishing.publisher import Publisher
@@ -45,7 +46,7 @@ from .resume import (
     resumed_plan,
     warn_of_other_conditions,
 )
-from .rng import draw, seed_dropout
+from .rng import draw, seed_dropout, uniforms
 from .state import TrainState
 from .timestep_samplers import Timesteps
 from .validation import is_better, make_validation
@@ -200,7 +201,7 @@ class Trainer:
         eps = draws.eps.to(self.dtype, memory_format=self.layout)
         t, weight = self.state.timesteps.choose(draws.t, config.seed, step, rows)
         x_t = q_sample(x_0, t, eps, self.tables)
-        labels = batch.labels.to(device) if config.class_conditional and batch.labels is not None else None
+        labels = self.labels(batch, rows)
         output = self.unet(x_t, t, class_labels=labels, return_dict=False)[0]
         losses = training_loss(
             output,
@@ -218,6 +219,22 @@ class Trainer:
         self.state.meter.add_losses(losses, t, weight)
         self.state.timesteps.see(t, losses)
         return losses.mean() if weight is None else (losses * weight).mean()
+
+    def labels(self, batch: Batch, rows: range) -> Tensor | None:
+        """Return the classes of a batch as the network gets them: the null label for the share of `class_dropout`.
+
+        Args:
+            batch: The images.
+            rows: Their places in the global batch.
+        """
+        config = self.config
+        if not config.class_conditional or batch.labels is None:
+            return None
+        labels, classes = batch.labels, classes_of(self.network.config)
+        if config.class_dropout and classes is not None and classes.null_label is not None:
+            dropped = uniforms("class", config.seed, self.state.step, rows) < config.class_dropout
+            labels = labels.masked_fill(dropped.to(labels.device), classes.null_label)
+        return labels.to(self.accelerator.device, non_blocking=True)
 
     def _clip(self) -> Tensor:
         """Clip the gradients; return their norm before it, the same on every process, non-finite if any gradient is."""
@@ -464,7 +481,7 @@ class Trainer:
         steps = num_inference_steps or min(config.ddpm_num_inference_steps, config.ddpm_num_steps)
         pipeline = DDPMExtPipeline(unet=self.network, scheduler=self.scheduler)
         pipeline.set_progress_bar_config(disable=True)
-        classes = self.network.config["num_class_embeds"] if config.class_conditional else None
+        classes = number_of_classes(self.network.config) if config.class_conditional else None
         calls = steps * -(-len(numbers) // config.train_batch_size)
         shown = self.accelerator.is_main_process and num_inference_steps is None
         with self._averaged_in_place(), sampling_bar(self.network, calls, self.state.update, shown):

@@ -36,6 +36,7 @@ from ..evaluation.metrics import feature_statistics, frechet_distance
 from ..evaluation.reference import make_reference
 from ..evaluation.runner import class_labels, images_and_labels
 from ..evaluation.words import Quantization
+from ..models.classes import number_of_classes
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.sampling import POLL_EVERY, SamplingStopped, images_from_seeds
 from ..run_dir import RunDir, read_json
@@ -109,7 +110,7 @@ class Validation:
         pipeline = DDPMExtPipeline(unet, scheduler)
         pipeline.set_progress_bar_config(disable=True)
         numbers = self._share(self.num_samples)
-        labels = class_labels(unet.config.get("num_class_embeds"), self.training, self.num_samples)
+        labels = class_labels(number_of_classes(unet.config), self.training, self.num_samples)
         images = images_from_seeds(
             pipeline,
             [self.seed + i for i in numbers],
