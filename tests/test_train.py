@@ -662,7 +662,7 @@ def test_a_tracked_width_is_reconstructed_by_the_script(tmp_path: Path) -> None:
     for name, tensor in DDPMPipeline.from_pretrained(tmp_path / "run" / "pipeline-0.1").unet.state_dict().items():
         torch.testing.assert_close(tensor, tracked[name], rtol=0, atol=1e-5)  # float32 sums of eight snapshots
     code, output = finish(start([*words[:-1], "0.5"]))
-    assert code == 1 and "sigma_rel must lie in (0, 0.28), got 0.5" in output and "Traceback" not in output, output
+    assert code == 2 and "sigma_rel must lie in (0, 0.28), got 0.5" in output and "Traceback" not in output, output
 
 
 # Launching ------------------------------------------------------------------------------------------------------------
