@@ -92,6 +92,7 @@ class Budget:
 
     @property
     def left(self) -> float:
+        """Seconds left; negative when they are over."""
         return self.end - time.monotonic()
 
 

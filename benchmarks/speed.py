@@ -67,10 +67,12 @@ class Row(NamedTuple):
 
     @property
     def ratio(self) -> float:
+        """Stock's time over ours."""
         return self.stock / self.ours
 
     @property
     def ratio_without_noise(self) -> float:
+        """The same, with the time of the noise taken from both."""
         return (self.stock - self.noise) / (self.ours - self.noise)
 
 

@@ -196,6 +196,7 @@ class Buttons:
             return status, *(self.update(**properties) for properties in self.studio.ranges(steps, timestep, label))
 
     def generate(self, steps: int, sampler: Shown, seed: int | None, label: int | None) -> Iterator[tuple[Any, str]]:
+        """Yield the images as the chain runs, each with a line about it."""
         with self._told():
             yield from self.studio.generate(steps, sampler, seed, label)
 
@@ -207,6 +208,7 @@ class Buttons:
             return None if a is None or b is None else self.studio.interpolate(a, b, timestep, weight, seed, label)
 
     def bits(self, image: Any, label: int | None) -> str:
+        """Return bits/dim of an uploaded image, or ask for one."""
         with self._told():
             return "Upload a picture." if image is None else self.studio.bits(image, label)
 

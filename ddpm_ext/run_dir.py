@@ -119,6 +119,7 @@ class RunDir:
             file.unlink(missing_ok=True)
 
     def write_status(self, state: str, update: int, **more: Any) -> None:
+        """Write status.json."""
         record = {"status": state, "update": update, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **more}
         write_json(self.status, record)
 
@@ -142,6 +143,7 @@ class RunDir:
         return read_json(self.config)["starts"] if self.config.exists() else []
 
     def append_log(self, record: dict[str, Any]) -> None:
+        """Add a line to log.jsonl."""
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 

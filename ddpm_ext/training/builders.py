@@ -56,6 +56,7 @@ class BatchPlan(NamedTuple):
 
     @property
     def micro_batch(self) -> int:
+        """Images of one process in one forward pass."""
         return self.global_batch // (self.processes * self.accumulation)
 
     def rows(self, rank: int, micro: int) -> range:

@@ -32,6 +32,7 @@ class ForeachEMA(EMAModel):
 
     @torch.no_grad()
     def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Move the averages towards the parameters."""
         self.optimization_step += 1
         self.cur_decay_value = self.get_decay(self.optimization_step)
         trained = [(s, p) for s, p in zip(self.shadow_params, parameters, strict=True) if p.requires_grad]
@@ -69,6 +70,7 @@ class PowerFunctionEMA(ForeachEMA):
         self.gamma = gamma_of(sigma_rel)
 
     def get_decay(self, optimization_step: int) -> float:
+        """Return β_n = (1 - 1/n)^(γ + 1)."""
         return (1 - 1 / optimization_step) ** (self.gamma + 1)
 
 

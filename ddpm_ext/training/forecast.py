@@ -107,6 +107,7 @@ class Forecast:
 
     @property
     def peak(self) -> int:
+        """Bytes of one process at most."""
         return self.fixed + self.costs.peak
 
     @property
@@ -116,6 +117,7 @@ class Forecast:
 
     @property
     def hours(self) -> float | None:
+        """Of the whole run; None where its length is not known."""
         images = None if self.updates is None else self.updates * self.global_batch
         return None if images is None else images / self.images_per_second / 3600
 

@@ -51,6 +51,7 @@ class Meter:
         self.sums[1].index_add_(0, quarter, share.to(self.sums.dtype))
 
     def add_grad_norm(self, norm: Tensor) -> None:
+        """Add the gradient norm of an update."""
         self.sums[2, 0] += norm
         self.sums[2, 1] += 1
 
@@ -149,6 +150,7 @@ class Progress:
         self.since, self.counted = time.perf_counter(), 0
 
     def advance(self) -> None:
+        """Count an update."""
         self.bar.update()
         self.counted += 1
 
@@ -160,11 +162,13 @@ class Progress:
         return rate
 
     def show(self, record: dict[str, Any]) -> None:
+        """Show loss and speed beside the bar."""
         self.bar.set_postfix_str(
             f"loss={record['loss']:.4f}, {record['images_per_second']:.0f} images/s", refresh=sys.stderr.isatty()
         )
 
     def close(self) -> None:
+        """End the bar."""
         self.bar.close()
 
 
