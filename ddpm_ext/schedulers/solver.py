@@ -321,7 +321,7 @@ class DDPMExtSolverScheduler(DDPMExtScheduler):
             reference: Which of them (`diffusion.solvers.estimate_weights`).
         """
         weights = estimate_weights(self.tables, timestep, self.config["prediction_type"], reference)
-        return estimate(prediction, sample, weights, self._clip() if reference != "unclipped" else None)
+        return estimate(prediction, sample, weights, self.options.clip if reference != "unclipped" else None)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
