@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 from ..diffusion.words import SPACINGS, Cdf, DecoderVariance, Trajectory, VarianceType, check_word
 from ..errors import UserError
 from ..options import option
+from ..pipelines.config import GuidanceConfig
 from ..pipelines.locate import run_folder
 from .words import Metric, Quantization, Sampler, Score
 
@@ -69,7 +70,7 @@ class MeasureConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(MeasureConfig):
+class EvalConfig(GuidanceConfig, MeasureConfig):
     """Options of `ddpm-ext evaluate`. Lists are written with commas: --metrics bpd,fid."""
 
     metrics: str = option(
@@ -219,6 +220,12 @@ def _check_evaluation(config: EvalConfig) -> None:
         raise UserError(
             f'variance_type is an option of the sampler "ddpm" and of bits/dim, and neither is asked for: leave '
             f"{config.variance_type!r} out, or add the sampler ddpm."
+        )
+    if config.guidance is not None and config.of_bound:
+        raise UserError(
+            f"{' and '.join(config.of_bound)} of a guided chain are not measured: guidance draws from no distribution "
+            "whose likelihood the bound could bound, (1 + w) ε̂ - w ε̂ is the noise of none. Leave guidance_scale out, "
+            "or measure samples alone, as --metrics fid does."
         )
     if "rate_distortion" in config.of_bound and config.num_timesteps_sampled is not None:
         raise UserError("rate_distortion needs every step: leave num_timesteps_sampled out.")

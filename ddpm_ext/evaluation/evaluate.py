@@ -18,6 +18,7 @@ import torch
 
 from ..data.dataset import ImageSet
 from ..errors import UserError
+from ..pipelines.guidance import make_guidance
 from ..run_dir import write_atomically
 from ..signals import interruptible
 from .bits_per_dim import BoundOptions, rate_distortion_rows
@@ -92,6 +93,7 @@ class _Evaluation:
         if config.of_bound:
             for variance in config.variances:
                 runner.check_bound(self.bound_scheduler(variance), self.held_out, self.bound_options)
+        make_guidance(runner.unet.config, **(config.guidance or {}))
         if config.of_samples:
             assert self.images is not None
             for sampler, variance, steps in self.plan():
@@ -176,13 +178,21 @@ class _Evaluation:
         config, runner = self.config, self.runner
         runner.started = time.perf_counter()
         scheduler = self.sampling_scheduler(sampler, variance)
-        self.samples = runner.samples(scheduler, images, num_samples=config.num_samples, steps=steps, seed=config.seed)
+        self.samples = runner.samples(
+            scheduler,
+            images,
+            num_samples=config.num_samples,
+            steps=steps,
+            seed=config.seed,
+            guidance=config.guidance,
+        )
         conditions = {
             "sampler": sampler,
             "variance_type": scheduler.config.variance_type if sampler == "ddpm" else None,
             "num_inference_steps": steps,
             **chain_conditions(scheduler),
             **runner.of_samples(images, len(self.reference.features), config.num_samples),
+            "guidance_scale": config.guidance_scale or None,
         }
         for metric in config.of_samples:
             yield runner.result(metric, **self.score(metric, images), **conditions)

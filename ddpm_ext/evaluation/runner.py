@@ -32,6 +32,7 @@ from ..diffusion.reverse import reverse_log_var, variance_bounds
 from ..distributed import check_world
 from ..errors import UserError
 from ..models.classes import number_of_classes
+from ..pipelines.config import GuidanceOptions
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.identity import network_hash, scheduler_options, weights_hash
 from ..pipelines.loading import load_pipeline
@@ -272,6 +273,7 @@ class Runner:
         steps: int,
         seed: int,
         unet: UNet2DModel | None = None,
+        guidance: GuidanceOptions | None = None,
     ) -> Samples:
         """Draw samples under a scheduler, in the class proportions of a set, and take their features.
 
@@ -282,6 +284,7 @@ class Runner:
             steps: Denoising steps.
             seed: Image i is drawn from seed + i.
             unet: In place of the pipeline's own.
+            guidance: Class guidance, as the pipeline takes it; None for none.
         """
         self.pipeline.register_modules(scheduler=scheduler, unet=unet or self.unet)
         try:
@@ -293,6 +296,7 @@ class Runner:
                 labels=class_labels(self.num_classes, images, num_samples),
                 num_inference_steps=steps,
                 batch_size=self.config.batch_size,
+                guidance=guidance,
                 shards=self.shards(scheduler),
             )
         finally:
@@ -448,6 +452,7 @@ def sample_features(
     labels: Sequence[int] | None,
     num_inference_steps: int,
     batch_size: int,
+    guidance: GuidanceOptions | None = None,
     shards: Shards,
 ) -> Samples:
     """Take features of generated images, piece by piece; the images themselves are not held.
@@ -460,6 +465,7 @@ def sample_features(
         labels: One per image, for conditional networks.
         num_inference_steps: Denoising steps.
         batch_size: Images of one process at a time.
+        guidance: Class guidance, as the pipeline takes it; None for none.
         shards: Where the pieces go; each process must call.
     """
 
@@ -473,6 +479,7 @@ def sample_features(
                 batch_size=batch_size,
                 num_inference_steps=num_inference_steps,
                 class_labels=None if labels is None else labels[piece.start : piece.stop],
+                guidance=guidance,
             ):
                 room = max(0, KEPT_IMAGES - piece.start - sum(map(len, kept)))
                 kept.append((quantize(images[:room], "uint8") * 255).round().to(torch.uint8).cpu())
@@ -489,6 +496,8 @@ def sample_features(
     }
     if labels is not None:
         key["labels"] = list(labels)
+    if guidance is not None:
+        key["guidance"] = dict(guidance)
     tensors = shards.run("samples", key, len(seeds), _SAMPLE_SHARD, work)
     return Samples(as_features(tensors), tensors["images"], None if labels is None else list(labels))
 

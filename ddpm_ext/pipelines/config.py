@@ -3,15 +3,53 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypedDict
 
 from ..options import option, required
 
-__all__ = ["SampleConfig"]
+__all__ = ["GuidanceConfig", "GuidanceOptions", "SampleConfig"]
+
+
+class GuidanceOptions(TypedDict, total=False):
+    """What a caller of the pipeline may ask for.
+
+    Attributes:
+        guidance_scale: w >= 0; 0, the default, is no guidance.
+        guidance_interval: (low, high): guide at low <= t <= high only.
+        guidance_rescale: φ in [0, 1]: how far ε̃ is brought back to the deviation of the conditional ε̂.
+        guider: One of `diffusers.guiders` that mixes two predictions, in place of these three.
+    """
+
+    guidance_scale: float
+    guidance_interval: tuple[int, int] | None
+    guidance_rescale: float
+    guider: Any
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
+class GuidanceConfig:
+    """Class guidance of what is drawn."""
+
+    guidance_scale: float = option(
+        0.0, "w of class guidance, (1 + w) with the class - w without; 0: none. Diffusers' usual number is 1 + w."
+    )
+    guidance_interval: list[int] | None = option(None, "Guide at these steps only: lowest and highest t.")
+    guidance_rescale: float = option(0.0, "How far, 0 to 1, guided predictions get the deviation of the others.")
+
+    @property
+    def guidance(self) -> GuidanceOptions | None:
+        """The guidance asked for, as the pipeline takes it; None for none."""
+        interval: Any = self.guidance_interval
+        asked: GuidanceOptions = {
+            "guidance_scale": self.guidance_scale,
+            "guidance_interval": interval,
+            "guidance_rescale": self.guidance_rescale,
+        }
+        return asked if any(asked.values()) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(GuidanceConfig):
     """Options of scripts/sample.py."""
 
     model: str = required("Folder or Hub name of a pipeline.")

@@ -31,7 +31,8 @@ from ..models.unet import check_resolution
 from ..schedulers.checks import Generators, check_generators
 from ..schedulers.ddpm import DDPMExtScheduler
 from ..schedulers.solver import DDPMExtSolverScheduler, is_portable_solver
-from .guidance import Guidance, GuidanceOptions, guided_prediction, make_guidance, scale_of
+from .config import GuidanceOptions
+from .guidance import Guidance, guided_prediction, make_guidance, scale_of
 from .locate import INDEX, find_pipeline
 from .saving import replacing
 

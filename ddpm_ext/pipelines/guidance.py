@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from typing_extensions import Unpack
 from ..diffusion.process import compute_dtype, eps_weights
 from ..errors import UserError
 from ..models.classes import classes_of
+from .config import GuidanceOptions
 
-__all__ = ["Guidance", "GuidanceOptions", "guided_prediction", "make_guidance", "rescaled", "scale_of"]
+__all__ = ["Guidance", "guided_prediction", "make_guidance", "rescaled", "scale_of"]
 
 Network = Callable[[Tensor, Tensor], Tensor]  # (x_t, labels) -> output, of any number of images
 
@@ -45,22 +46,6 @@ class Guidance:
     interval: tuple[int, int] | None = None
     rescale: float = 0.0
     guider: Any = None
-
-
-class GuidanceOptions(TypedDict, total=False):
-    """What a caller of the pipeline may ask for.
-
-    Attributes:
-        guidance_scale: w >= 0; 0, the default, is no guidance.
-        guidance_interval: (low, high): guide at low <= t <= high only.
-        guidance_rescale: φ in [0, 1]: how far ε̃ is brought back to the deviation of the conditional ε̂.
-        guider: One of `diffusers.guiders` that mixes two predictions, in place of these three.
-    """
-
-    guidance_scale: float
-    guidance_interval: tuple[int, int] | None
-    guidance_rescale: float
-    guider: Any
 
 
 def make_guidance(config: Any, **options: Unpack[GuidanceOptions]) -> Guidance | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..distributed import check_world
 from ..run_dir import RunError, read_json, write_json
 from ..signals import PREEMPTED, StopRequest, die_with_launcher, exit_process
-from .config import SampleConfig
+from .config import GuidanceOptions, SampleConfig
 from .ddpm import DDPMExtPipeline
 from .identity import identity
 from .loading import load_pipeline
@@ -49,6 +49,7 @@ def images_from_seeds(
     batch_size: int,
     num_inference_steps: int,
     class_labels: Sequence[int] | None = None,
+    guidance: GuidanceOptions | None = None,
     poll: Poll | None = None,
 ) -> Iterator[Tensor]:
     """Draw images in batches, image i from a CPU generator of seeds[i] alone: the one such loop.
@@ -62,6 +63,7 @@ def images_from_seeds(
         batch_size: Images at a time.
         num_inference_steps: Denoising steps.
         class_labels: One per image, for conditional networks.
+        guidance: Class guidance, as the pipeline takes it; None for none.
         poll: Asked every POLL_EVERY steps whether to stop.
 
     Yields:
@@ -86,6 +88,7 @@ def images_from_seeds(
             output_type="pt",
             callback_on_step_end=None if poll is None else look,
             return_dict=False,
+            **(guidance or {}),
         )
         yield images
 
@@ -172,7 +175,8 @@ class _Folder:
         self.config, self.path = config, Path(config.output_dir)
         self.pipeline = load_pipeline(config.model).to(accelerator.device)
         options = {name: value for name, value in asdict(config).items() if name not in _FREE}
-        self.record = {"model": config.model, **options, **identity(self.pipeline)}
+        options = {name: value for name, value in options.items() if not name.startswith("guidance_")}
+        self.record = {"model": config.model, **options, "guidance": config.guidance, **identity(self.pipeline)}
         if config.dtype != "float32":
             self.pipeline.to(getattr(torch, config.dtype))
         self.pipeline.set_progress_bar_config(disable=not accelerator.is_main_process)
@@ -222,6 +226,7 @@ class _Folder:
             batch_size=config.batch_size,
             num_inference_steps=config.num_inference_steps,
             class_labels=None if config.class_label is None else [config.class_label] * len(numbers),
+            guidance=config.guidance,
             poll=poll,
         )
 
