@@ -10,7 +10,16 @@ from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ["NETWORK_KEY", "ClassLabels", "Classes", "check_labels", "class_options", "classes_of", "number_of_classes"]
+__all__ = [
+    "NETWORK_KEY",
+    "ClassLabels",
+    "Classes",
+    "check_labels",
+    "class_options",
+    "classes_of",
+    "label_number",
+    "number_of_classes",
+]
 
 NETWORK_KEY = "_ddpm_ext"  # of a UNet2DModel's config: stock neither warns about nor drops a leading "_"
 ClassLabels = int | str | Sequence[int | str] | Tensor | None
@@ -103,6 +112,27 @@ def check_labels(
     if not whole or labels.shape != (count,) or wrong:
         raise UserError(f"{expected}, got {class_labels!r}.")
     return labels.long()
+
+
+def label_number(word: str, config: Mapping[str, Any]) -> int:
+    """Return the number of a class given as a word of a command line: its name, or its number where no name has it.
+
+    Args:
+        word: A name or a number; with names like "10", which are numbers themselves, a name.
+        config: The network's.
+
+    Raises:
+        UserError: the network has no classes, or none of this name or number.
+    """
+    classes = classes_of(config)
+    names = classes.names if classes is not None else None
+    numeric = names is not None and any(name.isdecimal() for name in names)
+    by_number = word.isdecimal() and not numeric
+    if names is not None and word in names:
+        by_number = False
+    labels = check_labels(int(word) if by_number else word, 1, config)
+    assert labels is not None
+    return int(labels[0])
 
 
 def _number(label: object, classes: Classes | None, expected: str) -> object:

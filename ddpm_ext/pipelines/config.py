@@ -58,7 +58,11 @@ class SampleConfig(GuidanceConfig):
     batch_size: int = option(64, "Images of one process at a time.")
     seed: int = option(0, "Image i is drawn from torch.Generator().manual_seed(seed + i).")
     num_inference_steps: int = option(1000, "Denoising steps.")
-    class_label: int | None = option(None, "Class of all images, for conditional networks.")
+    class_label: str | None = option(None, "Class of all images, by name or number, for conditional networks.")
+    bits: int | None = option(None, "Depth of the files, 8 or 16 (PNG; arrays as .npy); none: the network's images'.")
+    rgb_bands: list[int] | None = option(
+        None, "Three bands, counted from 1, that previews and grids show of more than four; none: the first."
+    )
     dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "Of the weights.")
     cpu: bool = option(False, "Use the CPU even where there is an accelerator.")
 
@@ -66,3 +70,7 @@ class SampleConfig(GuidanceConfig):
         for name in ("num_samples", "batch_size", "num_inference_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.bits not in (None, 8, 16):
+            raise ValueError(f"bits must be 8 or 16, got {self.bits}.")
+        if self.rgb_bands is not None and (len(self.rgb_bands) != 3 or min(self.rgb_bands) < 1):
+            raise ValueError(f"rgb_bands must be three numbers from 1, as 3 2 1, got {self.rgb_bands}.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..distributed import check_world
+from ..models.classes import label_number
+from ..models.values import values_of
 from ..run_dir import RunError, read_json, write_json
 from ..signals import PREEMPTED, StopRequest, die_with_launcher, exit_process
 from .config import GuidanceOptions, SampleConfig
@@ -30,11 +34,13 @@ __all__ = [
     "sample_images",
     "sample_to_folder",
     "save_png",
+    "shown_bands",
 ]
 
 Poll = Callable[[], bool]
 POLL_EVERY = 10  # denoising steps between two looks at the stop flag: with several processes a look is an all-reduce
-_FREE = ("model", "output_dir", "num_samples", "batch_size", "cpu")  # options that change no image
+# Options that change no image, or stand in the record as they come out.
+_FREE = ("model", "output_dir", "num_samples", "batch_size", "cpu", "bits", "rgb_bands")
 _IN_GRID = 64
 
 
@@ -93,10 +99,13 @@ def images_from_seeds(
         yield images
 
 
-def sample_images(pipeline: DDPMExtPipeline, seeds: Sequence[int], **options: Any) -> Iterator[np.ndarray]:
-    """Draw images in batches as pixels, uint8, shape (b, H, W, C); arguments as for `images_from_seeds`."""
+def sample_images(
+    pipeline: DDPMExtPipeline, seeds: Sequence[int], *, bits: int = 8, **options: Any
+) -> Iterator[np.ndarray]:
+    """Draw images in batches as levels of 8 or 16 bits, shape (b, H, W, C); arguments as for `images_from_seeds`."""
+    top, dtype = 2**bits - 1, np.uint8 if bits == 8 else np.uint16
     for images in images_from_seeds(pipeline, seeds, **options):
-        yield (images.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        yield (images.float() * top).round().permute(0, 2, 3, 1).cpu().numpy().astype(dtype)
 
 
 def make_grid(images: np.ndarray, min_side: int = 48) -> np.ndarray:
@@ -120,13 +129,49 @@ def make_grid(images: np.ndarray, min_side: int = 48) -> np.ndarray:
     return cells.reshape(rows, columns, tall, wide, channels).swapaxes(1, 2).reshape(rows * tall, columns * wide, -1)
 
 
+def shown_bands(image: np.ndarray, rgb_bands: Sequence[int] | None = None) -> np.ndarray:
+    """Return the channels that a picture of an image shows: all of up to four, of more the first, or three named ones.
+
+    Args:
+        image: Shape (..., C).
+        rgb_bands: Three bands, counted from 1.
+
+    Raises:
+        RunError: the image has no such band.
+    """
+    channels = image.shape[-1]
+    if rgb_bands is not None:
+        if max(rgb_bands) > channels:
+            raise RunError(f"--rgb_bands {' '.join(map(str, rgb_bands))}: the images have {channels} bands.")
+        return image[..., [band - 1 for band in rgb_bands]]
+    return image if channels <= 4 else image[..., :1]
+
+
 def save_png(image: np.ndarray, path: Path) -> None:
-    """Write one uint8 image (H, W, C) whole or not at all: C 1 to 4 as L, LA, RGB, RGBA, of more the first channel."""
+    """Write one image (H, W, C) whole or not at all, uint8 or uint16: L, LA, RGB, RGBA; of more channels the first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    flat = image if image.shape[-1] in (2, 3, 4) else image[..., 0]
-    Image.fromarray(flat).save(temporary, format="png")
+    image = shown_bands(image)
+    if image.dtype == np.uint16:
+        temporary.write_bytes(_png_of_16_bits(image))
+    else:
+        Image.fromarray(image if image.shape[-1] > 1 else image[..., 0]).save(temporary, format="png")
     temporary.replace(path)
+
+
+def _png_of_16_bits(image: np.ndarray) -> bytes:
+    """A PNG of uint16 values (H, W, C), C 1 to 4, which Pillow writes in grey alone (PNG specification, section 11)."""
+    height, width, channels = image.shape
+    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = np.ascontiguousarray(image.astype(">u2")).view(np.uint8).reshape(height, -1)
+    filtered = np.concatenate([np.zeros((height, 1), np.uint8), rows], axis=1)  # filter 0 of every row
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(filtered.tobytes())), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
 def sample_to_folder(config: SampleConfig) -> int:
@@ -174,8 +219,12 @@ class _Folder:
     def __init__(self, config: SampleConfig, accelerator: Accelerator) -> None:
         self.config, self.path = config, Path(config.output_dir)
         self.pipeline = load_pipeline(config.model).to(accelerator.device)
+        network = self.pipeline.unet.config
+        self.label = None if config.class_label is None else label_number(str(config.class_label), network)
+        self.bits = config.bits or (8 if values_of(network).bits <= 8 else 16)
         options = {name: value for name, value in asdict(config).items() if name not in _FREE}
         options = {name: value for name, value in options.items() if not name.startswith("guidance_")}
+        options |= {"class_label": self.label, "bits": self.bits}
         self.record = {"model": config.model, **options, "guidance": config.guidance, **identity(self.pipeline)}
         if config.dtype != "float32":
             self.pipeline.to(getattr(torch, config.dtype))
@@ -200,7 +249,7 @@ class _Folder:
         path = self.path / "samples.json"
         if not path.exists():
             return
-        there = read_json(path)
+        there = {"bits": 8, **read_json(path)}  # as before there was a choice
         asked = {name: value for name, value in self.record.items() if name != "model"}
         if "weights" not in there:  # a record of version 0.1.0 before it named them: an image tells
             first = next((i for i in range(self.config.num_samples) if self.has(i)), None)
@@ -225,7 +274,8 @@ class _Folder:
             [config.seed + i for i in numbers],
             batch_size=config.batch_size,
             num_inference_steps=config.num_inference_steps,
-            class_labels=None if config.class_label is None else [config.class_label] * len(numbers),
+            class_labels=None if self.label is None else [self.label] * len(numbers),
+            bits=self.bits,
             guidance=config.guidance,
             poll=poll,
         )
@@ -245,26 +295,33 @@ class _Folder:
 
     def write(self, image: np.ndarray, path: Path) -> None:
         """Write one image; of an array the preview first, since the array says that both are there."""
-        save_png(image, path)
+        save_png(shown_bands(image, self.config.rgb_bands) if self.is_array else image, path)
         if self.is_array:
             temporary = path.with_name(f".{path.stem}.tmp.npy")
             np.save(temporary, image)
             temporary.replace(path.with_suffix(".npy"))
 
     def read(self, i: int) -> np.ndarray:
-        """Return image i, uint8, shape (H, W, C)."""
+        """Return image i as it is shown, uint8, shape (H, W, C)."""
         if self.is_array:
-            return np.load(self.image(i).with_suffix(".npy"))
-        with Image.open(self.image(i)) as image:
+            return _eight_bits(np.load(self.image(i).with_suffix(".npy")))
+        with Image.open(self.image(i)) as image:  # of 16 bits in colour Pillow gives the high byte
             pixels = np.asarray(image)
-        return pixels[..., None] if pixels.ndim == 2 else pixels
+        return _eight_bits(pixels[..., None] if pixels.ndim == 2 else pixels)
 
     def draw_grid(self) -> None:
         """Write grid.png of the first images, and say what is there."""
         number = self.config.num_samples
-        save_png(make_grid(np.stack([self.read(i) for i in range(min(number, _IN_GRID))])), self.path / "grid.png")
+        shown = np.stack([self.read(i) for i in range(min(number, _IN_GRID))])
+        bands = self.config.rgb_bands if self.is_array else None
+        save_png(make_grid(shown_bands(shown, bands)), self.path / "grid.png")
         images = "1 image" if number == 1 else f"{number:,} images"
         print(f"{images} in {self.path}, the first of them in {self.path / 'grid.png'}")
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Values of 8 or 16 bits as they are shown."""
+    return values if values.dtype == np.uint8 else ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def _change(name: str, former: Any, new: Any) -> str:

@@ -23,6 +23,7 @@ from ..data.streaming import ImageStream, open_stream
 from ..diffusion.words import LEARNED_VARIANCES
 from ..models.classes import NETWORK_KEY, class_options
 from ..models.unet import UNET_PRESETS, build_unet, unet_config
+from ..models.values import value_options
 from ..pipelines.loading import load_network_config
 from ..run_dir import RunError
 from ..schedulers.ddpm import DDPMExtScheduler
@@ -243,8 +244,8 @@ def build_network(config: TrainConfig, network: dict[str, Any], data: ImageSet |
         sample_size=height if height == width else (height, width),
         num_class_embeds=classes.get("num_class_embeds"),
     )
-    if NETWORK_KEY in classes:
-        unet.register_to_config(**{NETWORK_KEY: classes[NETWORK_KEY]})
+    if ours := {**classes.get(NETWORK_KEY, {}), **value_options(data.spec.bits, data.spec.value_range)}:
+        unet.register_to_config(**{NETWORK_KEY: ours})
     return unet
 
 
