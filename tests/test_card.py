@@ -191,28 +191,25 @@ def test_a_card_renders_from_a_checkout_or_an_installation(run: Path, versions: 
     assert ("ddpm_ext" in line.split("`")[2]) == (version is not None or commit is not None) and "None" not in line
 
 
-BASES: list[tuple[Any, str | None, str]] = [
-    ({"model": "google/ddpm-cifar10-32", "license": "apache-2.0"}, "google/ddpm-cifar10-32", "whose licence is apache"),
-    ("google/ddpm-cifar10-32", "google/ddpm-cifar10-32", "[google/ddpm-cifar10-32](https://huggingface.co/google"),
-    ({"model": "/home/me/runs/cats"}, None, "Fine-tuned from `cats`"),
-]
-
-
-@pytest.mark.parametrize(("start", "base", "words"), BASES)
-@pytest.mark.parametrize("is_option", [False, True])
+@pytest.mark.parametrize(
+    ("start", "options", "base", "words"),
+    [
+        ("google/ddpm-cifar10-32", {}, "google/ddpm-cifar10-32", "all weights were trained further"),
+        ("google/ddpm-cifar10-32", {"freeze": ["down_blocks.*"]}, "google/ddpm-cifar10-32", "but for down_blocks.*"),
+        ("/home/me/runs/cats", {"lora_rank": 4}, None, "(rank 4) and merged; begun anew: conv_out.weight; trained on"),
+    ],
+)
 def test_a_fine_tuned_model_names_what_it_started_from(
-    run: Path, start: Any, base: str | None, words: str, is_option: bool
+    run: Path, start: str, options: dict[str, Any], base: str | None, words: str
 ) -> None:
-    start = start["model"] if is_option and isinstance(start, dict) else start
-    config = {**CONFIG["config"], **({"init_from": start} if is_option else {}), "init_new_head": True}
-    record = {**CONFIG, "config": config, **({} if is_option else {"init_from": start})}
-    (run / "config.json").write_text(json.dumps(record))
-    text = str(render_card(run, "alice/a"))
-    assert front_matter(text).get("base_model") == base
-    if isinstance(start, dict) or "licence" not in words:
-        assert words in text
-    assert "its head began anew" in text and "/home/me" not in text
-    assert ("license" in front_matter(text)) == (isinstance(start, dict) and "license" in start)
+    began = {"source": start, "base_model": base, "checkpoint": None, "new": ["conv_out.weight"], "loaded": 9}
+    config = {**CONFIG["config"], **options}
+    (run / "config.json").write_text(json.dumps({**CONFIG, "config": config, "init_from": began}))
+    text = str(render_card(run, "alice/a", "mit"))
+    assert front_matter(text).get("base_model") == base and front_matter(text)["license"] == "mit"
+    assert words in text and "/home/me" not in text
+    assert ("[google/ddpm-cifar10-32](https://huggingface.co/google" in text) == (base is not None)
+    assert f"fine-tuned from {base or 'cats'}, trained on uoft-cs/cifar10" in text
 
 
 def test_what_is_not_known_is_left_out(run: Path, tmp_path: Path) -> None:

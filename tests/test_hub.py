@@ -422,7 +422,8 @@ def test_a_fine_tuned_model_keeps_the_licence_of_its_base(
     (tmp_path / "base" / "pipeline").mkdir(parents=True)
     (tmp_path / "base" / "README.md").write_bytes(card)
     (run / "README.md").unlink()
-    (run / "config.json").write_text(json.dumps({"config": {}, "init_from": {"model": base}}))
+    start = {"source": base, "base_model": base if where == "Hub" else None, "new": []}
+    (run / "config.json").write_text(json.dumps({"config": {}, "init_from": start}))
     assert client(publish_and_pull_card, str(run), "alice/tuned") == "cc-by-4.0"
     assert client(publish_and_pull_card, str(run), "alice/tuned", license="mit") == "mit"  # told otherwise
     assert (b"base_model: bob/base" in hub.head("alice/tuned").files["README.md"]) == (where == "Hub")
@@ -432,7 +433,9 @@ def test_a_licence_that_a_base_does_not_name_is_asked_for(hub: Hub, client: Clie
     hub.create("bob/base")
     hub.commit("bob/base", "refs/heads/main", "card", {"README.md": b"---\ntags: [ddpm]\n---\n"})
     (run / "README.md").unlink()
-    (run / "config.json").write_text(json.dumps({"config": {"init_from": "bob/base"}}))
+    (run / "config.json").write_text(
+        json.dumps({"config": {}, "init_from": {"source": "bob/base", "base_model": "bob/base"}})
+    )
     assert "fine-tuned from bob/base, whose card names no licence" in client(publish_run, str(run), "alice/tuned")
     assert "alice/tuned" not in hub.repos and not (run / "README.md").exists()
     assert client(publish_and_pull_card, str(run), "alice/tuned", license="mit") == "mit"

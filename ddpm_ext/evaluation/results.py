@@ -151,7 +151,7 @@ class Result:
 def read_results(path: Path | str) -> list[Result]:
     """Read the results of an eval.json or calibration.json; none where there is no file."""
     path = Path(path)
-    return [Result.from_json(entry) for entry in read_json(path)["figures"]] if path.is_file() else []
+    return [Result.from_json(entry) for entry in read_json(path).get("figures", [])] if path.is_file() else []
 
 
 def write_results(path: Path, results: list[Result]) -> list[Result]:

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 
 from ..hub.client import Client
 from ..hub.retry import HubError, RetryPolicy
@@ -66,17 +66,16 @@ def _inherited_license(run: Path, token: str | None, retry: RetryPolicy | None) 
     base = base_model(read_json(run / "config.json"))
     if base is None:
         return None
-    found = base.license
-    if found is None and base.is_on_hub:
-        text = Client(token, retry).text(base.name, "README.md", base.revision or "main")
+    if base.is_on_hub:
+        text = Client(token, retry).text(base.source, "README.md", constants.DEFAULT_REVISION)
         found = ModelCard(text, ignore_metadata_errors=True).data.get("license")
-    elif found is None:
-        folder = Path(base.path)
+    else:
+        folder = Path(base.source).expanduser()
         found = next((word for path in (folder, folder.parent) if (word := card_license(path))), None)
     if found is None:
         raise HubError(
-            f"{run} was fine-tuned from {base.name}, whose card names no licence: look up under which one "
-            "its weights are shared, and give it with --license."
+            f"{run} was fine-tuned from {base.name}, whose card names no licence: look up under which one its weights "
+            "are shared, and give it with --license."
         )
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,46 +51,43 @@ _ROWS = (
 )
 
 
+@dataclass(frozen=True)
 class BaseModel:
     """The model that a training started from.
 
     Attributes:
-        name: A Hub name, or the name of a folder.
+        source: As `--init_from` was given: a Hub name, or a folder.
         is_on_hub: Whether it is a Hub name.
-        license: Its licence, where the record has it.
         changes: What the training changed, in words.
+        license: Its licence, None where it is not known.
     """
 
-    def __init__(self, start: Record | str, config: Record) -> None:
-        start = {"model": start} if isinstance(start, str) else start
-        given = next((str(start[key]) for key in ("model", "source", "name", "path") if start.get(key)), "")
-        self.path, self.is_on_hub = given, bool(_HUB_NAME.fullmatch(given)) and not Path(given).exists()
-        self.name = given if self.is_on_hub else Path(given).name
-        self.revision = start.get("revision") or start.get("commit")
-        self.license = start.get("license")
-        self.changes = _changes(start, config)
+    source: str
+    is_on_hub: bool
+    changes: list[str]
+    license: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the Hub name, or that of the folder without its place on the machine."""
+        return self.source if self.is_on_hub else Path(self.source).resolve().name
 
 
 def base_model(record: Record) -> BaseModel | None:
     """Return the model that a run started from (`--init_from`), None where it started from random weights."""
-    config = record.get("config") or {}
-    start = record.get("init_from") or config.get("init_from")
-    return BaseModel(start, config) if start else None
-
-
-def _changes(start: Record, config: Record) -> list[str]:
-    """Return what a fine-tuning changed, in words."""
-    found = ["all weights were trained further"]
-    if frozen := config.get("freeze"):
-        found = [f"trained further, without {frozen if isinstance(frozen, str) else ', '.join(frozen)}"]
-    if lora := config.get("lora_rank"):
-        found = [f"low-rank changes of its attention were trained (LoRA, rank {lora}) and merged"]
-    new = start.get("new_layers") or start.get("new") or start.get("new_head")
-    if isinstance(new, list | tuple):
-        found.append(f"these began anew: {', '.join(map(str, new))}")
-    elif new or config.get("init_new_head"):
-        found.append("its head began anew")
-    return found
+    start, config = record.get("init_from"), record.get("config") or {}
+    if start is None:
+        return None
+    changes = ["all weights were trained further"]
+    if config.get("freeze"):
+        changes = [f"its weights were trained further, but for {', '.join(config['freeze'])}"]
+    if config.get("lora_rank") is not None:
+        changes = [f"low-rank adapters of its attention were trained (rank {config['lora_rank']}) and merged"]
+    if start.get("new"):
+        changes.append(f"begun anew: {', '.join(start['new'])}")
+    if data := data_words(record):
+        changes.append(f"trained on {data}")
+    return BaseModel(str(start["source"]), start.get("base_model") is not None, changes)
 
 
 def hub_datasets(record: Record) -> list[str] | None:
@@ -120,8 +118,8 @@ def summary(record: Record, size: str | None) -> str:
     """
     sentence = "A denoising diffusion probabilistic model (DDPM)" + (f" for images of {size}" if size else "")
     if (base := base_model(record)) is not None:
-        sentence += f", fine-tuned from {base.name}" + (f" on {data}" if (data := data_words(record)) else "")
-    elif data := data_words(record):
+        sentence += f", fine-tuned from {base.name}"
+    if data := data_words(record):
         sentence += f", trained on {data}"
     return f"{sentence}."
 
