@@ -44,7 +44,7 @@ from ddpm_ext.run_dir import RunDir, RunError
 from ddpm_ext.signals import PREEMPTED, report_error
 from ddpm_ext.training import builders
 from ddpm_ext.training.config import TrainConfig
-from ddpm_ext.training.monitor import Meter, Progress
+from ddpm_ext.training.monitor import Meter, Progress, draw_training, last_tenth
 from ddpm_ext.training.rng import draw
 from ddpm_ext.training.trainer import Trainer, _by_number
 
@@ -465,6 +465,23 @@ def test_the_plot_is_drawn_where_matplotlib_is(finished: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     with Image.open(finished / "training.png") as picture:
         assert picture.size[0] > 1000
+
+
+def test_the_plot_has_titles_units_ranges_of_t_and_the_mean_of_the_last_tenth(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed")
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    assert draw_training(RunDir(finished))
+    whole, quarters, rate = drawn[0].axes
+    assert all(axis.get_title() and axis.get_xlabel() and axis.get_ylabel() for axis in drawn[0].axes)
+    words = [text.get_text() for text in quarters.get_legend().get_texts()]
+    assert words == ["t = 0 … 249", "t = 250 … 499", "t = 500 … 749", "t = 750 … 999"]
+    lines = [{"update": update, "loss": float(update)} for update in (10, 90, 91, 100)]
+    assert last_tenth(lines) == (90, 95.5)
+    mean = last_tenth(log_without_speed(finished))[1]
+    assert f"last tenth: {mean:.4f}" in [text.get_text() for text in whole.get_legend().get_texts()]
 
 
 def test_a_tracker_that_is_not_installed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

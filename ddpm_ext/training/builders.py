@@ -227,16 +227,17 @@ def refuse_several_sizes(spec: DataSpec, reading: Reading, *, streaming: bool) -
 
 
 def build_network(config: TrainConfig, network: dict[str, Any], data: ImageSet | ImageStream) -> UNet2DModel:
-    """The network at the pictures' size, with first weights that the seed decides."""
+    """Build the network at the images' size, with first weights that the seed decides."""
     if config.class_conditional:
         data.require_classes()
     _, height, width = data.shape
     preset = None if config.model_config_name_or_path else config.unet or "train_unconditional"
-    network = {name: value for name, value in network.items() if name != "num_class_embeds"}
+    null_label = config.class_dropout > 0 or "null_label" in (network.get(NETWORK_KEY) or {})
+    network = {name: value for name, value in network.items() if name not in ("num_class_embeds", NETWORK_KEY)}
     classes: dict[str, Any] = {}
     if config.class_conditional:
         assert data.num_classes is not None  # required above
-        classes = class_options(data.num_classes, data.spec.class_names, with_null_label=config.class_dropout > 0)
+        classes = class_options(data.num_classes, data.spec.class_names, with_null_label=null_label)
     unet = build_unet(
         network,
         seed=config.seed,

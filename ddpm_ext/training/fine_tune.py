@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..data.spec import DataSpec
 from ..diffusion.words import LEARNED_VARIANCES
 from ..errors import UserError
+from ..models.classes import NETWORK_KEY
 from ..pipelines.loading import load_pipeline
 from ..pipelines.locate import find_pipeline
 from ..run_dir import RunError
@@ -97,7 +98,8 @@ def resumed_start(config: TrainConfig, state: Mapping[str, Any]) -> Start:
         raise RunError(f"The run in the folder began without --init_from {config.init_from}; leave it out.")
     scheduler = cast(DDPMExtScheduler, DDPMExtScheduler.from_config(state["scheduler"]))
     adopted = _adopt(config, scheduler.config, state["network"])
-    return Start(adopted, dict(state["network"]), scheduler, dict(state["init_from"]))
+    network = {**state["network"], NETWORK_KEY: state.get("classes")}
+    return Start(adopted, network, scheduler, dict(state["init_from"]))
 
 
 def _of_pipeline(name: str) -> tuple[dict[str, Any], DDPMExtScheduler, dict[str, Tensor]]:
@@ -168,7 +170,7 @@ def _adopt(config: TrainConfig, schedule: Mapping[str, Any], network: Mapping[st
 def _arguments(config: TrainConfig, network: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of UNet2DModel: the source's, at the size, dropout and variance head asked for."""
     known = inspect.signature(UNet2DModel.__init__).parameters
-    found = {name: value for name, value in network.items() if name in known}
+    found = {name: value for name, value in network.items() if name in known or name == NETWORK_KEY}
     if config.size is not None:
         found["sample_size"] = list(config.size)
     if config.dropout is not None:
@@ -186,19 +188,26 @@ def _trainable(scheduler: DDPMExtScheduler, config: TrainConfig) -> DDPMExtSched
     return cast(DDPMExtScheduler, DDPMExtScheduler.from_config(options, variance_type=config.variance_type))
 
 
-def check_class_names(config: TrainConfig, data: DataSpec) -> None:
+def check_class_names(start: Start, data: DataSpec) -> None:
     """Refuse images whose classes have other names than those that the source was trained on.
+
+    Args:
+        start: The source.
+        data: The record of the images.
 
     Raises:
         RunError: with both lists; a new embedding is begun with --init_new_head.
     """
-    path = Path(str(config.init_from)).expanduser()
-    if not config.class_conditional or config.init_new_head or not path.exists():
+    config = start.config
+    if not config.class_conditional or config.init_new_head or start.weights is None:
         return
-    source = DataSpec.from_run(path if not (path / checkpoint.STATE).is_file() else path.parent.parent)
-    if source is not None and source.class_names and data.class_names and source.class_names != data.class_names:
+    names, path = (start.network.get(NETWORK_KEY) or {}).get("class_names"), Path(str(config.init_from)).expanduser()
+    if names is None and path.exists():
+        spec = DataSpec.from_run(path if not (path / checkpoint.STATE).is_file() else path.parent.parent)
+        names = None if spec is None else spec.class_names
+    if names and data.class_names and list(names) != list(data.class_names):
         raise RunError(
-            f"--init_from {path} was trained on the classes {', '.join(source.class_names)}, and these images have "
+            f"--init_from {config.init_from} was trained on the classes {', '.join(names)}, and these images have "
             f"{', '.join(data.class_names)}. Give --init_new_head to begin the class embedding anew."
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,13 +15,14 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..run_dir import RunDir
+from ..run_dir import RunDir, read_json
 
 __all__ = [
     "Meter",
     "Progress",
     "Unreadable",
     "draw_training",
+    "last_tenth",
     "sampling_bar",
     "start_trackers",
     "tell_unreadable",
@@ -194,7 +195,9 @@ def track_images(accelerator: Accelerator, grid: np.ndarray, update: int) -> Non
 
 
 def draw_training(run: RunDir) -> bool:
-    """training.png: loss, loss by quarter of t, and learning rate against updates, from log.jsonl.
+    """Draw training.png from log.jsonl: loss, loss by quarter of t, and learning rate against updates.
+
+    The title of the first panel says the mean loss of the last tenth: one line of the log is noisier than what it shows.
 
     Returns:
         False where matplotlib (the extra `plots`) is not installed or nothing was logged.
@@ -206,14 +209,43 @@ def draw_training(run: RunDir) -> bool:
     records = [record for record in run.read_log() if "loss" in record]
     if not records:
         return False
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
-    panels = (("loss",), tuple(f"loss_q{quarter}" for quarter in range(1, QUARTERS + 1)), ("learning_rate",))
-    for axis, names in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for name in names:
-            points = [(record["update"], record[name]) for record in records if name in record]
-            axis.plot(*zip(*points, strict=True), label=name)
-        axis.set_xlabel("update")
-        axis.set_yscale("linear" if names == ("learning_rate",) else "log")
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    whole, quarters, rate = figure.subplots(1, 3)
+    _draw_curve(whole, records, "loss", "mean over all t")
+    start, mean = last_tenth(records)
+    whole.hlines(mean, start, records[-1]["update"], colors="black", label=f"last tenth: {mean:.4f}")
+    whole.set_title("Training loss")
+    total = int(read_json(run.config)["config"]["ddpm_num_steps"])
+    for quarter in range(QUARTERS):
+        first, end = -(-quarter * total // QUARTERS), -(-(quarter + 1) * total // QUARTERS)
+        _draw_curve(quarters, records, f"loss_q{quarter + 1}", f"t = {first} … {end - 1}")
+    quarters.set_title("Training loss by range of t, from least to most noise")
+    _draw_curve(rate, records, "learning_rate", "learning rate")
+    rate.set_title("Learning rate")
+    rate.set_ylabel("learning rate (per update)")
+    for axis in (whole, quarters):
+        axis.set_yscale("log")
+        axis.set_ylabel("loss (mean square per value, or bits/dim for vlb)")
+    for axis in (whole, quarters, rate):
+        axis.set_xlabel("optimiser updates")
         axis.legend()
     figure.savefig(run.plot, dpi=110)
     return True
+
+
+def _draw_curve(axis: Any, records: Sequence[Mapping[str, Any]], name: str, label: str) -> None:
+    """Draw one scalar of the log where it is there."""
+    points = [(record["update"], record[name]) for record in records if name in record]
+    if points:
+        axis.plot(*zip(*points, strict=True), label=label)
+
+
+def last_tenth(records: Sequence[Mapping[str, Any]]) -> tuple[int, float]:
+    """Return where the last tenth of the updates begins, and the mean loss of the log's lines from there on.
+
+    Args:
+        records: Lines of the log with a loss, at least one.
+    """
+    start = int(records[-1]["update"] * 0.9)
+    losses = [record["loss"] for record in records if record["update"] > start]
+    return start, sum(losses) / len(losses)

@@ -23,7 +23,7 @@ from ..diffusion.losses import training_loss
 from ..diffusion.process import q_sample
 from ..diffusion.words import LEARNED_VARIANCES
 from ..distributed import full_tensor, refuse_idle_accumulation, set_numerics, take_dynamo, tell_deepspeed
-from ..models.classes import classes_of, number_of_classes
+from ..models.classes import NETWORK_KEY, classes_of, number_of_classes
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.sampling import SamplingStopped, make_grid, sample_images, save_png
 from ..publishing.publisher import Publisher
@@ -130,7 +130,7 @@ class Trainer:
         network = builders.build_network(self.config, arguments, self.data)
         if start is None:
             return network
-        check_class_names(self.config, self.data.spec)
+        check_class_names(start, self.data.spec)
         if start.weights is not None:
             self.origin = {**start.record, "new": load_weights(network, start), "loaded": len(start.weights)}
         if self.config.lora_rank is not None:
@@ -447,7 +447,8 @@ class Trainer:
         """Return what a run with --init_from needs to go on without its source."""
         if self.origin is None:
             return {}
-        return {"init_from": self.origin, "scheduler": json.loads(self.scheduler.to_json_string())}
+        classes = self.network.config.get(NETWORK_KEY)
+        return {"init_from": self.origin, "classes": classes, "scheduler": json.loads(self.scheduler.to_json_string())}
 
     # -- images and weights that leave the run ------------------------------------------------------------------------
 
