@@ -474,7 +474,7 @@ def test_the_plot_has_titles_units_ranges_of_t_and_the_mean_of_the_last_tenth(
     drawn: list[Any] = []
     monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     assert draw_training(RunDir(finished))
-    whole, quarters, rate = drawn[0].axes
+    whole, quarters, _ = drawn[0].axes
     assert all(axis.get_title() and axis.get_xlabel() and axis.get_ylabel() for axis in drawn[0].axes)
     words = [text.get_text() for text in quarters.get_legend().get_texts()]
     assert words == ["t = 0 … 249", "t = 250 … 499", "t = 500 … 749", "t = 750 … 999"]
@@ -545,6 +545,28 @@ def test_a_folder_of_colour_pictures_that_are_not_square(pictures: Path, tmp_pat
     assert list(unet.config["sample_size"]) == [8, 12]
     with Image.open(tmp_path / "run" / "samples" / "step-00000008.png") as grid:
         assert grid.mode == "RGB"
+
+
+def test_a_start_says_what_it_is_small_images_that_are_enlarged_included(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = tmp_path / "colour.json"
+    network.write_text(json.dumps({**TINY_UNET, "in_channels": 3, "out_channels": 3}))
+    given = {"train_data_dir": pictures, "resolution": "16", "model_config_name_or_path": network, "cpu": True}
+    assert run_here(tmp_path / "run", **given, max_train_steps=1) == 0
+    told = capsys.readouterr()
+    assert "24 images are smaller than 16 x 16 and are enlarged, the smallest from 10 x 14" in told.out + told.err
+    for line in (
+        r"device      cpu, float32, 1 process of 1 thread",
+        r"network     4\d,\d{3} parameters, .*colour.json",
+        r"images      24 images of 3 channels, 16 x 16",
+        r"batch       8: 1 process, 1 x 8 each",
+        r"updates     1, 0.333 epochs",
+        r"run folder  .*run, a new run",
+    ):
+        assert re.search(f"^{line}$", told.out, re.MULTILINE), line
+    assert run_here(tmp_path / "run", **given, max_train_steps=2) == 0
+    assert "run, continuing from step-00000001 at update 1" in capsys.readouterr().out
 
 
 def test_a_stream_goes_on_exactly_where_it_was_stopped(

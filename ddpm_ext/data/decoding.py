@@ -9,6 +9,7 @@ of 8 bits go through Pillow alone; deeper ones, arrays and files of several band
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zlib
 from collections.abc import Iterator
@@ -73,10 +74,18 @@ class Seen:
         self.cut_bits = 0  # the most bits stored
         self.largest: dict[int, int] = {}  # stored bits -> largest integer value met
         self.films = 0  # animations, of which the first frame is read
+        self.enlarged = 0  # images smaller than what was asked for
+        self.smallest: tuple[int, int] | None = None  # (height, width) of the smallest of them
 
     def note_values(self, bits: int, largest: int) -> None:
         """Remember the largest stored value of an image."""
         self.largest[bits] = max(self.largest.get(bits, 0), largest)
+
+    def note_size(self, height: int, width: int, form: ImageFormat) -> None:
+        """Remember an image that is enlarged."""
+        if height < form.height or width < form.width:
+            self.enlarged += 1
+            self.smallest = min(self.smallest or (height, width), (height, width), key=math.prod)
 
 
 def reason(error: BaseException) -> str:
@@ -216,6 +225,7 @@ def _decode_8_bits(image: Image.Image, form: ImageFormat, place: float, seen: Se
     turn = TURNS.get(_orientation(image))
     image = _with_channels(_eight_bits(image if turn is None else image.transpose(turn)), form.channels)
     if image.size != (form.width, form.height):
+        seen.note_size(image.height, image.width, form)
         middle = 0.5 if form.center_crop else place
         image = ImageOps.fit(image, (form.width, form.height), Image.Resampling.LANCZOS, centering=(middle, middle))
     pixels = np.asarray(image, dtype=np.uint8).reshape(form.height, form.width, -1).transpose(2, 0, 1)
@@ -305,6 +315,7 @@ def _scaled(levels: np.ndarray, form: ImageFormat, place: float, *, alpha: bool)
 def _decode_samples(samples: Samples, form: ImageFormat, place: float, seen: Seen) -> np.ndarray:
     """Levels of samples of any depth, shape (C, H, W)."""
     levels = _mix_channels(_levels(samples, form, seen), samples.mode, form)
+    seen.note_size(*levels.shape[:2], form)
     levels = _scaled(levels, form, place, alpha=samples.mode in ("LA", "RGBA") and form.channels in (2, 4))
     return np.ascontiguousarray(np.rint(levels).clip(0, form.top).astype(form.dtype).transpose(2, 0, 1))
 

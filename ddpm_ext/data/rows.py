@@ -296,6 +296,12 @@ class Decoder:
                 f"The largest value of these 16-bit images is {largest} of 65535, so that they come out almost black: "
                 f"if they hold {largest.bit_length()} bits, say --value_range 0 {whole}."
             )
+        if seen.enlarged and seen.smallest is not None:
+            small = f"{seen.smallest[0]} x {seen.smallest[1]}"
+            say_once(
+                f"{seen.enlarged:,} images are smaller than {form.height} x {form.width} and are enlarged, the "
+                f"smallest from {small}: --resolution {'x'.join(map(str, seen.smallest))} would keep its size."
+            )
         if seen.films:
             say_once(f"{seen.films:,} images are animations: the first frame of each is read.")
 

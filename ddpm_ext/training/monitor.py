@@ -197,7 +197,7 @@ def track_images(accelerator: Accelerator, grid: np.ndarray, update: int) -> Non
 def draw_training(run: RunDir) -> bool:
     """Draw training.png from log.jsonl: loss, loss by quarter of t, and learning rate against updates.
 
-    The title of the first panel says the mean loss of the last tenth: one line of the log is noisier than what it shows.
+    The first panel holds the mean loss of the last tenth too: a single line of the log is noisier than progress is.
 
     Returns:
         False where matplotlib (the extra `plots`) is not installed or nothing was logged.
