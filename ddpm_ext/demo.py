@@ -155,9 +155,9 @@ def labels_of(pipeline: DDPMExtPipeline, label: int | None, count: int) -> list[
     if label is None:
         return None if classes is None else [i % classes for i in range(count)]
     if classes is None:
-        raise ValueError(f"This network knows no classes, got class {label}: leave the field empty.")
+        raise UserError(f"This network knows no classes, got class {label}: leave the field empty.")
     if not 0 <= label < classes:
-        raise ValueError(f"The class must be a whole number from 0 to {classes - 1}, or empty, got {label}.")
+        raise UserError(f"The class must be a whole number from 0 to {classes - 1}, or empty, got {label}.")
     return [int(label)] * count
 
 
@@ -300,7 +300,7 @@ def space_files(model: str, repo_id: str, staging: Path) -> dict[str, Path]:
     """
     if Path(model).exists() or not is_hub_name(model):
         here = "a path on this machine" if Path(model).exists() else "no such name"
-        raise ValueError(
+        raise UserError(
             f"A Space shows a model of the Hub, named user/model, and {model} is {here}. Push it first "
             f"(scripts/push_to_hub.py --model {model} --hub_model_id user/model), then give that name."
         )

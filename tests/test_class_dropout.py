@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DModel
+from training import options, run_here
 
 from ddpm_ext.cli.arguments import parse_train_config
 from ddpm_ext.errors import UserError
 from ddpm_ext.models.classes import classes_of
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.training.config import TrainConfig
-from training import options, run_here
 
 
 def test_the_share_is_told_the_null_label_and_the_others_their_own(tmp_path: Path, monkeypatch: Any) -> None:

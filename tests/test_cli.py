@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,12 @@ from hub_server import Hub
 
 import ddpm_ext
 from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, UserError
+from ddpm_ext.cli.arguments import parse_options
 from ddpm_ext.cli.commands import COMMANDS
 from ddpm_ext.cli.main import main
 from ddpm_ext.cli.suggestions import MEANT, suggestion
 from ddpm_ext.errors import UsageError
+from ddpm_ext.options import option
 from ddpm_ext.pipelines.loading import load_network_config, load_pipeline
 from ddpm_ext.pipelines.locate import find_pipeline, run_folder
 
@@ -72,6 +75,26 @@ def test_required_options_say_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: ddpm-ext sample --model MODEL [options]" in text and re.search(r"--model TEXT .*\(required\)", text)
     assert main(["sample"]) == 2
     assert "required: --model" in capsys.readouterr().err
+
+
+def test_lists_and_words_that_may_be_off() -> None:
+    @dataclass(frozen=True)
+    class Options:
+        steps: list[int] | None = option([1, 2], "Steps.")
+        names: list[str] = option([], "Names.")
+        size: float | None = option(0.5, "Size.")
+        fast: bool | None = option(None, "Fast.")
+
+    def parsed(words: str) -> Options:
+        return parse_options(Options, "", words.split())
+
+    assert parsed("") == Options()
+    assert parsed("--steps 3 4 --names a --size 2 --fast") == Options([3, 4], ["a"], 2.0, True)
+    assert parsed("--steps none --size=none --no_fast") == Options(None, [], None, False)
+    assert parsed("--fast=none --names").fast is None
+    for words in ("--steps 1 x", "--size x", "--fast maybe", "--no_steps", "stray"):
+        with pytest.raises(UsageError):
+            parsed(words)
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,13 @@ class _List(argparse._StoreAction):
         setattr(namespace, self.dest, None if values == [None] else values)
 
 
+class _List(argparse._StoreAction):
+    """An option of several values, which the word none switches off."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, None if values == [None] else values)
+
+
 class _Parser(argparse.ArgumentParser):
     """ArgumentParser whose errors are exceptions with a sentence, not an exit with a usage text."""
 

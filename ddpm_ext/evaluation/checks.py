@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..diffusion.images import half_range
+from ..errors import UserError
 from ..models.classes import ClassLabels, check_labels
 from ..models.unet import check_resolution
 from ..schedulers.ddpm import DDPMExtScheduler
@@ -28,25 +29,25 @@ def grid_images(images: Tensor, bits: int = 8) -> Tensor:
         ValueError: they are not on that grid; the sentence says why.
     """
     if not isinstance(images, Tensor):
-        raise ValueError(f"images must be a torch.Tensor, got {type(images).__name__}. See torch.from_numpy.")
+        raise UserError(f"images must be a torch.Tensor, got {type(images).__name__}. See torch.from_numpy.")
     if images.ndim != 4 or 0 in images.shape:
-        raise ValueError(f"images must have shape (B, C, H, W) and not be empty, got {tuple(images.shape)}.")
+        raise UserError(f"images must have shape (B, C, H, W) and not be empty, got {tuple(images.shape)}.")
     half, levels = half_range(bits), torch.uint8 if bits <= 8 else torch.int32
     if images.dtype != levels and not images.is_floating_point():
-        raise ValueError(
+        raise UserError(
             f"images must be {str(levels).removeprefix('torch.')} pixels or floats in [-1, 1], got {images.dtype}."
         )
     if images.dtype == levels:
         return images.double() / half - 1
     if not bool(torch.isfinite(images).all()):
-        raise ValueError("images must be finite, got NaN or infinity.")
+        raise UserError("images must be finite, got NaN or infinity.")
     low, high = images.min().item(), images.max().item()
     if low < -1 - 1e-5 or high > 1 + 1e-5:
-        raise ValueError(f"images must lie in [-1, 1], got values from {low:.4g} to {high:.4g}. See ddpm_ext.to_x_0.")
+        raise UserError(f"images must lie in [-1, 1], got values from {low:.4g} to {high:.4g}. See ddpm_ext.to_x_0.")
     level = (images.double() + 1) * half
     off = (level - level.round()).abs().max().item()
     if off > max(1e-3, 1e-7 * half):  # float32 rounding is 1e-5 of a level at 8 bits, 2e-3 at 16
-        raise ValueError(
+        raise UserError(
             f"images must lie on the {bits}-bit grid 2k/{2**bits - 1} - 1, got a value {off:.3f} grey levels beside "
             f"it: bits/dim counts the {2**bits} levels. Pass pixels; images in [0, 1] or resized as floats are not on "
             "the grid."
@@ -60,7 +61,7 @@ def as_ours(scheduler: Any) -> DDPMExtScheduler:
         return scheduler
     config = getattr(scheduler, "config", None)
     if not isinstance(config, Mapping) or not {"num_train_timesteps", "beta_schedule"} <= set(config):
-        raise ValueError(
+        raise UserError(
             "scheduler must be a DDPMExtScheduler or a stock one with a beta schedule, as DDPM's and DDIM's are, got "
             f"{type(scheduler).__name__}: the bound is that of a chain of betas."
         )
@@ -76,7 +77,7 @@ def network_config(model: Any) -> Mapping[str, Any]:
 def check_network(model: Any, images: Tensor) -> None:
     """Raise a ValueError unless the network is one, and takes images of this shape by what its configuration says."""
     if isinstance(model, DiffusionPipeline) or not callable(model):
-        raise ValueError(
+        raise UserError(
             f"model must be a network or a callable (x_t, t) -> tensor, got {type(model).__name__}. Of a pipeline, "
             "pass its unet."
         )
@@ -84,7 +85,7 @@ def check_network(model: Any, images: Tensor) -> None:
     in_channels, expected = config.get("in_channels") or channels, config.get("sample_size") or size
     expected = [expected] * 2 if isinstance(expected, int) else list(expected)
     if (channels, size) != (in_channels, expected):
-        raise ValueError(
+        raise UserError(
             f"images must have the network's {in_channels} channels and size {expected[0]} x {expected[1]}, got shape "
             f"{tuple(images.shape)}. See channels and resolution of ddpm_ext.data.load_images."
         )

@@ -17,6 +17,7 @@ from ..data.dataset import ImageSet
 from ..diffusion.likelihood import mean_over_dims
 from ..diffusion.process import eps_weights, per_image
 from ..diffusion.reverse import split_output
+from ..errors import UserError
 from ..schedulers.checks import Generators, check_generators
 from .bits_per_dim import Bound, BoundOptions, evaluating, make_bound
 from .checks import grid_images
@@ -111,7 +112,7 @@ def drop_variance_head(unet: UNet2DModel) -> UNet2DModel:
     """
     channels = unet.config["in_channels"]
     if unet.config["out_channels"] != 2 * channels:
-        raise ValueError(
+        raise UserError(
             f"A network with a variance head has out_channels = 2 * in_channels, got {unet.config['out_channels']} "
             f"and {channels}: there is none to drop."
         )

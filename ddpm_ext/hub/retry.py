@@ -62,7 +62,7 @@ class RetryPolicy:
 
     def __post_init__(self) -> None:
         if self.tries < 1:
-            raise ValueError(f"RetryPolicy.tries must be at least 1, got {self.tries}.")
+            raise UserError(f"RetryPolicy.tries must be at least 1, got {self.tries}.")
 
 
 def retried(call: Callable[[], Result], policy: RetryPolicy | None = None) -> Result:

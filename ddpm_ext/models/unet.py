@@ -16,6 +16,8 @@ from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+from ..errors import UserError
+
 __all__ = [
     "UNET_PRESETS",
     "build_unet",
@@ -131,9 +133,7 @@ def unet_config(preset_or_config: str | Mapping[str, Any], **changes: Any) -> di
     """Arguments of UNet2DModel: those of a preset or of a configuration, with `changes` that are not None over them."""
     if isinstance(preset_or_config, str):
         if preset_or_config not in UNET_PRESETS:
-            raise ValueError(
-                f"unet must be one of {sorted(UNET_PRESETS)} or a configuration, got {preset_or_config!r}."
-            )
+            raise UserError(f"unet must be one of {sorted(UNET_PRESETS)} or a configuration, got {preset_or_config!r}.")
         preset_or_config = UNET_PRESETS[preset_or_config].config
     config = {key: value for key, value in preset_or_config.items() if not key.startswith("_")}
     return config | {key: value for key, value in changes.items() if value is not None}
@@ -181,10 +181,10 @@ def build_unet(
     if init is None:
         init = UNET_PRESETS[preset_or_config].init if isinstance(preset_or_config, str) else "ddpm"
     if init not in get_args(Initialisation):
-        raise ValueError(f"init must be one of {get_args(Initialisation)}, got {init!r}.")
+        raise UserError(f"init must be one of {get_args(Initialisation)}, got {init!r}.")
     arguments = set(inspect.signature(UNet2DModel.__init__).parameters) - {"self"}
     if unknown := set(config) - arguments:
-        raise ValueError(f"UNet2DModel has no argument {sorted(unknown)}; it has {sorted(arguments)}.")
+        raise UserError(f"UNet2DModel has no argument {sorted(unknown)}; it has {sorted(arguments)}.")
     if config.get("sample_size") is not None:
         size = config["sample_size"]
         check_resolution(config, (size, size) if isinstance(size, int) else tuple(size))
@@ -205,7 +205,7 @@ def check_resolution(config: Mapping[str, Any], size: tuple[int, int]) -> None:
     step = 2 ** (len(config.get("block_out_channels", (224, 448, 672, 896))) - 1)
     if len(size) != 2 or any(side < step or side % step for side in size):
         fitting = tuple(max(step, round(side / step) * step) for side in size)
-        raise ValueError(
+        raise UserError(
             f"The network halves its pictures {step.bit_length() - 1} times: height and width must be multiples of "
             f"{step}, got {size}. The nearest size that fits is {fitting}; a network of fewer levels fits smaller ones."
         )
@@ -219,7 +219,7 @@ def count_parameters(unet: nn.Module) -> int:
 def set_dropout_(unet: UNet2DModel, dropout: float) -> UNet2DModel:
     """Give every residual block this probability of dropout, and the configuration too."""
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
+        raise UserError(f"dropout must be in [0, 1), got {dropout}.")
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D):
             module.dropout.p = dropout

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
+from ..errors import UserError
 from ..options import option, required
 
 __all__ = ["GuidanceConfig", "GuidanceOptions", "SampleConfig"]
@@ -69,8 +70,8 @@ class SampleConfig(GuidanceConfig):
     def __post_init__(self) -> None:
         for name in ("num_samples", "batch_size", "num_inference_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.bits not in (None, 8, 16):
-            raise ValueError(f"bits must be 8 or 16, got {self.bits}.")
+            raise UserError(f"bits must be 8 or 16, got {self.bits}.")
         if self.rgb_bands is not None and (len(self.rgb_bands) != 3 or min(self.rgb_bands) < 1):
-            raise ValueError(f"rgb_bands must be three numbers from 1, as 3 2 1, got {self.rgb_bands}.")
+            raise UserError(f"rgb_bands must be three numbers from 1, as 3 2 1, got {self.rgb_bands}.")

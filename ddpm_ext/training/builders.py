@@ -21,6 +21,7 @@ from ..data.rows import Reading
 from ..data.spec import DataSpec
 from ..data.streaming import ImageStream, open_stream
 from ..diffusion.words import LEARNED_VARIANCES
+from ..errors import UserError
 from ..models.classes import NETWORK_KEY, class_options
 from ..models.unet import UNET_PRESETS, build_unet, unet_config
 from ..models.values import value_options
@@ -221,7 +222,7 @@ def refuse_several_sizes(spec: DataSpec, reading: Reading, *, streaming: bool) -
         ValueError: there are several, or a stream's are not known.
     """
     if streaming:
-        raise ValueError("A stream needs --resolution: the sizes of what has not been read are not known.")
+        raise UserError("A stream needs --resolution: the sizes of what has not been read are not known.")
     as_stored = replace(spec, resolution=None)
     open_images(as_stored, reading._replace(memory_bytes=0, mapped_bytes=0, max_unreadable=1.0, strict=False))
 

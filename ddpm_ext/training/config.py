@@ -21,6 +21,7 @@ from ..diffusion.words import (
     TrainedVariance,
     check_loss_options,
 )
+from ..errors import UserError
 from ..options import option, required
 
 __all__ = ["NEUTRAL", "ReconstructConfig", "TrainConfig", "config_changes", "recorded"]
@@ -382,7 +383,7 @@ class ReconstructConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_rel < 0.28:
-            raise ValueError(f"sigma_rel must lie in (0, 0.28), got {self.sigma_rel}.")
+            raise UserError(f"sigma_rel must lie in (0, 0.28), got {self.sigma_rel}.")
         if self.output_dir is None:
             object.__setattr__(self, "output_dir", f"{self.run.rstrip('/')}/pipeline-{self.sigma_rel:g}")
 
@@ -393,7 +394,7 @@ def check_words(config: TrainConfig) -> None:
         value = getattr(config, name, None)
         if get_origin(hint) is Literal and value not in get_args(hint):
             words = ", ".join(f'"{word}"' for word in get_args(hint))
-            raise ValueError(f"{name} must be one of {words}, got {value!r}.")
+            raise UserError(f"{name} must be one of {words}, got {value!r}.")
 
 
 def out_of_range(field: dataclasses.Field[Any], value: float) -> str:
@@ -412,14 +413,14 @@ def check_ranges(config: TrainConfig) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, (int, float)) and (words := out_of_range(field, value)):
-            raise ValueError(f"{field.name} must be {words}, got {value}.")
+            raise UserError(f"{field.name} must be {words}, got {value}.")
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value}.")
+            raise UserError(f"{name} must be a finite number, got {value}.")
     if config.resolution is not None and not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", str(config.resolution)):
-        raise ValueError(f"resolution must be like 32 or 24x32 (height x width), got {config.resolution!r}.")
+        raise UserError(f"resolution must be like 32 or 24x32 (height x width), got {config.resolution!r}.")
     if any(not 0 < width < 0.28 for width in config.ema_sigma_rel):
-        raise ValueError(f"ema_sigma_rel must lie in (0, 0.28), got {config.ema_sigma_rel}.")
+        raise UserError(f"ema_sigma_rel must lie in (0, 0.28), got {config.ema_sigma_rel}.")
 
 
 def check_agreement(config: TrainConfig) -> None:
@@ -490,7 +491,7 @@ def check_agreement(config: TrainConfig) -> None:
     )
     for wrong, sentence in clashes:
         if wrong:
-            raise ValueError(sentence)
+            raise UserError(sentence)
 
 
 def refuse_unknown_names(names: list[str]) -> None:
@@ -499,7 +500,7 @@ def refuse_unknown_names(names: list[str]) -> None:
     for name in names:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ValueError(f'allow_config_change names options, and there is no "{name}". Did you mean "{nearest}"?')
+            raise UserError(f'allow_config_change names options, and there is no "{name}". Did you mean "{nearest}"?')
 
 
 # Options that init_from brings along -> the scheduler's name for each.

@@ -13,6 +13,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .config import TrainConfig
 
 __all__ = [
@@ -79,7 +80,7 @@ def gamma_of(sigma_rel: float) -> float:
     roots = np.roots([1.0, 7.0, 16.0 - sigma_rel**-2, 12.0 - sigma_rel**-2])
     gamma = float(max(root.real for root in roots if abs(root.imag) < 1e-9))
     if gamma <= -0.5:
-        raise ValueError(f"sigma_rel must lie in (0, 0.28), got {sigma_rel}.")
+        raise UserError(f"sigma_rel must lie in (0, 0.28), got {sigma_rel}.")
     return gamma
 
 
@@ -145,7 +146,7 @@ def reconstruction_weights(n: Sequence[int], sigma_rel: Sequence[float], target_
         One weight per snapshot, float64; least squares over the profiles.
     """
     if not n or target_n > max(n):
-        raise ValueError(f"The average ends at update {target_n}, after the last snapshot at {max(n, default=0)}.")
+        raise UserError(f"The average ends at update {target_n}, after the last snapshot at {max(n, default=0)}.")
     n_a, gamma_a = np.array(n), np.array([gamma_of(width) for width in sigma_rel])
     n_b, gamma_b = np.array([target_n]), np.array([gamma_of(target)])
     gram = profile_products(n_a, gamma_a, n_a, gamma_a)

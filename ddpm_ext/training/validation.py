@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 
 from ..data.dataset import ImageSet
 from ..data.spec import DataSpec
+from ..errors import UserError
 from ..evaluation.bits_per_dim import (
     PILOT_IMAGES,
     Bound,
@@ -80,7 +81,7 @@ class Validation:
         cache_dir: Path | str | None = None,
     ) -> None:
         if num_samples < 2:
-            raise ValueError(f"num_samples must be at least 2 for a Fréchet distance, got {num_samples}.")
+            raise UserError(f"num_samples must be at least 2 for a Fréchet distance, got {num_samples}.")
         self.reference = make_reference(training, extractor, quantization, accelerator, cache_dir=cache_dir)
         self.held_out, self.extractor, self.accelerator = held_out, extractor, accelerator
         self.quantization: Quantization = quantization
@@ -151,7 +152,7 @@ class Validation:
         """Return this process's part of range(count); every process has at least one item."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if count < world:
-            raise ValueError(f"A small evaluation needs at least one image per process, got {count} for {world}.")
+            raise UserError(f"A small evaluation needs at least one image per process, got {count} for {world}.")
         return range(count * rank // world, count * (rank + 1) // world)
 
     def _gathered(self, mine: torch.Tensor) -> list[torch.Tensor]:
