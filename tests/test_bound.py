@@ -412,13 +412,13 @@ def test_sampled_steps_of_an_image_depend_on_its_generator_and_on_p_alone() -> N
     assert torch.equal(alike.total, alike.total[:1].expand(20))
 
 
-def test_a_small_evaluation_is_the_same_on_one_process_and_on_two(tmp_path: Path) -> None:
+def test_a_small_evaluation_of_two_shares_is_that_of_the_whole(tmp_path: Path) -> None:
     unet, scheduler = tiny_unet().eval(), DDPMExtScheduler(**SHORT)
     train, test = (load_images("digits", split=split) for split in ("train", "test"))
     options: dict[str, Any] = {"num_held_out": 16, "num_timesteps_sampled": 8, "cache_dir": tmp_path}
     small = Validation(train, test, make_extractor("pixels"), Accelerator(cpu=True), **options)
-    halves = torch.cat([small.bits(unet, scheduler, range(8)), small.bits(unet, scheduler, range(8, 16))])
-    assert_close(small.bits(unet, scheduler, range(16)), halves, rtol=1e-4, atol=0)  # float32 sums of other batches
+    halves = torch.cat([small._bits(unet, scheduler, range(8)), small._bits(unet, scheduler, range(8, 16))])
+    assert_close(small._bits(unet, scheduler, range(16)), halves, rtol=1e-4, atol=0)  # float32 sums of other batches
 
 
 def test_rate_and_distortion_of_a_constant_predictor() -> None:
