@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 FSDP_ON_CPU = "DDPM_EXT_FSDP_ON_CPU"  # for tests: Accelerate turns FSDP on for GPU worlds only
+HOST_MEMORY = ("cpu", "mps")  # device types whose values the host reads at once, or that take no pinned memory
 
 
 class LaunchOptions(Protocol):
@@ -302,3 +303,10 @@ def copy_into(target: Tensor, value: Tensor) -> None:
         target.copy_(distribute_tensor(value.to(target.device, target.dtype), target.device_mesh, target.placements))
     else:
         target.copy_(value)
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor on the device, copied while the host goes on: from pinned memory."""
+    if device.type in HOST_MEMORY:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

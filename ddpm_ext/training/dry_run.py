@@ -44,7 +44,8 @@ def _seconds_per_update(trainer: Trainer) -> float:
     for number in range(_UPDATES):
         if number == 1:
             begin = time.perf_counter()
-        trainer.update()  # ends with reading the gradient norm, so the device is done
+        trainer.update()
+        trainer.settle()  # the device is done
     return (time.perf_counter() - begin) / (_UPDATES - 1)
 
 

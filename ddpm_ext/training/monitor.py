@@ -51,10 +51,10 @@ class Meter:
         self.sums[0].index_add_(0, quarter, torch.where(finite, losses.detach() * share, 0).to(self.sums.dtype))
         self.sums[1].index_add_(0, quarter, share.to(self.sums.dtype))
 
-    def add_grad_norm(self, norm: Tensor) -> None:
-        """Add the gradient norm of an update."""
+    def add_grad_norm(self, norm: Tensor, finite: Tensor | int = 1) -> None:
+        """Add the norm of an update, shape (), 0 where `finite` is not 1, and then not counted."""
         self.sums[2, 0] += norm
-        self.sums[2, 1] += 1
+        self.sums[2, 1] += finite
 
     def total(self, accelerator: Accelerator) -> Tensor:
         """The sums over all processes. Every process must call this."""
@@ -150,10 +150,10 @@ class Progress:
         self.global_batch = global_batch
         self.since, self.counted = time.perf_counter(), 0
 
-    def advance(self) -> None:
-        """Count an update."""
-        self.bar.update()
-        self.counted += 1
+    def advance(self, updates: int = 1) -> None:
+        """Count some updates."""
+        self.bar.update(updates)
+        self.counted += updates
 
     def images_per_second(self) -> float:
         """Over the updates since the last call."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.losses import uniform_timesteps
+from ..distributed import move
 
 __all__ = ["BLOCK", "draw", "seed_dropout", "seed_of"]
 
@@ -57,7 +58,7 @@ def draw(seed: int, step: int, rows: range, shape: tuple[int, ...], num_timestep
     first = rows.start - blocks.start * BLOCK
     mine = slice(first, first + len(rows))
     t, flip, eps = (torch.cat(part)[mine] if len(parts) > 1 else part[0][mine] for part in zip(*parts, strict=True))
-    return Draws(t.to(device, non_blocking=True), flip, eps)
+    return Draws(move(t, device), move(flip, device), eps)
 
 
 def draw_block(

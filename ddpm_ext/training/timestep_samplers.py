@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..diffusion.losses import LossHistory, empty_history, loss_aware_probabilities, remember, weighted_timesteps
 from ..diffusion.words import TimestepSampler
+from ..distributed import move
 from .rng import uniforms
 
 __all__ = ["STEM", "Timesteps", "uniforms"]
@@ -45,7 +46,7 @@ class Timesteps:
         if self.history is None:
             return uniform, None
         t, weight = weighted_timesteps(uniforms("timestep", seed, step, rows), loss_aware_probabilities(self.history))
-        return t.to(uniform.device), weight.float().to(uniform.device)
+        return move(t, uniform.device), move(weight.float(), uniform.device)
 
     def see(self, t: Tensor, losses: Tensor) -> None:
         """Note the losses, not weighted, of one forward pass of this process."""

@@ -22,7 +22,7 @@ from ..diffusion.images import to_x_0
 from ..diffusion.losses import training_loss
 from ..diffusion.process import q_sample
 from ..diffusion.words import LEARNED_VARIANCES
-from ..distributed import full_tensor, refuse_idle_accumulation, set_numerics, take_dynamo, tell_deepspeed
+from ..distributed import full_tensor, move, refuse_idle_accumulation, set_numerics, take_dynamo, tell_deepspeed
 from ..models.classes import NETWORK_KEY, classes_of, number_of_classes
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.sampling import SamplingStopped, make_grid, sample_images, save_png
@@ -36,6 +36,7 @@ from .ema import PowerFunctionEMA, make_averages, swapped
 from .export import finish_upload, make_publisher, write_pipeline, write_snapshot
 from .fine_tune import Start, add_lora, check_class_names, freeze, load_start, load_weights, merged, resumed_start
 from .monitor import Meter, Progress, draw_training, sampling_bar, tell_unreadable, track_images
+from .outcomes import Outcomes, can_skip_on_device
 from .resume import (
     ResumePoint,
     compare,
@@ -109,6 +110,7 @@ class Trainer:
         self.batches = self._read()
         # Another run's checkpoint is to be written here too.
         self.saved_at = self.state.update if found is not None and is_of(run, found.folder) else None
+        self.every_snapshot = config.ema_snapshot_steps or max(1, self.length // 32)
         self.every_grid = config.save_images_steps or self._updates_of("save_images_epochs")
         self.every_export = self._updates_of("save_model_epochs")
         self.data_spec = builders.data_spec(config, self.data)
@@ -155,6 +157,8 @@ class Trainer:
         self.unet, wrapped = accelerator.prepare(network, optimizer)
         self.network = cast(UNet2DModel, accelerator.unwrap_model(self.unet, keep_torch_compile=False))
         self.parameters = list(self.network.parameters())
+        by_device = can_skip_on_device(accelerator, optimizer, config.fused_optimizer)
+        self.outcomes = Outcomes(accelerator.device) if by_device else None
         return TrainState(
             parameters=dict(zip(names, self.parameters, strict=True)),
             averages=make_averages(config, self.parameters),
@@ -166,7 +170,11 @@ class Trainer:
     # -- one update -------------------------------------------------------------------------------------------------
 
     def update(self) -> None:
-        """Make one optimiser update on the next global batch; a non-finite one is skipped and counted."""
+        """Make one optimiser update on the next global batch; a non-finite one is skipped and counted.
+
+        On an accelerator `state` may speak of the step before until `settle` is called, which this does itself where
+        the update is due for anything.
+        """
         mean = torch.zeros((), device=self.accelerator.device)  # loss of this process's images
         for micro in range(self.plan.accumulation):
             with self.accelerator.accumulate(self.unet):
@@ -176,12 +184,32 @@ class Trainer:
                 mean += loss.detach() / self.plan.accumulation
         self.state.timesteps.learn(self.accelerator)
         norm = self._clip()
+        self.settle()
         self.state.step += 1
-        if math.isfinite(float(norm)):
-            self._apply(norm)
+        self.last_loss = mean
+        if self.outcomes is None:
+            finite = math.isfinite(float(norm))
+            if finite:
+                self._step(norm, norm.new_ones(()))
+            self._count(finite)
         else:
-            self._skip(mean)
+            finite = norm.isfinite()
+            self.state.optimizer.optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
+            self._step(norm.where(finite, 0), finite)
+            self.outcomes.send(finite)
+            if self._anything_due(self.state.update + 1):
+                self.settle()
         self.state.optimizer.zero_grad()
+
+    def settle(self) -> None:
+        """Learn how the step queued last ended, and count it. Every process must call this at the same point.
+
+        Raises:
+            RunError: `max_bad_steps` in a row.
+        """
+        finite = None if self.outcomes is None else self.outcomes.receive()
+        if finite is not None:
+            self._count(finite)
 
     def loss(self, batch: Batch, micro: int) -> Tensor:
         """Return the mean loss of one forward pass of this process.
@@ -194,7 +222,7 @@ class Trainer:
         rows = self.plan.rows(self.accelerator.process_index, micro)
         draws = draw(config.seed, step, rows, self.data.shape, config.ddpm_num_steps, device)
         seed_dropout(config.seed, step, micro, self.accelerator.process_index)
-        pixels = batch.pixels.to(device, non_blocking=True)
+        pixels = move(batch.pixels, device)
         if config.random_flip:
             pixels = random_flip(pixels, draws.flip)
         x_0 = to_x_0(pixels, self.data_spec.bits).to(self.dtype, memory_format=self.layout)
@@ -234,7 +262,7 @@ class Trainer:
         if config.class_dropout and classes is not None and classes.null_label is not None:
             dropped = uniforms("class", config.seed, self.state.step, rows) < config.class_dropout
             labels = labels.masked_fill(dropped.to(labels.device), classes.null_label)
-        return labels.to(self.accelerator.device, non_blocking=True)
+        return move(labels, self.accelerator.device)
 
     def _clip(self) -> Tensor:
         """Clip the gradients; return their norm before it, the same on every process, non-finite if any gradient is."""
@@ -243,31 +271,37 @@ class Trainer:
         assert norm is not None
         return full_tensor(norm)
 
-    def _apply(self, norm: Tensor) -> None:
-        """Take Adam's step at the learning rate of this update, then update the averages."""
-        state = self.state
-        for group in state.optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        state.optimizer.step()
-        for average in state.averages:
-            average.step(self.parameters)
-        state.meter.add_grad_norm(norm)
-        state.update += 1
-        state.bad_in_a_row = 0
+    def _step(self, norm: Tensor, finite: Tensor) -> None:
+        """Take Adam's step at the learning rate of this update, unless the device finds it not finite.
 
-    def _skip(self, loss: Tensor) -> None:
-        """Count a non-finite step, whose mean loss on this process is given; too many in a row end the run.
+        Args:
+            norm: Of the gradients; 0 where it is not finite.
+            finite: Shape ().
+        """
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.state.optimizer.step()
+        self.state.meter.add_grad_norm(norm, finite)
+
+    def _count(self, finite: bool) -> None:
+        """Count the last step: an update moves the averages on, too many skipped ones in a row end the run.
 
         Raises:
             RunError: `max_bad_steps` in a row.
         """
         state = self.state
+        if finite:
+            for average in state.averages:
+                average.step(self.parameters)
+            state.update += 1
+            state.bad_in_a_row = 0
+            return
         if self.accelerator.scaler is not None:
             state.optimizer.step()  # fp16: the scaler skips the update itself and lowers its scale
         state.skipped += 1
         state.bad_in_a_row += 1
         if state.bad_in_a_row >= self.config.max_bad_steps:
-            mean: Any = self.accelerator.reduce(loss, reduction="mean")  # over the processes
+            mean: Any = self.accelerator.reduce(self.last_loss, reduction="mean")  # over the processes
             last = next(reversed(list_checkpoints(self.run.checkpoints)), None)
             raise RunError(
                 f"{state.bad_in_a_row} steps in a row had a non-finite loss or gradient, the last at step {state.step} "
@@ -314,7 +348,7 @@ class Trainer:
                 before = self.state.update
                 self.update()
                 if self.state.update > before:
-                    progress.advance()
+                    progress.advance(self.state.update - before)
                     self._between_updates(progress)
                 if self.must_stop():
                     raise SamplingStopped
@@ -334,7 +368,7 @@ class Trainer:
         config, last = self.config, self.state.update == self.length
         if self._due(config.logging_steps):
             self.log(progress)
-        if self._due(config.ema_snapshot_steps or max(1, self.length // 32)):
+        if self._due(self.every_snapshot):
             self.write_snapshots()
         if self._due(config.checkpointing_steps):
             self.save()
@@ -349,6 +383,21 @@ class Trainer:
 
     def _due(self, every: int | None) -> bool:
         return every is not None and (self.state.update % every == 0 or self.state.update == self.length)
+
+    def _anything_due(self, update: int) -> bool:
+        """Return whether something is done after this update that must know how it ended."""
+        config = self.config
+        intervals = (
+            *(
+                config.logging_steps,
+                config.checkpointing_steps,
+                config.eval_steps,
+                config.hub_every,
+                self.every_snapshot,
+            ),
+            *(self.every_export, self.every_grid),
+        )
+        return update == self.length or any(every is not None and update % every == 0 for every in intervals)
 
     def _updates_of(self, option: str) -> int | None:
         """Return the updates of an option in epochs."""
@@ -408,6 +457,7 @@ class Trainer:
         Raises:
             RunError: the disk is full; raised on every process.
         """
+        self.settle()
         abandoned, self.abandoned = self.abandoned, []
         if self.saved_at == self.state.update:
             if abandoned:
@@ -425,6 +475,7 @@ class Trainer:
 
     def gather(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return what a checkpoint holds: tensors by file, and state.json. Every process must call this."""
+        self.settle()
         self.tell_unreadable()
         record = {
             **self.state.counters(self.accelerator),

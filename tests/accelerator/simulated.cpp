@@ -234,7 +234,8 @@ Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
     const bool free_running = non_blocking && is_pinned(from.storage().data());
     tell(free_running ? "asynchronous copy" : "copy to device", what + (non_blocking && !free_running ? ", not pinned" : ""));
   } else if (to.is_cpu() && !from.is_cpu()) {
-    tell("copy to host", what);
+    const bool free_running = non_blocking && is_pinned(to.storage().data());
+    tell(free_running ? "asynchronous copy" : "copy to host", what + (non_blocking && !free_running ? ", not pinned" : ""));
   }
   on_cpu(to).copy_(on_cpu(from));
   return to;
