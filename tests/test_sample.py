@@ -18,6 +18,7 @@ from training import TORCHRUN, finish, forget_accelerator, run_here, start, weig
 
 from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 from ddpm_ext.cli.arguments import parse_options
+from ddpm_ext.errors import UserError
 from ddpm_ext.pipelines.sampling import (
     SampleConfig,
     SamplingStopped,
@@ -26,8 +27,7 @@ from ddpm_ext.pipelines.sampling import (
     sample_to_folder,
     save_png,
 )
-from ddpm_ext.run_dir import RunError
-from ddpm_ext.signals import PREEMPTED
+from ddpm_ext.signals import Stopped
 from ddpm_ext.training.export import ReconstructConfig, reconstruct
 
 
@@ -85,7 +85,7 @@ def test_a_folder_is_filled_and_what_is_there_is_kept(saved: Path, tmp_path: Pat
     assert len(second) == 5 and all(np.array_equal(second[name], first[name]) for name in first)
     with Image.open(tmp_path / "out" / "grid.png") as grid:
         assert grid.size[0] > 100
-    with pytest.raises(RunError, match=r"other settings \(seed 0 -> 9\)"):
+    with pytest.raises(UserError, match=r"other settings \(seed 0 -> 9\)"):
         sample(saved, tmp_path / "out", seed=9)
 
 
@@ -97,20 +97,20 @@ def test_images_of_other_weights_schedulers_or_options_are_refused(saved: Path, 
     with torch.no_grad():
         next(other.unet.parameters()).add_(1e-3)
     other.save_pretrained(str(tmp_path / "other"))
-    with pytest.raises(RunError, match=r"other settings \(weights '\w{16}' -> '\w{16}'\)"):
+    with pytest.raises(UserError, match=r"other settings \(weights '\w{16}' -> '\w{16}'\)"):
         sample(tmp_path / "other", out)
     again = DDPMExtPipeline.from_pretrained(saved)
     DDPMExtPipeline(again.unet, DDIMScheduler.from_config(again.scheduler.config)).save_pretrained(
         str(tmp_path / "ddim")
     )
-    with pytest.raises(RunError, match="scheduler's class DDPMExtScheduler -> DDIMScheduler"):
+    with pytest.raises(UserError, match="scheduler's class DDPMExtScheduler -> DDIMScheduler"):
         sample(tmp_path / "ddim", out)
-    with pytest.raises(RunError, match="dtype 'float32' -> 'bfloat16'"):
+    with pytest.raises(UserError, match="dtype 'float32' -> 'bfloat16'"):
         sample(saved, out, dtype="bfloat16")
     # The same weights anew at the same path are the old path's images no longer; elsewhere they are the same.
     shutil.rmtree(saved)
     shutil.copytree(tmp_path / "other", saved)
-    with pytest.raises(RunError, match="weights"):
+    with pytest.raises(UserError, match="weights"):
         sample(saved, out)
     again.save_pretrained(str(tmp_path / "renamed"))
     assert sample(tmp_path / "renamed", out, num_samples=6, batch_size=3) == 0
@@ -127,7 +127,7 @@ def test_a_record_that_names_no_weights_is_settled_by_its_first_image(saved: Pat
     with torch.no_grad():
         other.unet.conv_out.bias.add_(0.3)
     other.save_pretrained(str(tmp_path / "other"))
-    with pytest.raises(RunError, match="weights None -> "):
+    with pytest.raises(UserError, match="weights None -> "):
         sample(tmp_path / "other", out)
     (out / "000000.png").rename(tmp_path / "kept.png")  # the first that is there decides
     assert sample(saved, out) == 0
@@ -135,7 +135,7 @@ def test_a_record_that_names_no_weights_is_settled_by_its_first_image(saved: Pat
     assert "weights" in json.loads((out / "samples.json").read_text())
 
 
-@pytest.mark.parametrize("changes", [{"num_inference_steps": 2000}, {"class_label": 3}])
+@pytest.mark.parametrize("changes", [{"num_inference_steps": 2000}, {"class_label": "3"}])
 def test_a_start_that_fails_leaves_nothing(changes: dict[str, Any], saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         sample(saved, tmp_path / "out", **changes)
@@ -173,7 +173,8 @@ def test_a_stop_keeps_what_is_done_and_the_same_command_continues(
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(DDPMExtScheduler, "step", stopping)
-    assert sample(saved, tmp_path / "out") == PREEMPTED
+    with pytest.raises(Stopped, match=r"The images in .*out are kept; the same command continues"):
+        sample(saved, tmp_path / "out")
     assert list(read(tmp_path / "out")) == ["000000.png", "000001.png"]
     monkeypatch.setattr(DDPMExtScheduler, "step", step)
     assert sample(saved, tmp_path / "out") == 0
@@ -223,7 +224,7 @@ def test_another_width_is_reconstructed_from_a_finished_run(tmp_path: Path) -> N
     error = sum(float((rebuilt[name] - wanted[name]).square().sum()) for name in wanted)
     apart = sum(float((other[name] - wanted[name]).square().sum()) for name in wanted)
     assert error < 0.01 * apart  # far nearer to the tracked average than the stored one is
-    with pytest.raises(RunError, match="needs snapshots/ and pipeline/"):
+    with pytest.raises(UserError, match="needs snapshots/ and pipeline/"):
         reconstruct(ReconstructConfig(run=str(tmp_path / "none"), sigma_rel=0.1))
 
 

@@ -26,7 +26,7 @@ def grid_images(images: Tensor, bits: int = 8) -> Tensor:
         bits: Their depth.
 
     Raises:
-        ValueError: they are not on that grid; the sentence says why.
+        UserError: they are not on that grid; the sentence says why.
     """
     if not isinstance(images, Tensor):
         raise UserError(f"images must be a torch.Tensor, got {type(images).__name__}. See torch.from_numpy.")
@@ -56,7 +56,7 @@ def grid_images(images: Tensor, bits: int = 8) -> Tensor:
 
 
 def as_ours(scheduler: Any) -> DDPMExtScheduler:
-    """The scheduler itself, or ours with the noise schedule of a stock one."""
+    """Return the scheduler itself, or ours with the noise schedule of a stock one."""
     if type(scheduler) is DDPMExtScheduler:
         return scheduler
     config = getattr(scheduler, "config", None)
@@ -69,13 +69,13 @@ def as_ours(scheduler: Any) -> DDPMExtScheduler:
 
 
 def network_config(model: Any) -> Mapping[str, Any]:
-    """A network's configuration, empty where it has none."""
+    """Return a network's configuration, empty where it has none."""
     config = getattr(model, "config", None)
     return config if isinstance(config, Mapping) else {}
 
 
 def check_network(model: Any, images: Tensor) -> None:
-    """Raise a ValueError unless the network is one, and takes images of this shape by what its configuration says."""
+    """Raise a UserError unless the network is one, and takes images of this shape by what its configuration says."""
     if isinstance(model, DiffusionPipeline) or not callable(model):
         raise UserError(
             f"model must be a network or a callable (x_t, t) -> tensor, got {type(model).__name__}. Of a pipeline, "
@@ -99,4 +99,10 @@ def checked_labels(model: Any, class_labels: ClassLabels, count: int) -> Tensor 
     Raises:
         UserError: they are missing or too many, or are none of the network's classes.
     """
-    return check_labels(class_labels, count, network_config(model))
+    config = network_config(model)
+    if config or class_labels is None:
+        return check_labels(class_labels, count, config)
+    labels = torch.as_tensor(class_labels)  # of a callable that names no classes every whole number is taken
+    if labels.is_floating_point() or labels.shape != (count,):
+        raise UserError(f"class_labels must be {count} ints, one per image, got {class_labels!r}.")
+    return labels.long()

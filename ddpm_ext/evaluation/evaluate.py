@@ -193,6 +193,8 @@ class _Evaluation:
             **chain_conditions(scheduler),
             **runner.of_samples(images, len(self.reference.features), config.num_samples),
             "guidance_scale": config.guidance_scale or None,
+            "guidance_interval": config.guidance_interval,
+            "guidance_rescale": config.guidance_rescale or None,
         }
         for metric in config.of_samples:
             yield runner.result(metric, **self.score(metric, images), **conditions)

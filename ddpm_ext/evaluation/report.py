@@ -31,7 +31,8 @@ NAMES = {
 }
 _OPTION_WORDS = get_args(Sampler)
 _CONDITIONS = (  # named in a row where results of one table differ in them
-    *("averaged", "eta", "seed", "cdf", "num_timesteps_sampled", "decoder_variance", "class_labels", "guidance_scale"),
+    *("averaged", "eta", "seed", "cdf", "num_timesteps_sampled", "decoder_variance", "class_labels"),
+    *("guidance_scale", "guidance_interval", "guidance_rescale"),
     *("kid_subsets", "kid_subset_size", "dataset", "extractor", "reference"),
 )
 _IN_TITLES = ("name", "split", "num_images")

@@ -109,6 +109,8 @@ class Result:
     reference: Dataset | None = None
     class_labels: str | None = None
     guidance_scale: float | None = None
+    guidance_interval: list[int] | None = None
+    guidance_rescale: float | None = None
     kid_subsets: int | None = None
     kid_subset_size: int | None = None
     std: float | None = None

@@ -31,7 +31,7 @@ from ..diffusion.process import jump
 from ..diffusion.reverse import reverse_log_var, variance_bounds
 from ..distributed import check_world
 from ..errors import UserError
-from ..models.classes import number_of_classes
+from ..models.classes import classes_of, number_of_classes
 from ..pipelines.config import GuidanceOptions
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.identity import network_hash, scheduler_options, weights_hash
@@ -359,9 +359,9 @@ def _data_of(config: MeasureConfig, trained: DataSpec | None, unet: UNet2DModel)
             f"{trained.resolution} (channels, size), and this network takes {channels} x {resolution}. Move the "
             "pipeline away from it, and name the images with --dataset_name or --data_dir."
         )
-    base = trained or DataSpec(resolution=resolution, channels=channels)
-    if number_of_classes(unet.config) is None:
-        base = replace(base, class_names=None)  # other classes than the training's do not matter
+    base, classes = trained or DataSpec(resolution=resolution, channels=channels), classes_of(unet.config)
+    names = None if classes is None else classes.names or base.class_names
+    base = replace(base, class_names=names)  # without classes others than the training's do not matter
     changes: dict[str, Any] = {"image_column": config.image_column, "label_column": config.label_column}
     changes = {name: value for name, value in changes.items() if value is not None or named}
     if named:
@@ -377,15 +377,16 @@ def _data_of(config: MeasureConfig, trained: DataSpec | None, unet: UNet2DModel)
 def _check_classes(unet: UNet2DModel, images: ImageSet, trained: DataSpec | None) -> None:
     """Raise a UserError where class numbers of a set cannot be the network's.
 
-    The names of a run's classes decide (`DataSpec.load`). Without its record only a set of as many classes can be
-    numbered as the training's was.
+    The names of the training's classes decide (`DataSpec.load`). Where neither network nor record names them, only a
+    set of as many classes can be numbered as the training's was.
     """
-    classes = number_of_classes(unet.config)
-    known = trained is not None and trained.class_names is not None
-    if classes is not None and not known and images.num_classes not in (None, classes):
+    classes = classes_of(unet.config)
+    known = classes is not None and (classes.names or (trained is not None and trained.class_names))
+    if classes is not None and not known and images.num_classes not in (None, classes.number):
         raise UserError(
-            f"The network knows {classes} classes and these images have {images.num_classes}, so that class numbers "
-            "cannot be told: measure on images of the same classes, or beside the run's config.json, which names them."
+            f"The network knows {classes.number} classes and these images have {images.num_classes}, so that class "
+            "numbers cannot be told: measure on images of the same classes, or beside the run's config.json, which "
+            "names them."
         )
 
 

@@ -16,10 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..distributed import check_world
+from ..errors import UserError
 from ..models.classes import label_number
 from ..models.values import values_of
-from ..run_dir import RunError, read_json, write_json
-from ..signals import PREEMPTED, StopRequest, die_with_launcher, exit_process
+from ..run_dir import read_json, write_json
+from ..signals import die_with_launcher, exit_process, interruptible
 from .config import GuidanceOptions, SampleConfig
 from .ddpm import DDPMExtPipeline
 from .identity import identity
@@ -137,12 +138,12 @@ def shown_bands(image: np.ndarray, rgb_bands: Sequence[int] | None = None) -> np
         rgb_bands: Three bands, counted from 1.
 
     Raises:
-        RunError: the image has no such band.
+        UserError: the image has no such band.
     """
     channels = image.shape[-1]
     if rgb_bands is not None:
         if max(rgb_bands) > channels:
-            raise RunError(f"--rgb_bands {' '.join(map(str, rgb_bands))}: the images have {channels} bands.")
+            raise UserError(f"--rgb_bands {' '.join(map(str, rgb_bands))}: the images have {channels} bands.")
         return image[..., [band - 1 for band in rgb_bands]]
     return image if channels <= 4 else image[..., :1]
 
@@ -183,33 +184,26 @@ def sample_to_folder(config: SampleConfig) -> int:
         config: The options.
 
     Returns:
-        Exit code: 0, or 75 when a stop was asked for; the same command continues.
+        Exit code 0.
 
     Raises:
-        RunError: the folder holds images of other weights, another scheduler or other options.
+        Stopped: a signal came; the same command continues.
+        UserError: the folder holds images of other weights, another scheduler or other options.
     """
-    stop = StopRequest()
     die_with_launcher()
-    accelerator = Accelerator(cpu=config.cpu or not torch.accelerator.is_available())
-    check_world(accelerator)
-    try:
+    with interruptible(f"The images in {config.output_dir} are kept"):
+        accelerator = Accelerator(cpu=config.cpu or not torch.accelerator.is_available())
+        check_world(accelerator)
         folder = _Folder(config, accelerator)
         missing = [i for i in range(config.num_samples) if not folder.has(i)]
         accelerator.wait_for_everyone()  # all have looked before the first writes
-        stop.begin("the images that are there are kept")
         with accelerator.split_between_processes(missing) as share:
-            folder.fill(cast(list[int], share), poll=lambda: bool(stop))
-    except SamplingStopped:
+            folder.fill(cast(list[int], share))
+        accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            print(f"Stopped; the images in {config.output_dir} are kept, the same command continues.")
-        return exit_process(PREEMPTED, accelerator.num_processes)
-    finally:
-        stop.release()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        folder.draw_grid()
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+            folder.draw_grid()
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
     return exit_process(0, accelerator.num_processes)
 
 
@@ -244,7 +238,7 @@ class _Folder:
         """Compare the record of the images that are there with that of the images to be drawn.
 
         Raises:
-            RunError: they are made of something else.
+            UserError: they are made of something else.
         """
         path = self.path / "samples.json"
         if not path.exists():
@@ -257,16 +251,16 @@ class _Folder:
                 there = {**asked, **there}
         changed = [_change(name, there.get(name), new) for name, new in asked.items() if there.get(name) != new]
         if changed:
-            raise RunError(
+            raise UserError(
                 f"{self.path} holds images of other settings ({', '.join(changed)}); give another --output_dir."
             )
 
     def is_same(self, i: int) -> bool:
         """Draw image i again and return whether it is the one that is there, to a grey level of rounding."""
-        (drawn,) = self.draw([i], poll=None)
+        (drawn,) = self.draw([i])
         return bool(np.abs(drawn[0].astype(int) - self.read(i).astype(int)).max() <= 1)
 
-    def draw(self, numbers: Sequence[int], poll: Poll | None) -> Iterator[np.ndarray]:
+    def draw(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
         """Draw the images of these numbers in batches, uint8, shape (b, H, W, C)."""
         config = self.config
         return sample_images(
@@ -277,17 +271,12 @@ class _Folder:
             class_labels=None if self.label is None else [self.label] * len(numbers),
             bits=self.bits,
             guidance=config.guidance,
-            poll=poll,
         )
 
-    def fill(self, numbers: Sequence[int], poll: Poll) -> None:
-        """Write the images of these numbers, each when its batch is done, and before the first what they are made of.
-
-        Raises:
-            SamplingStopped: poll said so.
-        """
+    def fill(self, numbers: Sequence[int]) -> None:
+        """Write the images of these numbers when their batch is done, and before the first what they are made of."""
         done = iter(numbers)
-        for batch in self.draw(numbers, poll):
+        for batch in self.draw(numbers):
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "samples.json", self.record)
             for image in batch:
