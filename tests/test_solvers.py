@@ -18,7 +18,6 @@ from ddpm_ext.diffusion.solvers import (
     Estimate,
     Predict,
     Reference,
-    ReferenceKind,
     Solver,
     choose_times,
     estimate,
@@ -29,6 +28,7 @@ from ddpm_ext.diffusion.solvers import (
     solve,
     solve_reference,
 )
+from ddpm_ext.diffusion.words import ReferenceKind
 
 F64 = torch.float64
 

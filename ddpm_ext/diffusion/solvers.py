@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ from torch import Tensor
 from ..errors import UserError
 from .process import PredictionType, eps_weights, x_0_weights
 from .reverse import Clip, clip_x_0
-from .schedules import Tables, check_word, respaced_timesteps
+from .schedules import Tables, respaced_timesteps
+from .words import ReferenceKind, check_word
 
 __all__ = [
     "REFERENCES",
@@ -34,7 +35,6 @@ __all__ = [
     "Fit",
     "JumpWeights",
     "Reference",
-    "ReferenceKind",
     "Solver",
     "choose_times",
     "estimate",
@@ -48,8 +48,7 @@ __all__ = [
     "solver_step",
 ]
 
-ReferenceKind = Literal["clipped", "clipped_raw", "unclipped"]
-REFERENCES: tuple[ReferenceKind, ...] = ("clipped", "clipped_raw", "unclipped")
+REFERENCES: tuple[ReferenceKind, ...] = get_args(ReferenceKind)
 RIDGE = 1e-6  # of the diagonal of the normal equations
 POWERS = (1.0, 1.5, 2.0, 2.5)
 MOVES = (8, 4, 2, 1)

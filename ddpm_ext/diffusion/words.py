@@ -15,6 +15,7 @@ __all__ = [
     "DecoderVariance",
     "Loss",
     "PredictionType",
+    "ReferenceKind",
     "TimestepSampler",
     "TimestepSpacing",
     "TrainedVariance",
@@ -37,6 +38,7 @@ Cdf = Literal["tanh", "exact"]
 Loss = Literal["simple", "vlb", "hybrid"]
 TimestepSampler = Literal["uniform", "loss_aware"]
 Trajectory = Literal["even", "optimal"]
+ReferenceKind = Literal["clipped", "clipped_raw", "unclipped"]  # what a solver is fitted to
 TrajectoryCost = Literal["analytic", "fixed_small", "fixed_large"]
 
 LEARNED_VARIANCES = ("learned", "learned_range")

@@ -20,16 +20,20 @@ from diffusers import UNet2DModel
 
 from ..data.dataset import ImageSet
 from ..diffusion.analytic import optimal_trajectories
-from ..diffusion.words import LEARNED_VARIANCES, Trajectory
+from ..diffusion.words import LEARNED_VARIANCES, ReferenceKind, Trajectory
 from ..errors import UserError
 from ..hub import upload
 from ..run_dir import write_atomically, write_json
 from ..schedulers.config import EXTENSION_KEY
 from ..schedulers.ddpm import DDPMExtScheduler
+from ..schedulers.solver import DDPMExtSolverScheduler, fitted_record
 from ..signals import interruptible
 from .bits_per_dim import BoundOptions
 from .config import CalibrateConfig
 from .denoising_errors import drop_variance_head, mean_error, set_errors
+from .features import extract
+from .few_steps import FEW_STEPS, few_step_results
+from .fit import FitOptions, FittedNetwork, candidate_references, fitted_scheduler
 from .metrics import feature_statistics, frechet_distance
 from .plots import draw_results, figure_class
 from .report import markdown
@@ -72,10 +76,12 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     """
     with interruptible(f"What is measured is kept in {config.folder}"):
         work = _Calibration(config)
-        found, of_errors = work.measure()
+        found, of_errors = work.measure() if config.steps else (None, {})
+        work.fit(found)
         if work.runner.is_main:
             work.save(found)
-        record, results = {"format": 1, **of_errors, **found._asdict(), "figures": []}, []
+        measured = {} if found is None else found._asdict()
+        record, results = {"format": 1, **of_errors, **measured, **work.of_solver, "figures": []}, []
         for result in work.scores(found):
             results.append(result)
             record["figures"].append(result.to_json())
@@ -103,15 +109,20 @@ class _Calibration:
         self.scheduler: DDPMExtScheduler = make_scheduler(runner.scheduler)
         T = len(self.scheduler)
         wrong = [K for K in [*config.steps, *config.fid_steps] if not 2 <= K <= T]
+        needs_images = config.steps or config.scores
         if wrong:
             raise UserError(f"num_inference_steps must lie in 2..{T}, the steps of this model, got {wrong[0]}.")
         self.variance = str(self.scheduler.config["variance_type"]).removesuffix("_log")
         self.loaded = chain_conditions(self.scheduler)
         self.learned = self.variance in LEARNED_VARIANCES
         self.without_head = drop_variance_head(runner.unet) if self.learned else runner.unet
-        self.training = runner.images(config.split, "split")
-        self.count = min(config.num_images, len(self.training))
-        runner.check_bound(self.scheduler, self.training, BoundOptions())
+        self.training: Any = runner.images(config.split, "split") if needs_images else None  # a solver needs none
+        if config.steps:
+            self.count = min(config.num_images, len(self.training))
+            runner.check_bound(self.scheduler, self.training, BoundOptions())
+        self.fits = self._fits() if config.fitted_steps else None
+        self.solver: DDPMExtSolverScheduler | None = None
+        self.of_solver: dict[str, Any] = {}
         self.test = runner.images(config.test_split, "test_split") if "bpd" in config.scores else None
         if "fid" in config.scores:
             runner.check_extractor(self.training, {"fid": 2})
@@ -140,10 +151,54 @@ class _Calibration:
         made = runner.result("errors", value=mse.mean.mean().item(), dataset=dataset, seed=config.seed).to_json()
         return found, {name: value for name, value in made.items() if name not in ("value", "num_inference_steps")}
 
-    def save(self, found: Calibration) -> None:
-        """Write the pipeline with the calibrated scheduler: its learned variance, or the optimal one."""
+    def _fits(self) -> FittedNetwork:
+        config, runner = self.config, self.runner
+        options = FitOptions(
+            steps=tuple(config.fitted_steps),
+            num_noises=config.num_noises,
+            num_held_out=config.num_held_out,
+            order=config.solver_order,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            guidance_scale=config.guidance_scale,
+        )
+        return FittedNetwork(runner.unet, self.scheduler, options, runner.shards(self.scheduler).run, runner.is_main)
+
+    def fit(self, found: Calibration | None) -> None:
+        """Fit the solvers to the best of the candidate references, and note which that is and why."""
+        if self.fits is None:
+            return
+        kind, reason, scores = self.choose_reference(self.fits)
+        fits = self.fits.fit(kind)
+        base = self.scheduler if found is None else found.scheduler(self.scheduler, *self.after)
+        self.solver = fitted_scheduler(base, kind, fits, self.fits.options)
+        steps = fitted_record(self.solver)
+        self.of_solver = {"solver": {"reference": kind, "reason": reason, "reference_scores": scores, "steps": steps}}
+
+    def choose_reference(self, fits: FittedNetwork) -> tuple[ReferenceKind, str, dict[str, float]]:
+        """Return what solvers are fitted to, why, and the Fréchet distance of each candidate where it was measured."""
+        config, kinds = self.config, candidate_references(self.scheduler)
+        if config.solver_reference is not None:
+            return config.solver_reference, "asked for by solver_reference", {}
+        if len(kinds) == 1:
+            return kinds[0], "the model does not clip", {}
+        if "fid" not in config.scores:
+            return "clipped", "no extractor: as the model's own steps have it, which mix x_t and the clipped x̂_0", {}
+        real, scores = self.runner.reference(self.training).statistics, {}
+        for kind in kinds:
+            images = (fits.reference(kind).states[-1] / 2 + 0.5).clamp(0, 1)
+            features = extract(self.runner.extractor, images.split(config.batch_size), config.quantization).features
+            scores[kind] = frechet_distance(real, feature_statistics(features))
+        best: Any = min(scores, key=lambda kind: scores[kind])
+        return best, f"the lowest Fréchet distance of {fits.count} images of each", scores
+
+    def save(self, found: Calibration | None) -> None:
+        """Write the pipeline with the calibrated scheduler: a fitted solver, a learned variance, or the optimal one."""
         pipeline = self.runner.pipeline
-        after = found.scheduler(self.scheduler, *self.after)
+        after: Any = self.solver
+        if after is None:
+            assert found is not None
+            after = found.scheduler(self.scheduler, *self.after)
         pipeline.register_modules(scheduler=after)
         pipeline.save_pretrained(self.config.folder / "pipeline")
         pipeline.register_modules(scheduler=self.runner.scheduler)
@@ -191,12 +246,23 @@ class _Calibration:
 
     # -- judging ----------------------------------------------------------------------------------------------------
 
-    def scores(self, found: Calibration) -> Iterator[Result]:
+    def scores(self, found: Calibration | None) -> Iterator[Result]:
         """Measure every score asked for."""
-        if self.test is not None:
+        config = self.config
+        if self.test is not None and found is not None:
             yield from self.bits(found, self.test)
-        if "fid" in self.config.scores:
+        if "fid" not in config.scores:
+            return
+        if found is not None:
             yield from self.frechet(found)
+        few = sorted({*config.fitted_steps, *(K for K in config.fid_steps if K <= FEW_STEPS)})
+        if few:
+            yield from few_step_results(
+                self.runner, self.training, self.solver, few, config.num_samples, config.num_seeds
+            )
+        if config.full_chain and found is None:
+            chain = make_scheduler(self.scheduler, variance_type="fixed_small")
+            yield self.distance(SamplerSetting("fixed_small", lambda _: chain), len(self.scheduler))
 
     def bits(self, found: Calibration, test: ImageSet) -> Iterator[Result]:
         """Measure bits/dim of test images for every variance, trajectory and number of steps.
@@ -241,20 +307,24 @@ class _Calibration:
         plan = [(setting, K) for K in self.config.fid_steps for setting in settings]
         if self.config.full_chain:
             plan.append((self.setting(found, "fixed_small", "even"), len(self.scheduler)))
-        reference = self.runner.reference(self.training)
         for setting, K in plan:
-            self.runner.started = time.perf_counter()
-            values = self.distances(setting, K, reference.statistics)
-            spread = torch.tensor(values, dtype=torch.float64)
-            yield self.result(
-                "fid",
-                setting,
-                K,
-                value=spread.mean().item(),
-                values=values,
-                std=spread.std().item() if len(values) > 1 else None,
-                **self.runner.of_samples(self.training, len(reference.features), self.config.num_samples),
-            )
+            yield self.distance(setting, K)
+
+    def distance(self, setting: SamplerSetting, K: int) -> Result:
+        """Measure the Fréchet distance of one setting."""
+        reference = self.runner.reference(self.training)
+        self.runner.started = time.perf_counter()
+        values = self.distances(setting, K, reference.statistics)
+        spread = torch.tensor(values, dtype=torch.float64)
+        return self.result(
+            "fid",
+            setting,
+            K,
+            value=spread.mean().item(),
+            values=values,
+            std=spread.std().item() if len(values) > 1 else None,
+            **self.runner.of_samples(self.training, len(reference.features), self.config.num_samples),
+        )
 
     def distances(self, setting: SamplerSetting, K: int, reference: Any) -> list[float]:
         """Return the Fréchet distances of each set of samples of one setting."""

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from ..diffusion.words import SPACINGS, Cdf, DecoderVariance, Trajectory, VarianceType, check_word
+from ..diffusion.words import SPACINGS, Cdf, DecoderVariance, ReferenceKind, Trajectory, VarianceType, check_word
 from ..errors import UserError
 from ..options import option
 from ..pipelines.config import GuidanceConfig
@@ -151,8 +151,23 @@ class CalibrateConfig(MeasureConfig):
     )
     test_split: str = option("test", "Split whose bits/dim are reported.")
     num_images: int = option(1024, "Images of the errors, every step of each.")
-    num_inference_steps: str = option("10,25,50,100", "Numbers of steps whose trajectories are stored and judged.")
-    trajectory: Trajectory = option("optimal", "Trajectory that the calibrated scheduler takes by default.")
+    num_inference_steps: str = option(
+        "10,25,50,100", "Numbers of steps whose trajectories are stored and judged; none: measure no errors."
+    )
+    trajectory: Trajectory = option(
+        "even", "Trajectory on which the calibrated scheduler draws images; bits/dim are reported on both."
+    )
+
+    solver_steps: str | None = option(
+        None, "Numbers of network calls to fit solvers to, like 3,4,5,6,8,10; needs no data. None: no solver."
+    )
+    solver_reference: ReferenceKind | None = option(
+        None, "What solvers are fitted to: clipped, clipped_raw or unclipped; none: the best by fid, or clipped."
+    )
+    solver_order: int = option(3, "Steps whose estimates one jump of a solver uses.")
+    num_noises: int = option(256, "Noises to which solvers are fitted.")
+    num_held_out: int = option(128, "Further noises by which their steps are chosen.")
+    guidance_scale: float | None = option(None, "Class guidance under which the solvers will be used; none: none.")
 
     metrics: str = option("bpd,fid", "Scores before and after, of bpd (bits/dim) and fid (Frechet); none: no scores.")
     fid_num_inference_steps: str | None = option(None, "Steps of the Frechet distances; none: num_inference_steps.")
@@ -166,10 +181,16 @@ class CalibrateConfig(MeasureConfig):
         check_word("trajectory", self.trajectory, get_args(Trajectory))
         for word in self.scores:
             check_word("metrics", word, get_args(Score))
+        if self.solver_reference is not None:
+            check_word("solver_reference", self.solver_reference, get_args(ReferenceKind))
+        if not self.steps and not self.solver_steps:
+            raise UserError("There is nothing to calibrate: give num_inference_steps, solver_steps, or both.")
+        if not self.steps and "bpd" in self.scores:
+            raise UserError("bpd is of num_inference_steps, and these are none: leave it out of metrics.")
         for name in ("num_images", *(["num_samples"] if "fid" in self.scores else [])):
             if getattr(self, name) < 2:
                 raise UserError(f"{name} must be at least 2, got {getattr(self, name)}.")
-        _ = self.steps, self.fid_steps
+        _ = self.steps, self.fid_steps, self.fitted_steps
 
     @property
     def scores(self) -> list[str]:
@@ -178,8 +199,14 @@ class CalibrateConfig(MeasureConfig):
 
     @property
     def steps(self) -> list[int]:
-        """Numbers of steps, as asked for."""
-        return _numbers("num_inference_steps", self.num_inference_steps)
+        """Numbers of steps, as asked for; [] where no errors are measured."""
+        none = self.num_inference_steps == "none"
+        return [] if none else _numbers("num_inference_steps", self.num_inference_steps)
+
+    @property
+    def fitted_steps(self) -> list[int]:
+        """Numbers of calls of the solvers."""
+        return [] if self.solver_steps in (None, "none") else _numbers("solver_steps", self.solver_steps)
 
     @property
     def fid_steps(self) -> list[int]:

@@ -20,9 +20,11 @@ from ..data.dataset import ImageSet
 from ..errors import UserError
 from ..pipelines.guidance import make_guidance
 from ..run_dir import write_atomically
+from ..schedulers.config import EXTENSION_KEY, extension
 from ..signals import interruptible
 from .bits_per_dim import BoundOptions, rate_distortion_rows
 from .config import EvalConfig, split_words
+from .few_steps import FEW_STEPS, few_step_results, own_solver
 from .metrics import (
     feature_statistics,
     frechet_distance,
@@ -119,13 +121,23 @@ class _Evaluation:
             self.reference = self.runner.reference(self.images)
             for sampler, variance, steps in self.plan():
                 yield from self.sample_results(self.images, sampler, variance, steps)
+            few = [K for K in self.config.steps if K <= FEW_STEPS]
+            if len(few) > 1 and "fid" in self.config.of_samples:  # a table of few steps: stock's rows belong to it
+                samples, solver = self.samples, own_solver(self.runner.scheduler)
+                yield from few_step_results(self.runner, self.images, solver, few, self.config.num_samples)
+                self.samples = samples
 
     # -- real images --------------------------------------------------------------------------------------------------
 
     def bound_scheduler(self, variance: str | None) -> Any:
         """Return the chain that bits/dim judges; all T steps need no spacing."""
         spacing = self.config.timestep_spacing if self.config.bpd_num_inference_steps else None
-        return make_scheduler(self.runner.scheduler, "ddpm", variance, spacing)
+        made = make_scheduler(self.runner.scheduler, "ddpm", variance, spacing)
+        extra = extension(made.config)
+        if self.config.bpd_num_inference_steps and spacing is None and extra.trajectories:
+            # A calibrated model draws images at even distances; its bound is best where the bits are.
+            made.register_to_config(**{EXTENSION_KEY: {**made.config[EXTENSION_KEY], "trajectory": "optimal"}})
+        return made
 
     def bound_results(self, images: ImageSet) -> Iterator[Result]:
         """Measure bpd and rate_distortion for each variance asked for."""

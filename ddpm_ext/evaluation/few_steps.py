@@ -7,6 +7,7 @@ distance of its features to those of the reference that was fitted.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,23 +15,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.dataset import ImageSet
 from ..errors import UserError
-from .fit import REFERENCE_WORDS
+from ..schedulers.solver import DDPMExtSolverScheduler, fitted_solvers
+from .fit import REFERENCE_WORDS, reference_scheduler
 from .metrics import FeatureStatistics, feature_statistics, frechet_distance
 from .report import table
+from .results import Result
+from .runner import Runner
 from .samplers import STOCK_SETTINGS, SamplerSetting, make_scheduler
 
 __all__ = [
+    "FEW_STEPS",
     "FewStepScore",
     "best_stock",
     "compare",
     "curves",
+    "few_step_results",
     "fitted_setting",
     "markdown_table",
+    "own_solver",
     "reference_setting",
     "stock_settings",
 ]
 
+FEW_STEPS = 20  # from here down a table carries the stock solvers
 Draw = Callable[[Any, int, int], Tensor]  # (scheduler, K, number of the seed) -> features of the samples, (N, d)
 # What stock solvers raise where they do not go together with a model (no such prediction, ᾱ_T = 0, too few steps).
 _STOCK_REFUSES = (ValueError, NotImplementedError, FloatingPointError, IndexError, RuntimeError)
@@ -140,6 +149,70 @@ def compare(
                 values,
                 sum(gaps) / len(gaps) if deterministic else None,
             )
+
+
+def few_step_results(
+    runner: Runner,
+    images: ImageSet,
+    fitted: Any,
+    steps: Sequence[int],
+    num_samples: int,
+    num_seeds: int = 1,
+    with_fitted: bool = True,
+) -> Iterator[Result]:
+    """Measure the rows that belong beside samplers of a few steps: the fitted solver, its reference, every stock one.
+
+    Args:
+        runner: The model and its features.
+        images: What samples are compared with.
+        fitted: A DDPMExtSolverScheduler with solvers; None where none are fitted.
+        steps: Numbers of calls of the stock rows; a fitted row has those of them that were fitted.
+        num_samples: Samples of a set.
+        num_seeds: Sets of a cell.
+        with_fitted: Whether the fitted rows are wanted; otherwise they stand elsewhere.
+    """
+    real, base = runner.reference(images), make_scheduler(runner.scheduler)
+
+    def draw(scheduler: Any, K: int, number: int) -> Tensor:
+        seed = runner.config.seed + number * num_samples
+        return runner.samples(scheduler, images, num_samples=num_samples, steps=K, seed=seed).features.features
+
+    plan: list[tuple[str, SamplerSetting, Sequence[int]]] = []
+    near = None
+    known = None if fitted is None else fitted_solvers(fitted.config)
+    if known is not None:
+        calls = int(known.setting.get("reference_steps", 200))
+        row = reference_setting(known.reference, reference_scheduler(base, known.reference, calls), calls)
+        near = (row, calls)
+        if with_fitted:
+            there = [K for K in steps if K in known.solvers]
+            plan.append(("fitted", fitted_setting(known.reference, fitted), there))
+        plan.append(("reference", row, [calls]))
+    plan += [("stock", setting, list(steps)) for setting in stock_settings()]
+    left_out: dict[str, str] = {}
+    of_samples = runner.of_samples(images, len(real.features), num_samples)
+    for score in compare(draw, real.statistics, base, plan, num_seeds, near, left_out):
+        distance = score.squared_distance
+        yield runner.result(
+            "fid",
+            sampler=score.sampler,
+            when="after" if score.kind == "fitted" else None,
+            num_inference_steps=score.num_inference_steps,
+            value=score.value,
+            values=score.values if num_seeds > 1 else None,
+            std=score.std,
+            parts=None if distance is None else {"squared_distance": distance},
+            **of_samples,
+        )
+    for name, reason in left_out.items():
+        if runner.is_main:
+            warnings.warn(f"{name} cannot be drawn with this model and is left out: {reason}", stacklevel=2)
+
+
+def own_solver(scheduler: Any) -> DDPMExtSolverScheduler | None:
+    """Return the fitted solver that a model comes with; None where it has none."""
+    found = fitted_solvers(scheduler.config)
+    return None if found is None else DDPMExtSolverScheduler.from_config(scheduler.config)
 
 
 def best_stock(scores: Sequence[FewStepScore], steps: int) -> FewStepScore | None:

@@ -8,6 +8,7 @@ references is best depends on the network: it has to be measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +26,12 @@ from ..diffusion.solvers import (
     Fit,
     Predict,
     Reference,
-    ReferenceKind,
     Solver,
     choose_times,
     refine_solver,
     solve_reference,
 )
+from ..diffusion.words import ReferenceKind
 from ..errors import UserError
 from ..models.classes import classes_of
 from ..pipelines.guidance import guided_prediction, make_guidance
@@ -116,14 +117,14 @@ class FittedNetwork:
         self.scheduler: DDPMExtSolverScheduler = DDPMExtSolverScheduler.from_config(scheduler.config)
         self.classes = classes_of(unet.config)
         self.guidance = make_guidance(unet.config, guidance_scale=options.guidance_scale or 0.0)
-        size = unet.config["sample_size"]
-        self.shape = (unet.config["in_channels"], *((size, size) if isinstance(size, int) else size))
+        size: Any = unet.config["sample_size"]
+        self.shape: tuple[int, ...] = (unet.config["in_channels"], *((size, size) if isinstance(size, int) else size))
         self.count = options.num_noises + options.num_held_out
         T = len(self.scheduler)
         self.grid = respaced_timesteps("even", T, min(options.reference_steps, T))[::-1]
         if max(options.steps, default=1) > T:
             raise UserError(f"solver_steps must be at most T = {T}, got {max(options.steps)}.")
-        needed = 4 * self.count * (len(self.grid) + 1) * torch.Size(self.shape).numel()
+        needed = 4 * self.count * (len(self.grid) + 1) * math.prod(self.shape)
         if needed > MAX_BYTES:
             raise UserError(
                 f"The reference of {self.count} noises takes {needed / 2**30:.0f} GiB of memory, at most "
@@ -228,11 +229,15 @@ def fitted_scheduler(scheduler: Any, kind: ReferenceKind, fits: dict[int, Fit], 
     """Return the model's scheduler with these solvers, all that `_ddpm_ext` held before kept."""
     ours: DDPMExtSolverScheduler = DDPMExtSolverScheduler.from_config(scheduler.config)
     notes = {
-        K: {"squared_distance": float(f"{fit.squared_distance:.6g}"), "order": fit.solver.order}
+        K: {
+            "squared_distance": float(f"{fit.squared_distance:.6g}"),
+            "order": fit.solver.order,
+            "num_noises": [options.num_noises, options.num_held_out],
+        }
         for K, fit in fits.items()
     }
     record = solver_record(kind, {K: fit.solver for K, fit in fits.items()}, ours, notes)
-    record["setting"]["guidance_scale"] = options.guidance_scale
+    record["setting"] |= {"guidance_scale": options.guidance_scale, "reference_steps": options.reference_steps}
     extra = {**(ours.config.get(EXTENSION_KEY) or {}), "solver": record}
     return DDPMExtSolverScheduler.from_config({**ours.config, EXTENSION_KEY: extra})
 

@@ -108,16 +108,27 @@ def plot_against_steps(curves: dict[str, list[tuple[int, float]]], metric: str, 
         metric: Name of the score.
         path: The file.
     """
-    figure = figure_class()(figsize=(6, 3.6), layout="constrained")
+    many = len(curves) > 6
+    figure = figure_class()(figsize=(10, 4.8) if many else (6, 3.6), layout="constrained")
     axes = figure.subplots()
+    level = {name for name, points in curves.items() if name.startswith("reference") and len(points) == 1}
     for name, points in curves.items():
-        axes.semilogx(*zip(*sorted(points), strict=True), "o-", label=name)
+        if name in level:  # one number of its own, to be reached with fewer steps
+            axes.axhline(points[0][1], linestyle="--", color="black", linewidth=1.2, label=name)
+            continue
+        width = 2.5 if name.startswith("fitted") else 1.2
+        style = "--" if name.startswith("reference") else "o-"
+        axes.semilogx(*zip(*sorted(points), strict=True), style, label=name, linewidth=width, markersize=4)
+    steps = sorted({step for name, points in curves.items() if name not in level for step, _ in points})
+    if len(steps) <= 12:
+        axes.set_xticks(steps, labels=list(map(str, steps)))
+        axes.minorticks_off()
     if all(score > 0 for points in curves.values() for _, score in points):  # KID may be negative
         axes.set_yscale("log")
     axes.set_xlabel("denoising steps")
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    axes.legend(**({"loc": "upper left", "bbox_to_anchor": (1, 1), "fontsize": 8} if many else {}))
     return save_figure(figure, path)
 
 

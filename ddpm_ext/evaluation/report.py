@@ -55,6 +55,7 @@ def markdown(results: list[Result]) -> str:
         f"Left out: {others} of other weights; see eval.json." if left_out else "",
         _table_of_bits([result for result in kept if result.metric == "bpd" and result.sampler is None]),
         *map(_table_of_scores, groups_of_scores(kept)),
+        *map(_table_of_distances, groups_of_scores(kept)),
         *_tables_of_rows([result for result in kept if result.metric == "rate_distortion"]),
     ]
     text = "\n\n".join(table for table in tables if table)
@@ -205,6 +206,17 @@ def _table_of_scores(group: Group) -> str:
     cells = {(name, r.num_inference_steps): r for name, r in zip(names, group.results, strict=True)}
     rows = [[name, *(_cell(cells, name, count) for count in steps)] for name in dict.fromkeys(names)]
     return f"{group.title}:\n\n" + table(["sampler", *(f"{n} step{'s' * (n > 1)}" for n in steps)], rows)
+
+
+def _table_of_distances(group: Group) -> str:
+    """Return the squared distances to a fitted solver's reference from the same noises, where they were measured."""
+    found = [result for result in group.results if "squared_distance" in (result.parts or {})]
+    steps = sorted({result.num_inference_steps for result in found})
+    cells = {(str(r.sampler), r.num_inference_steps): (r.parts or {})["squared_distance"] for r in found}
+    names = dict.fromkeys(name for name, _ in cells)
+    rows = [[name, *(f"{cells[name, K]:.3g}" if (name, K) in cells else "" for K in steps)] for name in names]
+    title = "Mean squared distance of the features to those of the reference, from the same noises:\n\n"
+    return title + table(["sampler", *(f"{K} steps" for K in steps)], rows) if rows else ""
 
 
 def _cell(cells: dict[tuple[str, int], Result], name: str, steps: int) -> str:

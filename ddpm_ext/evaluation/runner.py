@@ -111,7 +111,6 @@ class Runner:
         self.unet: UNet2DModel = self.pipeline.unet
         self.scheduler: Any = self.pipeline.scheduler
         self.trained = DataSpec.from_run(local_pipeline(config.model) or config.model)
-        self.data = _data_of(config, self.trained, self.unet)
         self.weights, self.network = weights_hash(self.unet), network_hash(self.unet)
         self.started, self._sets = time.perf_counter(), {}
         self._environment = environment()
@@ -122,6 +121,11 @@ class Runner:
         return self.accelerator.is_main_process
 
     # -- images -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def data(self) -> DataSpec:
+        """Which images are measured; nothing asks where none are needed."""
+        return _data_of(self.config, self.trained, self.unet)
 
     def images(self, split: str | None, option: str) -> ImageSet:
         """Load a split as training read its own, and check that the network can be asked about it.

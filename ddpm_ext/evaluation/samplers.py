@@ -12,6 +12,7 @@ from ..diffusion.words import check_word
 from ..errors import UserError
 from ..schedulers.config import EXTENSION_KEY, extension
 from ..schedulers.ddpm import DDPMExtScheduler
+from ..schedulers.solver import DDPMExtSolverScheduler
 from .words import Sampler
 
 __all__ = ["SAMPLERS", "STOCK_SETTINGS", "SamplerSetting", "chain_conditions", "make_scheduler"]
@@ -42,7 +43,7 @@ class _Stock(NamedTuple):
     clips: bool | None = None
 
 
-# "ddpm" is the model's own ancestral chain; the others are stock solvers with the model's noise schedule.
+# "ddpm" is the model's own ancestral chain, "solver" the one fitted to it; the others are stock's.
 _SOLVERS = {
     "ddim": _Stock(DDIMScheduler, {}),
     "dpm++": _Stock(DPMSolverMultistepScheduler, {}),
@@ -86,6 +87,12 @@ def make_scheduler(
         raise UserError(
             f'variance_type is an option of the sampler "ddpm"; "{sampler}" has none, got {variance_type!r}.'
         )
+    if sampler == "solver":
+        if timestep_spacing is not None:
+            raise UserError(
+                f'The sampler "solver" has steps of its own: leave timestep_spacing {timestep_spacing!r} out.'
+            )
+        return DDPMExtSolverScheduler.from_config(config)
     if config.get("prediction_type") == "posterior_mean":
         raise UserError(f'The sampler "{sampler}" knows no prediction_type "posterior_mean". Use "ddpm".')
     for name in ("variance_type", EXTENSION_KEY):  # of the ancestral chain; without a variance the head is dropped
@@ -135,6 +142,8 @@ def chain_conditions(scheduler: Any) -> dict[str, Any]:
     spacing = {"timestep_spacing": scheduler.config.timestep_spacing, "trajectory": None, "eta": None}
     if not isinstance(scheduler, DDPMExtScheduler):
         return spacing
+    if isinstance(scheduler, DDPMExtSolverScheduler):
+        return {"timestep_spacing": None, "trajectory": "fitted", "eta": 0.0}
     extra = extension(scheduler.config)
     chosen = {} if extra.trajectory is None else {"timestep_spacing": None, "trajectory": extra.trajectory}
     return {**spacing, **chosen, "eta": extra.eta}

@@ -8,5 +8,5 @@ __all__ = ["Metric", "Quantization", "Sampler", "Score"]
 
 Metric = Literal["bpd", "rate_distortion", "fid", "fid_per_class", "kid", "cmmd", "is", "prdc"]
 Score = Literal["bpd", "fid"]
-Sampler = Literal["ddpm", "ddim", "dpm++", "dpm++-plain", "dpm++-lu", "dpm++3", "unipc", "unipc-plain"]
+Sampler = Literal["ddpm", "solver", "ddim", "dpm++", "dpm++-plain", "dpm++-lu", "dpm++3", "unipc", "unipc-plain"]
 Quantization = Literal["uint8", "float"]

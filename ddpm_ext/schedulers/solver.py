@@ -19,26 +19,33 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from ..diffusion import process, reverse
-from ..diffusion.schedules import Tables, check_word
+from ..diffusion.schedules import Tables
 from ..diffusion.solvers import (
     REFERENCES,
     Estimate,
     EstimateWeights,
     JumpWeights,
-    ReferenceKind,
     Solver,
     estimate,
     estimate_weights,
     jump_weights,
     solver_step,
 )
+from ..diffusion.words import ReferenceKind, check_word
 from ..errors import UserError
 from .checks import Generators, Timesteps, as_int, check_generators
 from .config import EXTENSION_KEY
 from .ddpm import DDPMExtScheduler
 from .step_table import make_step_table
 
-__all__ = ["DDPMExtSolverScheduler", "FittedSolvers", "fitted_solvers", "is_portable_solver", "solver_record"]
+__all__ = [
+    "DDPMExtSolverScheduler",
+    "FittedSolvers",
+    "fitted_record",
+    "fitted_solvers",
+    "is_portable_solver",
+    "solver_record",
+]
 
 ON_DISK = {"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True}
 LAMBDA_MIN_OF_COSINE = -5.1  # where stock starts a cosine schedule: before it λ = log SNR / 2 runs off
@@ -88,6 +95,11 @@ def solver_record(
         for K, one in sorted(solvers.items())
     }
     return {"reference": reference, "setting": setting_of(scheduler), "steps": steps}
+
+
+def fitted_record(scheduler: Any) -> dict[str, Any]:
+    """Return what is stored of each number of calls: steps, coefficients, notes."""
+    return dict(scheduler.config[EXTENSION_KEY]["solver"]["steps"])
 
 
 def setting_of(scheduler: Any) -> dict[str, Any]:
@@ -176,8 +188,10 @@ class DDPMExtSolverScheduler(DDPMExtScheduler):
             config = {**config, EXTENSION_KEY: kwargs.pop(EXTENSION_KEY)}
         record = config.get(EXTENSION_KEY) if isinstance(config, dict) else None
         if isinstance(record, dict) and isinstance(record.get("solver"), dict):
+            for_stock = (*ON_DISK.keys(), "lambda_min_clipped") if record["solver"].get("portable") else ()
             solver = {name: value for name, value in record["solver"].items() if name != "portable"}
-            config = {**config, EXTENSION_KEY: {**record, "solver": solver}}
+            config = {name: value for name, value in config.items() if name not in for_stock}
+            config[EXTENSION_KEY] = {**record, "solver": solver}
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def register_to_config(self, **kwargs: Any) -> None:
