@@ -21,6 +21,7 @@ def small(model: Path, tmp_path: Path, **options: Any) -> EvalConfig:
         "reference_cache": str(tmp_path / "references"),
         "output_dir": str(tmp_path / "out"),
         "kid_subset_size": 6,
+        "few_steps": False,
         "dataset_name": None if "data_dir" in options else "digits",
         "kid_subsets": 3,
     }

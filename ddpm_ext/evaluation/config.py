@@ -83,6 +83,9 @@ class EvalConfig(GuidanceConfig, MeasureConfig):
     sampler: str = option("ddpm", f"Of {', '.join(get_args(Sampler))}.")
     variance_type: str | None = option(None, "Reverse variances of ddpm and of bits/dim; none: the scheduler's own.")
     num_inference_steps: str = option("1000", "Denoising steps; several give a table of quality against steps.")
+    few_steps: bool = option(
+        True, "Beside fid at several numbers of at most 20 steps, also that of stock's solvers and of a fitted one."
+    )
     timestep_spacing: str | None = option(
         None, "leading, trailing or linspace; none: the scheduler's own, or its trajectory."
     )

@@ -121,7 +121,7 @@ class _Evaluation:
             self.reference = self.runner.reference(self.images)
             for sampler, variance, steps in self.plan():
                 yield from self.sample_results(self.images, sampler, variance, steps)
-            few = [K for K in self.config.steps if K <= FEW_STEPS]
+            few = [K for K in self.config.steps if K <= FEW_STEPS and self.config.few_steps]
             if len(few) > 1 and "fid" in self.config.of_samples:  # a table of few steps: stock's rows belong to it
                 samples, solver = self.samples, own_solver(self.runner.scheduler)
                 yield from few_step_results(self.runner, self.images, solver, few, self.config.num_samples)

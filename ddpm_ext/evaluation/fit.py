@@ -217,7 +217,7 @@ class FittedNetwork:
             parts = []
             for start in range(0, len(x_t), size):
                 some = x_t[start : start + size]
-                mine = None if labels is None else labels[start : start + size]
+                mine = None if labels is None else labels[start : start + len(some)]
                 output = self.ask(some.to(self.unet.dtype), t, mine).to(x_t.dtype)
                 parts.append(self.scheduler.estimate(split_output(output, some, learned)[0], t, some, kind))
             return Estimate(torch.cat([part.x_0 for part in parts]), torch.cat([part.eps for part in parts]))
@@ -237,7 +237,10 @@ def fitted_scheduler(scheduler: Any, kind: ReferenceKind, fits: dict[int, Fit], 
         for K, fit in fits.items()
     }
     record = solver_record(kind, {K: fit.solver for K, fit in fits.items()}, ours, notes)
-    record["setting"] |= {"guidance_scale": options.guidance_scale, "reference_steps": options.reference_steps}
+    record["setting"] |= {
+        "guidance_scale": options.guidance_scale,
+        "reference_steps": min(options.reference_steps, len(ours)),
+    }
     extra = {**(ours.config.get(EXTENSION_KEY) or {}), "solver": record}
     return DDPMExtSolverScheduler.from_config({**ours.config, EXTENSION_KEY: extra})
 
