@@ -63,7 +63,13 @@ class Studio:
         return pipeline
 
     def generate(
-        self, steps: int, sampler: Shown, seed: int | None, label: int | None = None, count: int = 4
+        self,
+        steps: int,
+        sampler: Shown,
+        seed: int | None,
+        label: int | None = None,
+        guidance_scale: float = 0.0,
+        count: int = 4,
     ) -> Iterator[tuple[Image.Image, str]]:
         """The predicted pictures x̂_0 as the chain runs, the finished ones last, each with a line about it.
 
@@ -72,12 +78,15 @@ class Studio:
             sampler: One of the words.
             seed: Picture i is drawn from seed + i; None is 0.
             label: Class of every picture; None: all classes in turn.
+            guidance_scale: w of class guidance; 0 is none.
             count: How many pictures.
         """
         pipeline = with_own_scheduler(self.pipeline, sampler)
         generator = [torch.Generator().manual_seed(int(seed or 0) + i) for i in range(int(count))]
         labels = labels_of(pipeline, label, int(count))
-        chain = pipeline.progressive(int(count), generator, int(steps), class_labels=labels)
+        chain = pipeline.progressive(
+            int(count), generator, int(steps), class_labels=labels, guidance_scale=float(guidance_scale or 0)
+        )
         every = max(1, int(steps) // SHOWN_STEPS)
         for i, progress in enumerate(chain, start=1):
             if progress.x_0 is not None and (i % every == 0 or i == int(steps)):
@@ -134,6 +143,7 @@ class Studio:
             {"maximum": T, "value": min(steps, T)},
             {"maximum": T - 1, "value": min(timestep, T - 1)},
             {"visible": classes is not None, "label": about, "value": label if fits else None},
+            {"visible": knows_no_class(pipeline), "value": 0},
         )
 
 
@@ -147,6 +157,12 @@ def with_own_scheduler(pipeline: DDPMExtPipeline, sampler: Shown) -> DDPMExtPipe
 def number_of_classes(pipeline: DDPMExtPipeline) -> int | None:
     """Classes of a class-conditional network; None for any other."""
     return classes.number_of_classes(pipeline.unet.config)
+
+
+def knows_no_class(pipeline: DDPMExtPipeline) -> bool:
+    """Return whether a network can be guided: it was trained to draw without a class, too."""
+    found = classes.classes_of(pipeline.unet.config)
+    return found is not None and found.null_label is not None
 
 
 def labels_of(pipeline: DDPMExtPipeline, label: int | None, count: int) -> list[int] | None:
@@ -190,15 +206,17 @@ class Buttons:
         self.studio, self.error, self.update = studio, error, update
 
     def load(self, model: str, steps: int, timestep: int, label: int | None) -> tuple[Any, ...]:
-        """The line about a new model, and the fields whose ranges it sets: steps, timestep, class."""
+        """The line about a new model, and the fields whose ranges it sets: steps, timestep, class, guidance."""
         with self._told():
             status = self.studio.load(model)
             return status, *(self.update(**properties) for properties in self.studio.ranges(steps, timestep, label))
 
-    def generate(self, steps: int, sampler: Shown, seed: int | None, label: int | None) -> Iterator[tuple[Any, str]]:
+    def generate(
+        self, steps: int, sampler: Shown, seed: int | None, label: int | None, guidance_scale: float = 0.0
+    ) -> Iterator[tuple[Any, str]]:
         """Yield the images as the chain runs, each with a line about it."""
         with self._told():
-            yield from self.studio.generate(steps, sampler, seed, label)
+            yield from self.studio.generate(steps, sampler, seed, label, guidance_scale)
 
     def interpolate(
         self, a: Any, b: Any, timestep: int, weight: float, seed: int | None, label: int | None
@@ -237,7 +255,7 @@ def make_page(studio: Studio, model: str) -> Any:
     """
     gr = import_gradio()
     T = len(studio.pipeline.scheduler)
-    for_steps, for_timestep, for_label = studio.ranges(100, T // 2)
+    for_steps, for_timestep, for_label, for_guidance = studio.ranges(100, T // 2)
     with gr.Blocks(title="ddpm_ext") as page:
         gr.Markdown("# Denoising diffusion, step by step")
         with gr.Row():
@@ -251,6 +269,7 @@ def make_page(studio: Studio, model: str) -> Any:
             with gr.Row():
                 steps = gr.Slider(1, step=1, label="Steps", **for_steps)
                 sampler = gr.Dropdown(list(get_args(Shown)), value="ddpm", label="Sampler")
+                guidance = gr.Slider(0, 8, label="Class guidance w; 0: none", **for_guidance)
             start = gr.Button("Generate", variant="primary", elem_id="generate")
             picture = gr.Image(label="x̂_0", elem_id="generated", type="pil", format="png")
             line = gr.Markdown()
@@ -264,9 +283,9 @@ def make_page(studio: Studio, model: str) -> Any:
             judged = gr.Image(label="A picture", type="pil")
             measure, bits = gr.Button("Measure"), gr.Markdown()
 
-        buttons, fields = Buttons(studio, gr.Error, gr.update), [steps, timestep, label]
-        load.click(buttons.load, [name, *fields], [status, *fields])
-        start.click(buttons.generate, [steps, sampler, seed, label], [picture, line])
+        buttons, fields = Buttons(studio, gr.Error, gr.update), [steps, timestep, label, guidance]
+        load.click(buttons.load, [name, *fields[:3]], [status, *fields])
+        start.click(buttons.generate, [steps, sampler, seed, label, guidance], [picture, line])
         for slider in (timestep, weight):
             slider.release(buttons.interpolate, [a, b, timestep, weight, seed, label], between)
         measure.click(buttons.bits, [judged, label], bits)

@@ -171,14 +171,15 @@ class Told(Exception):
 
 def test_loading_sets_the_ranges_of_the_fields(model: str, other: str) -> None:
     buttons = Buttons(Studio(model), Told, dict)
-    status, steps, timestep, label = buttons.load(other, 100, 50, None)
+    status, steps, timestep, label, guidance = buttons.load(other, 100, 50, None)
+    assert guidance == {"visible": False, "value": 0}  # it was trained with a class for every image
     assert status.endswith("40 steps of training.")
     assert (steps, timestep) == ({"maximum": 40, "value": 40}, {"maximum": 39, "value": 39})
     assert label["visible"] and label["value"] is None and label["label"].startswith("Class, 0 to 2")
-    status, steps, timestep, label = buttons.load(f"{other}/no", 30, 20, 2)  # the former one stays
+    status, steps, timestep, label, _ = buttons.load(f"{other}/no", 30, 20, 2)  # the former one stays
     assert "cannot be loaded: There is no folder" in status
     assert (steps["value"], timestep["value"], label["value"]) == (30, 20, 2)
-    _, steps, timestep, label = buttons.load(model, 30, 20, 2)
+    _, steps, timestep, label, _ = buttons.load(model, 30, 20, 2)
     assert (steps, timestep) == ({"maximum": 100, "value": 30}, {"maximum": 99, "value": 20})
     assert not label["visible"] and label["value"] is None
 

@@ -14,11 +14,15 @@ from networks import tiny_unet
 from torch import Tensor
 from torch.testing import assert_close
 
+from ddpm_ext.demo import Studio
 from ddpm_ext.diffusion.process import eps_weights
 from ddpm_ext.errors import UserError
+from ddpm_ext.evaluation.config import EvalConfig
 from ddpm_ext.models.classes import check_labels, class_options, classes_of
+from ddpm_ext.pipelines.config import SampleConfig
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.pipelines.guidance import guided_prediction, make_guidance, rescaled
+from ddpm_ext.pipelines.sampling import sample_to_folder
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 
 MEANS = torch.tensor([-0.6, 0.1, 0.7], dtype=torch.float64)  # one normal distribution per class, of deviation S
@@ -266,3 +270,36 @@ def test_labels_by_number_or_name() -> None:
 def test_labels_that_are_none_are_a_sentence(labels: Any, config: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         check_labels(labels, 2, config)
+
+
+# Sampling, evaluation, demo -------------------------------------------------------------------------------------------
+
+
+def test_samples_of_another_guidance_are_other_samples(tmp_path: Path) -> None:
+    guided_pipeline().save_pretrained(tmp_path / "model")
+    options: Any = {"model": str(tmp_path / "model"), "num_samples": 2, "num_inference_steps": 2, "class_label": 1}
+    options |= {"output_dir": str(tmp_path / "out"), "cpu": True}
+    assert sample_to_folder(SampleConfig(**options)) == 0
+    for guided in ({"guidance_scale": 2.0}, {"guidance_scale": 2.0, "guidance_interval": [0, 500]}):
+        with pytest.raises(UserError, match=r"holds images of other settings \(guidance None -> "):
+            sample_to_folder(SampleConfig(**options, **guided))
+    plain = (tmp_path / "out" / "000000.png").read_bytes()
+    assert sample_to_folder(SampleConfig(**{**options, "output_dir": str(tmp_path / "2")}, guidance_scale=9.0)) == 0
+    assert (tmp_path / "2" / "000000.png").read_bytes() != plain
+    with pytest.raises(UserError, match="need a guidance_scale above 0"):
+        sample_to_folder(SampleConfig(**{**options, "output_dir": str(tmp_path / "3")}, guidance_rescale=0.5))
+
+
+def test_the_bound_of_a_guided_chain_is_refused_with_the_reason() -> None:
+    with pytest.raises(UserError, match="bpd of a guided chain are not measured: guidance draws from no distribution"):
+        EvalConfig(guidance_scale=1.0)
+    assert EvalConfig(guidance_scale=1.0, metrics="fid").guidance is not None
+    assert EvalConfig().guidance is None
+
+
+def test_the_page_draws_with_guidance_where_the_network_knows_no_class(tmp_path: Path) -> None:
+    guided_pipeline(DDPMExtScheduler(num_train_timesteps=1000)).save_pretrained(tmp_path)
+    studio = Studio(str(tmp_path))
+    assert studio.ranges(10, 5)[-1] == {"visible": True, "value": 0}
+    plain, guided = (list(studio.generate(4, "ddim", 0, 1, w, count=1))[-1][0].tobytes() for w in (0.0, 3.0))
+    assert plain != guided
