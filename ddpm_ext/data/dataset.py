@@ -113,7 +113,7 @@ def random_flip(pixels: Tensor, mask: Tensor) -> Tensor:
 
 
 class ImageSet:
-    """Pictures by number. Build it with `load_images`.
+    """Images by number. Build it with `load_images`.
 
     Attributes:
         num_images: Number of images in one epoch, len(self).

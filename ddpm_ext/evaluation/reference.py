@@ -65,16 +65,16 @@ def make_reference(
     num_images: int | None = None,
     batch_size: int = 256,
 ) -> Reference:
-    """The reference of the first `num_images` pictures of a set, from the cache or computed over all processes.
+    """The reference of the first `num_images` images of a set, from the cache or computed over all processes.
 
     Args:
         images: The data set.
         extractor: Makes the features.
-        kind: The pixel quantization; it is recorded even where 8-bit pictures make no difference.
+        kind: The pixel quantization; it is recorded even where 8-bit images make no difference.
         accelerator: Knows the processes; each of them must call.
         cache_dir: Folder of the references; None for `default_cache()`.
         num_images: None for all.
-        batch_size: Pictures at a time.
+        batch_size: Images at a time.
     """
     count = min(num_images or len(images), len(images))
     if count < 2:

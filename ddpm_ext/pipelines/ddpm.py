@@ -198,7 +198,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         The noise ε, and the noise of the way back, are shared by all λ: only the mixture differs.
 
         Args:
-            image_a: Shape (C, H, W) in [-1, 1], or a picture of the network's size.
+            image_a: Shape (C, H, W) in [-1, 1], or an image of the network's size.
             image_b: The other.
             timestep: Where they are mixed, 0 <= t < T; large t mix coarse features.
             weights: The λ; 0 is image_a, 1 is image_b.

@@ -131,7 +131,7 @@ def make_grid(images: np.ndarray, min_side: int = 48) -> np.ndarray:
 
 
 def shown_bands(image: np.ndarray, rgb_bands: Sequence[int] | None = None) -> np.ndarray:
-    """Return the channels that a picture of an image shows: all of up to four, of more the first, or three named ones.
+    """Return the channels that an image of an image shows: all of up to four, of more the first, or three named ones.
 
     Args:
         image: Shape (..., C).

@@ -193,7 +193,7 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         """Return the portable config: stock's class name and values that stock samples rightly, ours in `_ddpm_ext`.
 
         What stock cannot sample at all keeps a word that stock refuses, so that it raises instead of drawing a wrong
-        picture.
+        image.
         """
         text = super().to_json_string()
         if type(self) is not DDPMExtScheduler:

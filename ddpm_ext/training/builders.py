@@ -68,7 +68,7 @@ class BatchPlan(NamedTuple):
 
 
 def plan_batch(config: TrainConfig, processes: int, global_batch: int | None = None) -> BatchPlan:
-    """Cut the global batch into equal parts of at most `train_batch_size` pictures.
+    """Cut the global batch into equal parts of at most `train_batch_size` images.
 
     Args:
         config: The options.
@@ -111,7 +111,7 @@ def plan_batch(config: TrainConfig, processes: int, global_batch: int | None = N
 
 
 def length(data: ImageSet | ImageStream) -> int | None:
-    """Pictures of one epoch; a stream does not know."""
+    """Images of one epoch; a stream does not know."""
     return None if isinstance(data, ImageStream) else len(data)
 
 

@@ -29,7 +29,7 @@ __all__ = ["NEUTRAL", "ReconstructConfig", "TrainConfig", "config_changes", "rec
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Where the pictures come from."""
+    """Where the images come from."""
 
     dataset_name: str | None = option(
         None, "Hub name or local folder of a data set; none: the built-in digits.", replaces=("train_data_dir",)
@@ -42,12 +42,12 @@ class DataOptions:
     )
     train_split: str = option("train", "Split to train on.")
     cache_dir: str | None = option(None, "Where downloaded data sets and models are kept.", neutral=True)
-    image_column: str | None = option(None, "Column that holds the pictures; none: the only one that can.")
+    image_column: str | None = option(None, "Column that holds the images; none: the only one that can.")
     label_column: str | None = option(None, "Column that holds the classes; none: the only one that can.")
-    resolution: str | None = option(None, "Size of the pictures: 32, or height x width as 24x32; none: the network's.")
-    center_crop: bool = option(True, "Crop in the middle; off: each picture at a place of its own.")
-    random_flip: bool = option(False, "Mirror each picture with probability 1/2.")
-    dataloader_num_workers: int = option(0, "Threads that decode pictures; 0: the main one.", at_least=0, neutral=True)
+    resolution: str | None = option(None, "Size of the images: 32, or height x width as 24x32; none: the network's.")
+    center_crop: bool = option(True, "Crop in the middle; off: each image at a place of its own.")
+    random_flip: bool = option(False, "Mirror each image with probability 1/2.")
+    dataloader_num_workers: int = option(0, "Threads that decode images; 0: the main one.", at_least=0, neutral=True)
     streaming: bool = option(
         False,
         "Read the data set shard by shard instead of loading it.",
@@ -64,10 +64,10 @@ class DataOptions:
     array_key: str | None = option(None, "Name of the array in .npz files; none: their only one.")
     max_unreadable: float = option(0.01, "Share of unreadable images above which the run stops.", neutral=True)
     equal_sizes: bool = option(
-        False, "Refuse pictures of several sizes instead of scaling and cropping them.", neutral=True
+        False, "Refuse images of several sizes instead of scaling and cropping them.", neutral=True
     )
     strict_data: bool = option(
-        False, "Stop at the first corrupt picture instead of skipping and counting it.", neutral=True
+        False, "Stop at the first corrupt image instead of skipping and counting it.", neutral=True
     )
 
 
@@ -103,7 +103,7 @@ class NetworkOptions:
         needs=("init_from", True),
     )
     dropout: float | None = option(None, "Dropout of the network; none: the preset's.", at_least=0, below=1)
-    class_conditional: bool = option(False, "Give the network each picture's class.")
+    class_conditional: bool = option(False, "Give the network each image's class.")
     class_dropout: float = option(
         0.0,
         "Share of images that are trained without their class, for class guidance: 0.1 is usual.",
@@ -160,14 +160,14 @@ class OptimizerOptions:
     """Updates: their batch, number, learning rate and average."""
 
     train_batch_size: int = option(
-        16, "Pictures of one process in one forward pass.", at_least=1, neutral=True, replaces=("global_batch_size",)
+        16, "Images of one process in one forward pass.", at_least=1, neutral=True, replaces=("global_batch_size",)
     )
     gradient_accumulation_steps: int = option(
         1, "Forward passes of one update.", at_least=1, neutral=True, replaces=("global_batch_size",)
     )
     global_batch_size: int | None = option(
         None,
-        "Pictures of one update over all processes; none: train_batch_size x accumulation x processes.",
+        "Images of one update over all processes; none: train_batch_size x accumulation x processes.",
         at_least=1,
         neutral=True,
     )
@@ -241,7 +241,7 @@ class NumericsOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Seed, files, pictures, trackers."""
+    """Seed, files, images, trackers."""
 
     output_dir: str | None = option(None, "Run folder; none: runs/<preset>.", neutral=True)
     overwrite_output_dir: bool = option(
@@ -262,7 +262,7 @@ class RunOptions:
         needs=("report_to", ("tensorboard",)),
     )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "Tracker.", neutral=True)
-    eval_batch_size: int = option(64, "Pictures of a sample grid.", at_least=1, neutral=True)
+    eval_batch_size: int = option(64, "Images of a sample grid.", at_least=1, neutral=True)
     save_images_steps: int | None = option(
         None,
         "Updates between sample grids; none: see save_images_epochs.",
@@ -321,7 +321,7 @@ class EvaluationOptions:
     eval_split: str | None = option(
         None, "Held-out split whose bits/dim are measured; none: only fid.", neutral=True, needs=("eval_steps", True)
     )
-    eval_samples: int = option(256, "Generated pictures of each evaluation.", neutral=True, needs=("eval_steps", True))
+    eval_samples: int = option(256, "Generated images of each evaluation.", neutral=True, needs=("eval_steps", True))
     eval_num_inference_steps: int = option(
         50, "Their denoising steps.", at_least=1, neutral=True, needs=("eval_steps", True)
     )
@@ -333,7 +333,7 @@ class EvaluationOptions:
     )
     eval_max_images: int = option(
         5000,
-        "Only the first so many pictures of a split are compared with.",
+        "Only the first so many images of a split are compared with.",
         at_least=1,
         neutral=True,
         needs=("eval_steps", True),

@@ -1,6 +1,6 @@
 """Everything random in training, as a function of (seed, step, place in the global batch) and of nothing else.
 
-So the draws of a picture depend neither on the number of processes, nor on accumulation, nor on a resume.
+So the draws of an image depend neither on the number of processes, nor on accumulation, nor on a resume.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..distributed import move
 
 __all__ = ["BLOCK", "draw", "seed_dropout", "seed_of"]
 
-BLOCK = 16  # neighbours in the global batch that share one generator: drawing picture by picture costs a third more
+BLOCK = 16  # neighbours in the global batch that share one generator: drawing image by image costs a third more
 
 
 class Draws(NamedTuple):
@@ -40,13 +40,13 @@ def draw(seed: int, step: int, rows: range, shape: tuple[int, ...], num_timestep
     """Timesteps, flips and noise of some rows of one step's global batch.
 
     The global batch is cut into blocks of 16 rows, each with a generator seeded by (seed, step, block). Noise is drawn
-    on the device of the pictures; another kind of device draws other noise.
+    on the device of the images; another kind of device draws other noise.
 
     Args:
         seed: The run's seed.
         step: The batch's number in the run, from 0.
         rows: Places in the global batch, step 1.
-        shape: (C, H, W) of one picture.
+        shape: (C, H, W) of one image.
         num_timesteps: T.
         device: Where the draws are needed.
 

@@ -23,7 +23,7 @@ STEM = "timesteps"  # of the file in a checkpoint
 
 
 class Timesteps:
-    """Chooses t for the pictures of a forward pass.
+    """Chooses t for the images of a forward pass.
 
     Args:
         sampler: "uniform" or "loss_aware" (Nichol & Dhariwal 2021, arXiv:2102.09672, §3.3).
