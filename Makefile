@@ -2,24 +2,27 @@
 #   make train                               trains the digits preset: samples and weights in runs/digits
 #   make train ARGS="--preset cifar10-small" any option of scripts/train.py
 #   make evaluate                            measures what it made: runs/digits/eval.json and eval.md
-#   make test                                the default tests
+#   make test                                the default tests; CONSTRAINTS=constraints-lowest.txt: at the oldest versions
+#   make test-device                         the suites that use a device, on a simulated accelerator (g++)
+#   make gpu ARGS="--data ../data/cifar10"   measures a GPU: docs/gpu/<card>.md
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train evaluate test test-slow test-package test-order style format bench clean
+.PHONY: help install train evaluate test test-slow test-package test-order style format bench gpu test-core test-device clean
 
 help:
-	@echo "make train | evaluate | test | test-slow | test-package | style | format | bench | clean      (ARGS=... are passed on, PYTHON=... picks the Python)"
+	@echo "make train | evaluate | test | test-slow | test-package | style | format | bench | gpu | test-device | clean      (ARGS=... are passed on, PYTHON=... picks the Python)"
 
 # Debian without python3-venv has no ensurepip: then the machine's own pip fills the environment.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
 		{ $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[test]"
 	touch $@
 
 install: $(STAMP)
@@ -38,6 +41,19 @@ test-slow: $(STAMP)
 # The sdist and the wheel as they would be published, used outside the checkout.
 test-package: $(STAMP)
 	$(BIN)/python -m pytest -m slow tests/test_packaging.py $(ARGS)
+
+# What every version must pass: the mathematics, scheduler, pipeline, networks, averages, checkpoints and the Hub's client.
+CORE_TESTS := test_schedules test_process test_reverse test_losses test_likelihood test_scheduler test_scheduler_contract \
+	test_pipeline test_pipeline_portable test_unet test_ema test_checkpoint test_pull test_sample
+test-core: $(STAMP)
+	$(BIN)/python -m pytest $(CORE_TESTS:%=tests/%.py) $(ARGS)
+
+# In one process: the accelerator is built once (under a minute) and cached. Deselected are tests that compare with a
+# process on the CPU, ask for fp16 or count processes; tests/accelerator/deselected.txt names each with its reason.
+DEVICE_TESTS := test_device test_scheduler test_scheduler_exactness test_pipeline test_bound test_train test_resume \
+	test_sample test_evaluate test_calibrate
+test-device: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m pytest -p accelerator.plugin $(DEVICE_TESTS:%=tests/%.py) $(ARGS)
 
 test-order: $(STAMP)
 	$(BIN)/python -m pytest tests/test_import_order.py
@@ -59,6 +75,9 @@ evaluate: $(STAMP)
 	$(EVALUATE) --metrics bpd,fid --variance_type fixed_small,fixed_large --sampler ddpm,ddim \
 		--num_inference_steps 100,50,10 $(ARGS)
 	$(EVALUATE) --metrics fid --variance_type fixed_large --num_inference_steps 1000 $(ARGS)
+
+gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/speed.py $(ARGS)

@@ -197,14 +197,13 @@ class EnvOptions:
 
 
 def env(argv: list[str]) -> int:
-    """Print versions and hardware, for reports of faults."""
+    """Print versions, those outside the tested range by name, and hardware; for reports of faults."""
     parse_options(EnvOptions, str(env.__doc__), argv, "ddpm-ext env")
     from ..run_dir import environment
+    from ..versions import describe_versions
 
-    found = environment()
-    for name, version in found["versions"].items():
-        print(f"{name}: {version}")
-    print(f"hardware: {found['hardware']}")
+    print("\n".join(describe_versions()))
+    print(f"hardware: {environment()['hardware']}")
     return 0
 
 

@@ -24,6 +24,12 @@ __all__ = ["pull", "pull_config"]
 logger = logging.getLogger(__name__)
 
 
+def _is_offline() -> bool:
+    """Return whether the Hub is not to be asked; huggingface_hub 0.x knows it as a constant only."""
+    ask = getattr(constants, "is_offline_mode", None)
+    return bool(constants.HF_HUB_OFFLINE if ask is None else ask())
+
+
 def pull(
     download: Callable[..., Any],
     repo_id: str,
@@ -110,7 +116,7 @@ class _Pull:
         with hub_errors(operation):
             validate_repo_id(self.repo_id)
             state: State | None = None
-            if not (self.options.get("local_files_only") or constants.is_offline_mode()):
+            if not (self.options.get("local_files_only") or _is_offline()):
                 state = self._state_or_cache()
                 self.options["local_files_only"] = state is None
                 if state is not None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, ImagePipelineOutput, UNet2DModel
+from diffusers.pipelines import pipeline_utils
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -40,6 +41,7 @@ __all__ = ["DDPMExtPipeline", "DivergenceError", "OutputType", "Progress"]
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Callback = Callable[["DDPMExtPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]
+_KNOWS_DTYPE = hasattr(pipeline_utils, "_resolve_dtype")  # older Diffusers knows the word torch_dtype only
 HALF_VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -311,6 +313,8 @@ class DDPMExtPipeline(DiffusionPipeline):
         name = find_pipeline(pretrained_model_name_or_path or "")
         if os.path.isfile(os.path.join(name, INDEX)):
             check_weights(Path(name), kwargs.get("variant"), passed=kwargs.keys())
+        if "dtype" in kwargs and not _KNOWS_DTYPE:  # it would be ignored, and float32 loaded
+            kwargs["torch_dtype"] = kwargs.pop("dtype")
         pipeline: Any = super().from_pretrained(name, **kwargs)
         check_loaded(pipeline, name)
         return pipeline
