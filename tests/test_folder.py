@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import shutil
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -227,6 +230,7 @@ def test_a_table_of_images_gives_their_labels(tmp_path: Path) -> None:
     files = {f"{i}.png": image(10 * i) for i in range(3)}
     folder = write(tmp_path, {**files, "metadata.csv": b"file_name,kind\n2.png,dog\n0.png,cat\n"})
     found = load_images(train_data_dir=folder, label_column="kind")
+    gc.collect()  # here, and not in the test that comes next
     labels = found.batch(range(2)).labels
     assert labels is not None
     assert dict(zip(found.batch(range(2)).pixels[:, 0, 0, 0].tolist(), labels.tolist(), strict=True)) == {0: 0, 20: 1}
@@ -236,10 +240,10 @@ def test_a_table_of_images_gives_their_labels(tmp_path: Path) -> None:
 
 
 def test_the_numbers_of_a_test_split_are_those_of_training(tmp_path: Path) -> None:
-    names = {"train": ("1", "10", "2"), "test": ("10", "2"), "validation": ("2",)}
+    names = {"train": ("1", "10", "2"), "test": ("10", "2"), "validation": ("2",)}  # one class is a class too
     files = {f"{s}/{c}/{i}.png": image(int(c)) for s, cs in names.items() for c in cs for i in range(2)}
     folder = write(tmp_path, files)
-    for split in ("train", "test"):
+    for split in names:
         found = load_images(train_data_dir=folder, split=split)
         batch = found.batch(range(len(found)))
         assert found.spec.class_names == ("1", "10", "2") and batch.labels is not None
@@ -335,3 +339,70 @@ def test_a_file_that_goes_is_named(tmp_path: Path) -> None:
     shutil.rmtree(folder)
     with pytest.raises(ValueError, match=r"None of the 3 images can be read: 3 of 3: the file is not there"):
         asked.batch([0])
+
+
+def test_classes_in_file_names_are_recognised_and_answered(tmp_path: Path) -> None:
+    files = {f"{kind}_{i}.png": image(i) for kind in ("cat", "dog") for i in range(3)}
+    found = load_images(train_data_dir=write(tmp_path, files))
+    with pytest.raises(ValueError, match=r"no classes.* begin with cat, dog: .*metadata\.csv"):
+        found.require_classes()
+    write(tmp_path / "numbered", {f"img{i}.png": image(i) for i in range(6)})
+    with pytest.raises(ValueError, match=r"label_column\.$"):
+        load_images(train_data_dir=str(tmp_path / "numbered")).require_classes()
+
+
+# On the Hub -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_set_of_image_files_on_the_hub_is_read_as_a_folder(
+    streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:
+        file.writestr("cat/z.png", image(50))
+    splits = {"train": ("cat", "dog"), "test": ("dog",)}
+    files = {f"data/{s}/{c}/{i}.png": image(i + 10 * (c == "dog")) for s in splits for c in splits[s] for i in range(2)}
+    sets = {"alice/split": {**files, "README.md": b"# x", "notes.csv": b"a,b\n1,2\n"}}
+    sets["alice/zip"] = {"images.zip": packed.getvalue(), "train.png": image(60), "README.md": STRAY["README.md"]}
+    for name, content in sets.items():
+        write(tmp_path / name, content)
+
+    class Api:
+        def dataset_info(self, name: str) -> Any:
+            siblings = [type("File", (), {"rfilename": file}) for file in sets[name]]
+            return type("Info", (), {"sha": "main", "siblings": siblings})
+
+    from ddpm_ext.data import files as reading
+    from ddpm_ext.data import sources
+
+    monkeypatch.setattr(sources, "HfApi", Api)
+    monkeypatch.setattr(sources, "hf_hub_download", lambda name, file, **_: str(tmp_path / name / file))
+    monkeypatch.setattr(sources, "snapshot_download", lambda name, **_: str(tmp_path / name))
+
+    def local(path: str) -> str:
+        return path.replace("hf://datasets/alice/", f"{tmp_path}/alice/").replace("@main", "")
+
+    disk = fsspec.filesystem("file")
+    monkeypatch.setattr(reading.fsspec, "url_to_fs", lambda path: (disk, local(path)))
+    opened = lambda kind, archive, _: (fsspec.filesystem(kind, fo=local(archive)), threading.Lock())  # noqa: E731
+    monkeypatch.setattr(reading, "_archive_of", opened)
+
+    def read(name: str, count: int, **options: Any) -> list[tuple[int, int]]:
+        opened: Any = (stream_images if streaming else load_images)(name, resolution=4, channels=3, **options)
+        batch = opened.at(range(count), 0)
+        labels = [-1] * count if batch.labels is None else batch.labels.tolist()
+        return sorted(zip(batch.pixels[:, 0, 0, 0].tolist(), labels, strict=True))
+
+    assert read("alice/split", 4) == [(0, 0), (1, 0), (10, 1), (11, 1)]
+    assert read("alice/split", 2, split="test") == [(10, 1), (11, 1)]
+    assert read("alice/zip", 2) == [(50, -1), (60, -1)]
+
+
+def test_words_of_a_test_split_have_the_numbers_of_training(tmp_path: Path) -> None:
+    for split, words in (("train", ["emu", "cat", "dog"]), ("test", ["emu", "dog"])):
+        cells = [{"bytes": image(i), "path": None} for i in range(len(words))]
+        table = datasets.Dataset.from_dict({"image": cells, "kind": words}).cast_column("image", datasets.Image())
+        table.to_parquet(tmp_path / f"{split}.parquet")
+    found = {s: load_images(train_data_dir=str(tmp_path), split=s, label_column="kind") for s in ("train", "test")}
+    assert {s: f.batch(range(len(f))).labels.tolist() for s, f in found.items()} == {"train": [2, 0, 1], "test": [2, 1]}  # pyright: ignore

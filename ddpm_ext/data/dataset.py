@@ -23,6 +23,7 @@ import torch
 from datasets.config import HF_DATASETS_CACHE
 from torch import Tensor
 
+from .folder import classes_in_names
 from .rows import (
     Decoder,
     Reading,
@@ -132,9 +133,11 @@ class ImageSet:
         length: int,
         spec: DataSpec,
         skipped: list[str],
+        hint: str = "",
     ) -> None:
         assert spec.resolution is not None and spec.channels is not None and spec.fingerprint is not None
         self._read = read
+        self._hint = hint
         self._labels = None if labels is None else labels.numbers
         self.num_images = length
         self.shape = (spec.channels, *spec.resolution)
@@ -162,7 +165,7 @@ class ImageSet:
             ValueError: it has no classes, or images without one.
         """
         if self._labels is None or not self.num_classes:
-            raise ValueError(f"The images of {self.spec.name} have no classes: name their label_column.")
+            raise ValueError(f"The images of {self.spec.name} have no classes: name their label_column.{self._hint}")
         without = int((self._labels < 0).sum())
         if without:
             raise ValueError(
@@ -346,12 +349,15 @@ def open_images(spec: DataSpec, reading: Reading | None = None) -> ImageSet:
     if source.note is not None:
         say_once(source.note)
     rows = Rows(source, find_image_column(table.features, spec.image_column))
-    labels = read_labels(table, find_label_column(table.features, spec.label_column), spec.class_names)
+    column = find_label_column(table.features, spec.label_column)
+    known = spec.class_names or _training_names(spec, table.features, column, reading.cache_dir)
+    labels = read_labels(table, column, known)
     if labels is not None and spec.label_column is not None and labels.numbers.min() < 0:
         raise ValueError(
             f"label_column {spec.label_column!r} must hold classes from 0 upwards in every row, and "
             f"{int((labels.numbers < 0).sum()):,} of {len(rows):,} have none."
         )
+    hint = classes_in_names(source.files or [])
     form = image_format(rows, spec)
     spec = replace(spec, resolution=(form.height, form.width), channels=form.channels)
     decoder = Decoder(form, reading, len(rows))
@@ -361,7 +367,7 @@ def open_images(spec: DataSpec, reading: Reading | None = None) -> ImageSet:
         mark = fingerprint(source_digest(rows, form), labels and labels.numbers, form)
         tell_of(rows, form, reading)
         read = partial(decoder.nearest_readable, rows)
-        return ImageSet(read, labels, len(rows), replace(spec, fingerprint=mark), decoder.skipped)
+        return ImageSet(read, labels, len(rows), replace(spec, fingerprint=mark), decoder.skipped, hint)
     if num_bytes > reading.memory_bytes:
         decoded = decode_to_file(decoder, rows, Path(reading.cache_dir or HF_DATASETS_CACHE) / "ddpm_ext")
     else:
@@ -375,7 +381,19 @@ def open_images(spec: DataSpec, reading: Reading | None = None) -> ImageSet:
         len(decoded.kept),
         replace(spec, fingerprint=mark),
         decoded.skipped,
+        hint,
     )
+
+
+def _training_names(spec: DataSpec, features: Any, column: str | None, cache_dir: str | None) -> tuple[str, ...] | None:
+    """The classes of the split "train" for another split whose labels are words, which would be numbered anew."""
+    kind = None if column is None else features[column]
+    if spec.split.startswith("train") or getattr(kind, "dtype", None) not in ("string", "large_string"):
+        return None
+    try:
+        return class_names_of(replace(spec, split="train"), cache_dir)
+    except ValueError:  # there is no such split
+        return None
 
 
 def class_names_of(spec: DataSpec, cache_dir: str | None = None) -> tuple[str, ...] | None:

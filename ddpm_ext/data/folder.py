@@ -11,8 +11,9 @@ A folder is a list of names, so that a local folder, a repository on the Hub and
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -22,7 +23,17 @@ from PIL import Image
 from .decoding import NO_IMAGES, is_image
 from .files import archive_kind, archive_members
 
-__all__ = ["ARRAYS", "SPLIT_FOLDERS", "Entry", "Listing", "expanded", "image_count", "list_images", "local_entries"]
+__all__ = [
+    "ARRAYS",
+    "SPLIT_FOLDERS",
+    "Entry",
+    "Listing",
+    "classes_in_names",
+    "image_count",
+    "list_images",
+    "local_entries",
+    "split_prefix",
+]
 
 # Sub-folders of these names are splits and not classes (the words of `datasets`).
 SPLIT_FOLDERS = (
@@ -62,7 +73,7 @@ def local_entries(folder: Path) -> list[Entry]:
     return sorted(Entry(Path(path).relative_to(folder).as_posix(), path) for path in found)
 
 
-def expanded(entries: Iterable[Entry]) -> tuple[list[Entry], dict[str, list[str]]]:
+def _expanded(entries: Iterable[Entry]) -> tuple[list[Entry], dict[str, list[str]]]:
     """Return the entries with each archive replaced by its members, and the archives that cannot be read, by reason."""
     found: list[Entry] = []
     broken: dict[str, list[str]] = defaultdict(list)
@@ -101,7 +112,7 @@ def list_images(entries: Iterable[Entry], split: str, where: str) -> Listing:
     Raises:
         ValueError: it holds no images, or not that split, or splits where classes should be.
     """
-    files, left_out = expanded(entries)
+    files, left_out = _expanded(entries)
     total = len(files) + sum(map(len, left_out.values()))
     visible = []
     for entry in files:
@@ -109,7 +120,7 @@ def list_images(entries: Iterable[Entry], split: str, where: str) -> Listing:
             left_out["hidden"].append(entry.name)
         else:
             visible.append(entry)
-    part = _split_prefix([entry.name for entry in visible], split)
+    part = split_prefix([entry.name for entry in visible], split)
     images, arrays = [], []
     for entry in visible:
         if not entry.name.startswith(part):
@@ -132,30 +143,29 @@ def list_images(entries: Iterable[Entry], split: str, where: str) -> Listing:
     if not chosen:
         raise ValueError(f"it holds no images{f' ({note})' if note else ': it is empty'}.")
     chosen.sort()
-    classes = _classes([entry.name for entry in chosen], where)
-    names = None if classes is None else _class_names([entry.name for entry in visible], part, set(classes), where)
+    classes, names = _numbered([entry.name for entry in chosen], [entry.name for entry in visible], part, where)
     sentence = f"{where}: {len(chosen)} images of {total} files are read; left out: {note}." if note else None
     return Listing([entry.path for entry in chosen], classes, names, sentence)
 
 
-def _class_names(names: list[str], part: str, found: set[str], where: str) -> list[str]:
-    """The classes of the training split beside a split, so that one number is one class in both; else its own.
+def _numbered(chosen: list[str], names: list[str], part: str, where: str) -> tuple[list[str] | None, list[str] | None]:
+    """The class of each chosen image, and all classes in the order of their numbers: those of the training split.
 
     Raises:
         ValueError: the split has a class that training has not.
     """
     above = part.rstrip("/").rpartition("/")[0]
-    folders = [f"{above}/{folder}/".lstrip("/") for folder in ("train", "training")]
-    for folder in folders:
+    for folder in (f"{above}/{name}/".lstrip("/") for name in ("train", "training")):
         beside = [name for name in names if name.lower().startswith(folder.lower()) and _suffix_kind(name) is not None]
-        classes = _classes(beside, where) if beside else None
-        if part.lower() != folder.lower() and classes is not None:
-            if unknown := sorted(found - set(classes)):
-                raise ValueError(
-                    f"the classes {unknown} of {part} are none of {folder}, which has {sorted(set(classes))}."
-                )
-            return sorted(set(classes))
-    return sorted(found)
+        known = None if part.lower() == folder.lower() or not beside else _classes(beside, where)
+        found = [PurePosixPath(name).parent.name for name in chosen]
+        if known is None or not all(name.removeprefix(part).count("/") for name in chosen):
+            continue
+        if unknown := sorted(set(found) - set(known)):
+            raise ValueError(f"the classes {unknown} of {part} are none of {folder}, which has {sorted(set(known))}.")
+        return found, sorted(set(known))
+    classes = _classes(chosen, where)
+    return classes, None if classes is None else sorted(set(classes))
 
 
 def _is_hidden(name: str) -> bool:
@@ -164,8 +174,12 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith((".", "__")) for part in parts) or parts[-1].lower() in ("thumbs.db", "desktop.ini")
 
 
-def _split_prefix(names: list[str], split: str) -> str:
-    """The sub-folder of a split with its "/", or "" where all of the folder is "train"."""
+def split_prefix(names: list[str], split: str) -> str:
+    """Return the sub-folder of a split with its "/", or "" where all of the folder is "train".
+
+    Raises:
+        ValueError: the folder has other splits, or none and another than "train" is asked for.
+    """
     above = ""
     while True:
         inner = [name.removeprefix(above).split("/") for name in names if name.startswith(above)]
@@ -243,6 +257,19 @@ def _kind(entry: Entry) -> str:
     if suffix in _KNOWN:
         return suffix
     return "image" if is_image(entry.path) else suffix or "without a suffix, no image"
+
+
+def classes_in_names(paths: Sequence[str]) -> str:
+    """Return what to do about classes that stand in file names, as cat_01.png; nothing where none do."""
+    words = [re.match(r"([A-Za-z]+)[ ._-]?\d+\.", path.rpartition("/")[2]) for path in paths]
+    found = sorted({word[1] for word in words if word})
+    if not 2 <= len(found) <= len(paths) / 2 or not all(words):
+        return ""
+    some = ", ".join(found[:5]) + (", …" if len(found) > 5 else "")
+    return (
+        f" Their file names begin with {some}: sort them into folders of these names, or write a metadata.csv with the "
+        "columns file_name and label, and give --label_column label."
+    )
 
 
 def _told(left_out: dict[str, list[str]]) -> str:

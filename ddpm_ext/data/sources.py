@@ -24,7 +24,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from .files import archive_kind, read_bytes
-from .folder import SPLIT_FOLDERS, Entry, Listing, image_count, list_images, local_entries
+from .folder import SPLIT_FOLDERS, Entry, Listing, image_count, list_images, local_entries, split_prefix
 from .spec import DIGITS, DataSpec
 
 __all__ = [
@@ -224,8 +224,12 @@ def _open_hub(name: str, config: str | None, split: str, cache_dir: str | None, 
     if streaming:
         entries = [Entry(file, f"hf://datasets/{name}@{revision}/{file}") for file in names]
     else:
-        folder = snapshot_download(name, repo_type="dataset", revision=revision, cache_dir=cache_dir)
-        entries = local_entries(Path(folder))
+        packed = any(archive_kind(file) is not None for file in names)
+        part = "" if packed else split_prefix(names, split)
+        wanted = [f"{part}*"] if part else None  # not the images of other splits
+        options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": wanted}
+        folder = Path(snapshot_download(name, repo_type="dataset", **options))
+        entries = [Entry(file, str(folder / file)) for file in names]
     return _open_listing(list_images(entries, split, name), split, streaming)
 
 
