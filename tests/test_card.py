@@ -195,8 +195,13 @@ def test_a_card_renders_from_a_checkout_or_an_installation(run: Path, versions: 
     ("start", "options", "base", "words"),
     [
         ("google/ddpm-cifar10-32", {}, "google/ddpm-cifar10-32", "all weights were trained further"),
-        ("google/ddpm-cifar10-32", {"freeze": ["down_blocks.*"]}, "google/ddpm-cifar10-32", "but for down_blocks.*"),
-        ("/home/me/runs/cats", {"lora_rank": 4}, None, "(rank 4) and merged; begun anew: conv_out.weight; trained on"),
+        (
+            "google/ddpm-cifar10-32",
+            {"freeze": ["down_blocks.*"]},
+            "google/ddpm-cifar10-32",
+            "its weights but for down_blocks.*",
+        ),
+        ("/home/me/runs/cats", {"lora_rank": 4}, None, "cifar10 and merged; begun anew: conv_out.weight"),
     ],
 )
 def test_a_fine_tuned_model_names_what_it_started_from(
@@ -209,7 +214,7 @@ def test_a_fine_tuned_model_names_what_it_started_from(
     assert front_matter(text).get("base_model") == base and front_matter(text)["license"] == "mit"
     assert words in text and "/home/me" not in text
     assert ("[google/ddpm-cifar10-32](https://huggingface.co/google" in text) == (base is not None)
-    assert f"fine-tuned from {base or 'cats'}, trained on uoft-cs/cifar10" in text
+    assert f"fine-tuned from {base or 'cats'} on uoft-cs/cifar10" in text
 
 
 def test_what_is_not_known_is_left_out(run: Path, tmp_path: Path) -> None:

@@ -244,7 +244,11 @@ def test_no_token_in_any_file(hub: Hub, client: Client, run: Path) -> None:
 def test_what_is_no_pipeline_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HubError, match=r"no saved pipeline and no finished run"):
         collect(tmp_path, tmp_path / "staging")
+    with pytest.raises(HubError, match=r"none is not there\. Give a run folder"):
+        collect(tmp_path / "none", tmp_path / "staging")
     (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline", "unet": [null, null]}')
+    with pytest.raises(HubError, match=r"model_index.json is a file\. Give a run folder"):
+        collect(tmp_path / "model_index.json", tmp_path / "staging")
     with pytest.raises(HubError, match="names no pipeline with parts"):
         collect(tmp_path, tmp_path / "staging")
 
@@ -319,7 +323,7 @@ def failing_background(folder: str) -> str:
 def test_a_failed_push_in_the_background_is_told_at_the_end(hub: Hub, client: Client, run: Path) -> None:
     told = client(failing_background, str(run))
     assert "may not write to bob/digits" in told
-    assert told.endswith(f"python scripts/push_to_hub.py --model {run} --hub_model_id bob/digits")  # not the snapshot
+    assert told.endswith(f"ddpm-ext push --model {run} --hub_model_id bob/digits")  # not the snapshot
 
 
 def train_and_publish(folder: str, pushes: int) -> dict[str, Any]:
@@ -391,7 +395,7 @@ def test_a_refused_publication_leaves_the_card_and_names_every_option(hub: Hub, 
     options: dict[str, Any] = {"private": True, "revision": "dev", "variant": "fp16", "tags": ["v1", "v2"]}
     told = client(publish_run, str(run), "bob/digits", license="mit", **options)
     assert not (run / "README.md").exists() and "are as they were" in told
-    words = shlex.split(told.rsplit("python scripts/push_to_hub.py ", 1)[1])
+    words = shlex.split(told.rsplit("ddpm-ext push ", 1)[1])
     assert words[:4] == ["--model", str(run), "--hub_model_id", "bob/digits"]
     pairs = {"--revision dev", "--variant fp16", "--license mit", "--tags v1", "--hub_private_repo"}
     assert all(pair in " ".join(words) for pair in pairs) and "v2" in words and "tok-alice" not in told

@@ -160,7 +160,7 @@ def test_a_blob_that_the_hub_holds_wrongly_is_told(hub: Hub, client: Client, run
     assert f"other bytes than were sent, in {WEIGHTS}" in done["error"]
 
 
-COMMAND = "python scripts/push_to_hub.py --model"
+COMMAND = "ddpm-ext push --model"
 
 
 @pytest.mark.parametrize(

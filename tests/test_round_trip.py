@@ -92,7 +92,7 @@ def test_a_training_whose_upload_failed_says_so_and_the_same_command_uploads_it(
     fault = own_hub.fail("POST", "/commit/", status=413, times=1000)
     failed = subprocess.run([sys.executable, *train.split()], env=home, cwd=ROOT, capture_output=True, text=True)
     assert failed.returncode == 1 and "a quota or a limit on size is reached" in failed.stderr
-    assert f"scripts/push_to_hub.py --model {run} --hub_model_id alice/trained\n" in failed.stderr
+    assert f"ddpm-ext push --model {run} --hub_model_id alice/trained\n" in failed.stderr
     assert json.loads((run / "status.json").read_text())["status"] == "finished"
     assert own_hub.history("alice/trained") == ["initial commit"]
     own_hub.faults.remove(fault)

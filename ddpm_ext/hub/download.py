@@ -187,7 +187,7 @@ def _check_pipeline(repo_id: str, known: dict[str, str], variant: str | None) ->
     if INDEX not in known:
         raise HubError(
             f"{repo_id} holds no {INDEX}: it is no Diffusers pipeline. A network alone loads with "
-            f'UNet2DModel.from_pretrained("{repo_id}"); checkpoints of other codes need scripts/convert.py.'
+            f'UNet2DModel.from_pretrained("{repo_id}"); checkpoints of other codes need ddpm-ext convert.'
         )
     if variant is not None:
         weights = [name for name in known if name.endswith((".safetensors", ".bin"))]

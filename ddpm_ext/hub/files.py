@@ -96,11 +96,14 @@ def collect(folder: str | os.PathLike[str], staging: Path, variant: str | None =
             pickles, or the variant is not what its name says.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "is not there"
+        raise HubError(f"{folder} {found}. Give a run folder, or the folder of a saved pipeline.")
     pipeline = _pipeline_in(folder)
     if pipeline is None:
         raise HubError(
             f"{folder} holds neither {INDEX} nor pipeline/{INDEX}: it is no saved pipeline and no finished run. Give "
-            "the folder of one; scripts/train.py writes it."
+            "the folder of one; ddpm-ext train writes it."
         )
     files = pipeline_files(pipeline)
     files |= _variant_files(files, variant, staging)
@@ -129,7 +132,7 @@ def shown_images(folder: Path) -> Files:
     for markdown, tag in _TARGETS.findall(text):
         target = unquote(html.unescape(markdown or tag)).removeprefix("./")
         if not re.match(r"[\w+.-]+:|//|#", target) and not (folder / target.split("?")[0].split("#")[0]).is_file():
-            logger.warning("%s shows %s, which is not in %s: it will be missing on the Hub.", readme, target, folder)
+            logger.warning("%s shows %s, which is not in %s and is not pushed.", readme, target, folder)
     grids = [name for name in present if name.startswith("samples/") and name.count("/") == 1]
     return {name: folder / name for name in sorted(named | set(grids[-1:]))}
 

@@ -198,7 +198,7 @@ def _other_files(part: _Part) -> list[Path]:
 def _pickled(folder: Path, path: Path) -> str:
     return (
         f"{folder} holds its weights as a pickle ({path.name}), which can run code where it is loaded. Convert it "
-        "first: python scripts/convert.py --source diffusers --checkpoint <the pipeline's folder> --output_dir <folder>"
+        "first: ddpm-ext convert --source diffusers --checkpoint <the pipeline's folder> --output_dir <folder>"
     )
 
 

@@ -41,7 +41,7 @@ __all__ = [
     "push_to_hub",
 ]
 logger = logging.getLogger(__name__)
-# Options of a push -> of scripts/push_to_hub.py, where the two differ.
+# Options of a push -> of `ddpm-ext push`, where the two differ.
 _FLAGS = {"private": "hub_private_repo"}
 
 
@@ -150,7 +150,7 @@ def push_command(folder_or_pipeline: Any, repo_id: str, **options: Any) -> str:
             f"--{_FLAGS.get(name, name)}",
             *(str(word).lower() if word is False else str(word) for word in values),
         ]
-    return f"python scripts/push_to_hub.py {shlex.join(words)}"
+    return f"ddpm-ext push {shlex.join(words)}"
 
 
 def push_space(
@@ -173,7 +173,7 @@ def push_space(
     Raises:
         HubError: the push failed, with what to do about it.
     """
-    command, token = f"python scripts/demo.py --push_to_space {repo_id}", token or get_token()
+    command, token = f"ddpm-ext demo --model <model> --push_to_space {repo_id}", token or get_token()
     operation = Operation(repo_id, "push", command, has_token=token is not None)
     with tempfile.TemporaryDirectory(prefix="ddpm_ext_push_") as staging, hub_errors(operation):
         validate_repo_id(repo_id)

@@ -45,7 +45,7 @@ def publish(
     told = {name: options[name] for name in options.keys() & PushOptions.__annotations__.keys()}
     options.setdefault("command", push_command(run, repo_id, license=license, **told))
     card = Path(run) / "README.md"
-    before = card.read_bytes() if card.is_file() else None
+    before = card.read_bytes() if Path(run).is_dir() and card.is_file() else None
     if (Path(run) / "config.json").is_file() and (Path(run) / "pipeline").is_dir():
         repo_id = full_name(repo_id, token, options.get("retry"))
         license = license or card_license(Path(run)) or _inherited_license(Path(run), token, options.get("retry"))
@@ -53,7 +53,10 @@ def publish(
     try:
         return push_to_hub(run, repo_id, token=token, **options)
     except HubError:  # which says that the local files are as they were
-        card.unlink(missing_ok=True) if before is None else card.write_bytes(before)
+        if before is not None:
+            card.write_bytes(before)
+        elif Path(run).is_dir():
+            card.unlink(missing_ok=True)
         raise
 
 

@@ -78,15 +78,14 @@ def base_model(record: Record) -> BaseModel | None:
     start, config = record.get("init_from"), record.get("config") or {}
     if start is None:
         return None
-    changes = ["all weights were trained further"]
+    on = f" on {data}" if (data := data_words(record)) else ""
+    changes = [f"all weights were trained further{on}"]
     if config.get("freeze"):
-        changes = [f"its weights were trained further, but for {', '.join(config['freeze'])}"]
+        changes = [f"its weights but for {', '.join(config['freeze'])} were trained further{on}"]
     if config.get("lora_rank") is not None:
-        changes = [f"low-rank adapters of its attention were trained (rank {config['lora_rank']}) and merged"]
+        changes = [f"low-rank adapters of its attention (rank {config['lora_rank']}) were trained{on} and merged"]
     if start.get("new"):
         changes.append(f"begun anew: {', '.join(start['new'])}")
-    if data := data_words(record):
-        changes.append(f"trained on {data}")
     return BaseModel(str(start["source"]), start.get("base_model") is not None, changes)
 
 
@@ -118,8 +117,8 @@ def summary(record: Record, size: str | None) -> str:
     """
     sentence = "A denoising diffusion probabilistic model (DDPM)" + (f" for images of {size}" if size else "")
     if (base := base_model(record)) is not None:
-        sentence += f", fine-tuned from {base.name}"
-    if data := data_words(record):
+        sentence += f", fine-tuned from {base.name}" + (f" on {data}" if (data := data_words(record)) else "")
+    elif data := data_words(record):
         sentence += f", trained on {data}"
     return f"{sentence}."
 
