@@ -18,7 +18,7 @@ from diffusers.utils import logging as diffusers_logging
 from networks import tiny_unet
 from safetensors.torch import load_file
 
-from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
+from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, UserError
 
 
 def unet() -> UNet2DModel:
@@ -307,3 +307,34 @@ def test_a_subclass_keeps_its_own_name(pipe: DDPMExtPipeline, tmp_path: Path) ->
 def test_it_is_a_diffusion_pipeline() -> None:
     assert issubclass(DDPMExtPipeline, DiffusionPipeline)
     assert DDPMExtPipeline._get_signature_types()["scheduler"]
+
+
+# Sizes ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(9, 9), (8, 9), (7, 8), (1, 2)], ids=str)
+@pytest.mark.parametrize("road", ["call", "progressive", "continue_from", "sample_size", "interpolate"])
+def test_sizes_that_the_network_cannot_halve_are_refused_before_the_first_step(
+    size: tuple[int, int], road: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = DDPMExtPipeline(tiny_unet(), DDPMExtScheduler())
+    monkeypatch.setattr(UNet2DModel, "forward", lambda *_args, **_options: pytest.fail("a step was taken"))
+    x = torch.randn(1, 1, *size)
+    if road in ("sample_size", "interpolate"):
+        pipe.unet.register_to_config(sample_size=list(size))
+    roads: dict[str, Any] = {
+        "call": lambda: pipe(latents=x, num_inference_steps=2),
+        "progressive": lambda: pipe.progressive(latents=x, num_inference_steps=2),
+        "continue_from": lambda: pipe.continue_from(x, 5),
+        "sample_size": lambda: pipe(num_inference_steps=2),
+        "interpolate": lambda: pipe.interpolate(x[0].clamp(-1, 1), x[0].clamp(-1, 1), 5),
+    }
+    with pytest.raises(UserError, match=r"(?i)halve|multiple|divis"):
+        roads[road]()
+
+
+@pytest.mark.parametrize("name", ["runs/nothing", "./nothing", "/nothing", "nothing", "tests/nothing", "a/b/c"])
+def test_a_name_that_looks_local_is_answered_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DDPMExtPipeline, "download", lambda *_args, **_options: pytest.fail("the Hub was asked"))
+    with pytest.raises(UserError, match="There is no folder"):
+        DDPMExtPipeline.from_pretrained(name)
