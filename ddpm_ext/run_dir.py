@@ -193,11 +193,17 @@ def environment() -> dict[str, Any]:
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "command": [Path(sys.argv[0]).name, *without_token(sys.argv[1:])],
+        "command": [_program(), *without_token(sys.argv[1:])],
         "versions": {"python": platform.python_version(), **package_versions()},
         "commit": commit(),
         "hardware": {"machine": platform.machine(), "processor": processor(), "cores": os.cpu_count(), "gpu": gpu},
     }
+
+
+def _program() -> str:
+    """The name of the program; `python -m ddpm_ext` is the command ddpm-ext."""
+    name = Path(sys.argv[0]).name
+    return "ddpm-ext" if name == "__main__.py" else name
 
 
 def without_token(words: list[str]) -> list[str]:

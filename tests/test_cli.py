@@ -26,6 +26,7 @@ from ddpm_ext.errors import UsageError
 from ddpm_ext.options import option
 from ddpm_ext.pipelines.loading import load_network_config, load_pipeline
 from ddpm_ext.pipelines.locate import find_pipeline, run_folder
+from ddpm_ext.run_dir import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -218,6 +219,12 @@ def test_the_package_is_a_command_and_so_is_each_script() -> None:
         if "cli.main" in (text := path.read_text()):
             assert f'script("{names.get(path.stem, path.stem)}")' in text
             assert len(text.split('"""', 2)[2].strip().splitlines()) <= 8
+
+
+def test_a_record_names_the_command_however_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    for program, name in (("/x/ddpm_ext/__main__.py", "ddpm-ext"), ("/y/bin/ddpm-ext", "ddpm-ext"), ("a/b.py", "b.py")):
+        monkeypatch.setattr(sys, "argv", [program, "train", "--hub_token=secret"])
+        assert environment()["command"] == [name, "train", "--hub_token=***"]
 
 
 @pytest.mark.slow
