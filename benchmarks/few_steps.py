@@ -68,6 +68,8 @@ class FewStepsConfig:
     num_noises: int = option(256, "Noises that are fitted.")
     num_held_out: int = option(128, "Noises that choose the steps.")
     order: int = option(3, "Estimates that one jump uses.")
+    max_rounds: int = option(3, "Rounds of descent over the steps; 0: the best power steps alone.")
+    reference_steps: int = option(200, "Calls of a reference.")
     references: str = option("all", "all: fit to every candidate reference; best: to the best alone.")
     spacings: str = option("trailing", "More rows of stock solvers, with these spacings; none for none.")
     num_samples: int = option(2000, "Samples of a set.")
@@ -107,6 +109,8 @@ class Bench:
             num_noises=config.num_noises,
             num_held_out=config.num_held_out,
             order=config.order,
+            max_rounds=config.max_rounds,
+            reference_steps=config.reference_steps,
             batch_size=config.batch_size,
         )
         self.network = FittedNetwork(
@@ -222,9 +226,10 @@ def write(
     if config.full_chain:
         small = make_scheduler(bench.scheduler, "ddpm", "fixed_small")
         grids.append(make_grid(bench.images_of(small, len(small))))
-    gap = torch.full((grids[0].shape[0], 12, grids[0].shape[2]), 255, dtype=torch.uint8).numpy()
-    beside = [part for grid in grids for part in (grid, gap)][:-1]
-    save_png(torch.cat([torch.from_numpy(part) for part in beside], 1).numpy(), folder / "grid.png")
+    if grids:
+        gap = torch.full((grids[0].shape[0], 12, grids[0].shape[2]), 255, dtype=torch.uint8).numpy()
+        beside = [part for grid in grids for part in (grid, gap)][:-1]
+        save_png(torch.cat([torch.from_numpy(part) for part in beside], 1).numpy(), folder / "grid.png")
     bench.pipeline.register_modules(scheduler=fitted, unet=bench.unet)
     bench.pipeline.save_pretrained(folder / "pipeline")
 

@@ -72,6 +72,7 @@ class FitOptions:
         seed: Noise i is drawn from seed + 2^40 + i.
         batch_size: Images in one network call.
         guidance_scale: Guidance under which the solver will be used; None for none.
+        max_rounds: Rounds of descent over the steps; 0 for the best power steps alone, a tenth of the work.
     """
 
     steps: tuple[int, ...]
@@ -82,6 +83,7 @@ class FitOptions:
     seed: int = 0
     batch_size: int = 256
     guidance_scale: float | None = None
+    max_rounds: int = 3
 
     def __post_init__(self) -> None:
         for name in ("num_noises", "num_held_out", "order", "reference_steps", "batch_size", *self.steps):
@@ -162,13 +164,17 @@ class FittedNetwork:
 
                 predict, tables = self.predict(kind, range(self.count)), self.scheduler.tables
                 shared: dict[str, Any] = {"num_fit": options.num_noises, "with_x_0": True}
-                fit = choose_times(predict, found, K, options.order, tables, on_trial=on_trial, **shared)
-                fit = refine_solver(predict, found, fit, tables, **shared)
+                rounds = options.max_rounds
+                fit = choose_times(
+                    predict, found, K, options.order, tables, max_rounds=rounds, on_trial=on_trial, **shared
+                )
+                if rounds:
+                    fit = refine_solver(predict, found, fit, tables, **shared)
             distance = torch.tensor([fit.squared_distance], dtype=torch.float64)
             times = torch.tensor(fit.solver.times)
             return {"times": times, "coefficients": fit.solver.coefficients, "distance": distance}
 
-        key = {**self.key(kind), "part": "solver", "steps": steps, "order": options.order}
+        key = {**self.key(kind), "part": "solver", "steps": steps, "order": options.order, "rounds": options.max_rounds}
         tensors = self.run("solvers", key, len(steps), 1, work)
         times, rows = tensors["times"].split(steps), tensors["coefficients"].split(steps)
         fits = zip(steps, times, rows, tensors["distance"].tolist(), strict=True)
