@@ -30,8 +30,8 @@ __all__ = [
     "forget_accelerator",
     "full_tensor",
     "launch_options",
+    "launcher_accumulation",
     "make_accelerator",
-    "refuse_idle_accumulation",
     "refuse_idle_precision",
     "refuse_idle_sharding",
     "set_numerics",
@@ -130,23 +130,15 @@ def refuse_idle_sharding(accelerator: Accelerator) -> None:
             raise RunError(f"The launcher asks for {name.lower()}, which no DDPM network has a use for; leave it out.")
 
 
-def refuse_idle_accumulation(accumulation: int) -> None:
-    """Refuse a launcher's --gradient_accumulation_steps that is not the script's.
+def launcher_accumulation() -> int:
+    """Return the gradient_accumulation_steps that the launcher was given; 1 where it names none.
 
-    Args:
-        accumulation: Forward passes of one update, as the script's options give them.
-
-    Raises:
-        RunError: the launcher, or ACCELERATE_GRADIENT_ACCUMULATION_STEPS, names another number.
+    With DeepSpeed they stand in ACCELERATE_GRADIENT_ACCUMULATION_STEPS; else the launcher keeps them to itself.
     """
     asked = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
-    if not asked.isdecimal():  # without DeepSpeed the launcher keeps it to itself
-        asked = str(getattr(_launcher_options(), "gradient_accumulation_steps", None) or 1)
-    if int(asked) not in (1, accumulation):
-        raise RunError(
-            f"The launcher was given gradient_accumulation_steps {asked}, the script's options give {accumulation}. "
-            f"Give --gradient_accumulation_steps {asked} behind the script's name, or leave it out."
-        )
+    if asked.isdecimal():
+        return int(asked)
+    return getattr(_launcher_options(), "gradient_accumulation_steps", None) or 1
 
 
 def take_dynamo(accelerator: Accelerator) -> dict[str, Any] | None:

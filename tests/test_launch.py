@@ -39,7 +39,6 @@ from ddpm_ext.distributed import (
     FSDP_ON_CPU,
     asked_of_accelerate,
     launch_options,
-    refuse_idle_accumulation,
     refuse_idle_precision,
     refuse_idle_sharding,
 )
@@ -199,15 +198,21 @@ def test_ways_of_cutting_the_network_that_would_not_be_are_refused(
 
 
 @pytest.mark.parametrize("asked", ["environment", "command line"])
-def test_an_accumulation_for_the_launcher_alone_is_refused(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launchers_accumulation_is_obeyed_or_refused(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if asked == "environment":
         monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     else:  # without DeepSpeed the launcher keeps the number to itself
         command = ["python", "-m", "accelerate.commands.launch", "--gradient_accumulation_steps", "4", "train.py"]
-        monkeypatch.setattr("ddpm_ext.distributed._launcher_options", lambda: launch_options(command))
-    refuse_idle_accumulation(4)
-    with pytest.raises(RunError, match="Give --gradient_accumulation_steps 4 behind the script's name"):
-        refuse_idle_accumulation(1)
+        monkeypatch.setattr("ddpm_ext.distributed._launcher_options", lambda *_: launch_options(command))
+    assert run_here(tmp_path / "run", max_train_steps=1, train_batch_size=2) == 0
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert record["starts"][-1]["accumulation"] == 4 and record["global_batch"] == 8
+    for own in (1, 2):
+        with pytest.raises(RunError, match=f"gradient_accumulation_steps 4 and the script {own}; drop one"):
+            run_here(tmp_path / "other", max_train_steps=1, train_batch_size=2, gradient_accumulation_steps=own)
+    assert run_here(tmp_path / "same", max_train_steps=1, train_batch_size=2, gradient_accumulation_steps=4) == 0
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of its own doings

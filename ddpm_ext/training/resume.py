@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from ..distributed import launcher_accumulation
 from ..run_dir import RunDir, RunError
 from . import checkpoint
 from .builders import BatchPlan, plan_batch
@@ -22,6 +23,7 @@ __all__ = [
     "compare",
     "find_checkpoint",
     "is_of",
+    "obey_launcher",
     "on_main",
     "plain_config",
     "resumed_plan",
@@ -172,6 +174,23 @@ def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
 
 
 # May it go on? --------------------------------------------------------------------------------------------------------
+
+
+def obey_launcher(config: TrainConfig) -> TrainConfig:
+    """Return the options with the accumulation that the launcher was given, where nobody gave the script one.
+
+    Raises:
+        RunError: both were given, and they differ.
+    """
+    asked, own = launcher_accumulation(), config.gradient_accumulation_steps
+    if asked in (1, own):
+        return config
+    if own != 1 or "gradient_accumulation_steps" in config.asked:
+        raise RunError(
+            f"The launcher was given gradient_accumulation_steps {asked} and the script {own}; drop one of them."
+        )
+    whole = config.global_batch_size if "global_batch_size" in config.asked else None  # else a preset's
+    return replace(config, gradient_accumulation_steps=asked, global_batch_size=whole)
 
 
 def resumed_plan(config: TrainConfig, found: ResumePoint | None, processes: int) -> BatchPlan:

@@ -18,7 +18,7 @@ from .config import OF_SCHEDULE, TrainConfig, recorded
 from .dry_run import dry_run
 from .export import finish_upload
 from .monitor import start_trackers
-from .resume import on_main
+from .resume import obey_launcher, on_main
 from .summary import describe
 from .trainer import Trainer
 
@@ -83,6 +83,7 @@ def run_training(config: TrainConfig) -> int:
     run, trainer, alone = RunDir(_folder(config)), None, not AcceleratorState._shared_state
     try:
         accelerator = make_accelerator(config, run)
+        config = obey_launcher(config)
         on_main(accelerator, lambda: _open(config, run))
         trainer = Trainer(config, accelerator, run, stop)
         code = dry_run(trainer) if config.dry_run else _run_to_its_end(trainer)

@@ -22,7 +22,7 @@ from ..diffusion.images import to_x_0
 from ..diffusion.losses import training_loss
 from ..diffusion.process import q_sample
 from ..diffusion.words import LEARNED_VARIANCES
-from ..distributed import full_tensor, move, refuse_idle_accumulation, set_numerics, take_dynamo, tell_deepspeed
+from ..distributed import full_tensor, move, set_numerics, take_dynamo, tell_deepspeed
 from ..models.classes import NETWORK_KEY, classes_of, number_of_classes
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.sampling import SamplingStopped, make_grid, sample_images, save_png
@@ -83,7 +83,6 @@ class Trainer:
         found = self.resumed_from = find_checkpoint(config, run, accelerator)
         self.abandoned = found.abandoned if found else []
         self.plan = resumed_plan(config, found, accelerator.num_processes)
-        refuse_idle_accumulation(self.plan.accumulation)
         self.numerics = set_numerics(config, accelerator, found.record["numerics"]["num_threads"] if found else None)
         start = self._start(found)
         config = self.config
