@@ -1,10 +1,11 @@
-"""A page to look at a model: pictures appearing step by step, interpolations, bits/dim of a picture.
+"""A page to look at a model: images appearing step by step, interpolations, bits/dim of an image.
 
-`Studio` holds the model and makes the pictures; `make_page` puts it behind Gradio, which is an extra.
+`Studio` holds the model and makes the images; `make_page` puts it behind Gradio, which is an extra.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires
@@ -16,20 +17,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .diffusion.images import to_uint8
+from .data.decoding import UNREADABLE, ImageFormat, decode_image, reason
+from .diffusion.images import to_uint8, to_x_0
 from .errors import UserError
 from .evaluation.bits_per_dim import bits_per_dim
 from .evaluation.samplers import make_scheduler
 from .models import classes
+from .models.values import values_of
 from .pipelines.ddpm import DDPMExtPipeline
 from .pipelines.loading import load_pipeline
 from .pipelines.locate import is_hub_name
 
-__all__ = ["SHOWN_STEPS", "SIDE", "Buttons", "Studio", "in_a_row", "make_page", "space_files"]
+__all__ = ["SHOWN_STEPS", "SIDE", "Buttons", "Studio", "fitted", "in_a_row", "make_page", "space_files"]
 
 Shown = Literal["ddpm", "ddim"]  # the samplers whose steps tell x̂_0
-SIDE = 384  # of a shown picture, in screen pixels
-SHOWN_STEPS = 25  # at most so many pictures of a chain are sent to the browser
+SIDE = 384  # of a shown image, in screen pixels
+SHOWN_STEPS = 25  # at most so many images of a chain are sent to the browser
 
 
 class Studio:
@@ -48,13 +51,13 @@ class Studio:
         self._open(model)
 
     def load(self, model: str) -> str:
-        """Take another model; a sentence that says which, or why not, in which case the former stays."""
+        """Take another model; return a sentence that says which, or why not, in which case the former stays."""
         try:
             pipeline = self._open(model)
         except (OSError, ValueError) as error:  # HubError with them
             return f"{model} cannot be loaded: {error}"
         size = pipeline.unet.config["sample_size"]
-        return f"{model}: pictures of {size}, {len(pipeline.scheduler)} steps of training."
+        return f"{model}: images of {size}, {len(pipeline.scheduler)} steps of training."
 
     def _open(self, model: str) -> DDPMExtPipeline:
         pipeline: Any = load_pipeline(model)
@@ -71,15 +74,15 @@ class Studio:
         guidance_scale: float = 0.0,
         count: int = 4,
     ) -> Iterator[tuple[Image.Image, str]]:
-        """The predicted pictures x̂_0 as the chain runs, the finished ones last, each with a line about it.
+        """Yield the predicted images x̂_0 as the chain runs, the finished ones last, each with a line about it.
 
         Args:
             steps: Length of the chain, at most T.
             sampler: One of the words.
-            seed: Picture i is drawn from seed + i; None is 0.
-            label: Class of every picture; None: all classes in turn.
+            seed: Image i is drawn from seed + i; None is 0.
+            label: Class of every image; None: all classes in turn.
             guidance_scale: w of class guidance; 0 is none.
-            count: How many pictures.
+            count: How many images.
         """
         pipeline = with_own_scheduler(self.pipeline, sampler)
         generator = [torch.Generator().manual_seed(int(seed or 0) + i) for i in range(int(count))]
@@ -101,11 +104,12 @@ class Studio:
         seed: int | None,
         label: int | None = None,
     ) -> Image.Image:
-        """A picture between two, mixed after `timestep` forward steps; 0 is a, 1 is b."""
+        """Return an image between two, mixed after `timestep` forward steps; 0 is a, 1 is b."""
         pipeline = with_own_scheduler(self.pipeline, "ddpm")
+        bits = values_of(pipeline.unet.config).bits
         images: Any = pipeline.interpolate(
-            fitted(pipeline, a),
-            fitted(pipeline, b),
+            to_x_0(fitted(pipeline, a), bits),
+            to_x_0(fitted(pipeline, b), bits),
             int(timestep),
             [float(weight)],
             torch.Generator().manual_seed(int(seed or 0)),
@@ -116,15 +120,14 @@ class Studio:
         return in_a_row(images.images)
 
     def bits(self, image: Image.Image, label: int | None = None, num_timesteps_sampled: int = 20) -> str:
-        """Bits/dim of a picture in words: the bound, estimated from some of the steps."""
+        """Return bits/dim of an image in words: the bound, estimated from some of the steps."""
         pipeline = self.pipeline
-        pixels = torch.from_numpy(np.array(fitted(pipeline, image), ndmin=3))
-        pixels = pixels.permute(2, 0, 1) if pixels.shape[-1] == 3 else pixels
         labels = labels_of(pipeline, label, 1)
         found = bits_per_dim(
             pipeline.unet,
             pipeline.scheduler,  # is copied there
-            pixels.unsqueeze(0).to(pipeline.device),
+            fitted(pipeline, image).unsqueeze(0).to(pipeline.device),
+            bits=values_of(pipeline.unet.config).bits,
             num_timesteps_sampled=num_timesteps_sampled,
             generator=torch.Generator(pipeline.device).manual_seed(0),
             class_labels=labels,
@@ -134,7 +137,7 @@ class Studio:
         return f"at most {found.total.item():.3f}{error} bits/dim{given} ({num_timesteps_sampled} steps sampled)"
 
     def ranges(self, steps: int, timestep: int, label: int | None = None) -> tuple[dict[str, Any], ...]:
-        """Properties of the page's fields that fit the model: steps, timestep, class. Values stay where they fit."""
+        """Return what fits the model in the page's fields: steps, timestep, class. Values stay where they fit."""
         pipeline = self.pipeline
         T, classes = len(pipeline.scheduler), number_of_classes(pipeline)
         about = f"Class, 0 to {(classes or 1) - 1}; empty: all in turn (an interpolation's and bits/dim's is 0)"
@@ -148,14 +151,14 @@ class Studio:
 
 
 def with_own_scheduler(pipeline: DDPMExtPipeline, sampler: Shown) -> DDPMExtPipeline:
-    """The same network under a scheduler of its own, so that two chains at once do not disturb each other."""
+    """Return the same network under a scheduler of its own, so that two chains at once do not disturb each other."""
     own = DDPMExtPipeline(pipeline.unet, make_scheduler(pipeline.scheduler, sampler))
     own.set_progress_bar_config(disable=True)
     return own
 
 
 def number_of_classes(pipeline: DDPMExtPipeline) -> int | None:
-    """Classes of a class-conditional network; None for any other."""
+    """Return the number of classes of a network; None for any other."""
     return classes.number_of_classes(pipeline.unet.config)
 
 
@@ -166,7 +169,7 @@ def knows_no_class(pipeline: DDPMExtPipeline) -> bool:
 
 
 def labels_of(pipeline: DDPMExtPipeline, label: int | None, count: int) -> list[int] | None:
-    """The class of each of `count` pictures, for a class-conditional network: `label`, or 0, 1, 2, ... in turn."""
+    """Return the class of each of `count` images, for a class-conditional network: `label`, or 0, 1, 2, ... in turn."""
     classes = number_of_classes(pipeline)
     if label is None:
         return None if classes is None else [i % classes for i in range(count)]
@@ -177,20 +180,33 @@ def labels_of(pipeline: DDPMExtPipeline, label: int | None, count: int) -> list[
     return [int(label)] * count
 
 
-def fitted(pipeline: DDPMExtPipeline, image: Image.Image) -> Image.Image:
-    """An uploaded picture at the network's size and channels."""
-    size = pipeline.unet.config["sample_size"]
+def fitted(pipeline: DDPMExtPipeline, image: Image.Image) -> Tensor:
+    """Bring an uploaded image to the network's size, channels and depth as training does: scaled, cropped, not bent.
+
+    Returns:
+        Levels, shape (C, H, W).
+
+    Raises:
+        UserError: it has not the network's channels.
+    """
+    size, channels = pipeline.unet.config["sample_size"], pipeline.unet.config["in_channels"]
     height, width = (size, size) if isinstance(size, int) else size
-    mode = "L" if pipeline.unet.config["in_channels"] == 1 else "RGB"
-    return image.convert(mode).resize((width, height), Image.Resampling.BOX)
+    file = io.BytesIO()
+    image.save(file, format="png")
+    form = ImageFormat(height, width, channels, center_crop=True, bits=values_of(pipeline.unet.config).bits)
+    try:
+        levels = decode_image(file.getvalue(), form)
+    except UNREADABLE as error:
+        raise UserError(f"The image does not fit a network of {channels} channels: {reason(error)}.") from error
+    return torch.from_numpy(levels.astype(np.uint8 if form.bits <= 8 else np.int32))
 
 
 def in_a_row(x_0: Tensor) -> Image.Image:
-    """Pictures (B, C, H, W) in [-1, 1] side by side, enlarged without smoothing."""
-    row = torch.cat(list(to_uint8(x_0.float().cpu())), dim=2)
-    picture = Image.fromarray(row.permute(1, 2, 0).squeeze(-1).numpy())
-    scale = max(1, SIDE // picture.height)
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    """Show images (B, C, H, W) in [-1, 1] side by side, enlarged without smoothing; of other bands the first."""
+    row = torch.cat(list(to_uint8(x_0.float().cpu())), dim=2).permute(1, 2, 0)
+    shown = Image.fromarray((row if row.shape[-1] in (3, 4) else row[..., 0]).numpy())
+    scale = max(1, SIDE // shown.height)
+    return shown.resize((shown.width * scale, shown.height * scale), Image.Resampling.NEAREST)
 
 
 class Buttons:
@@ -206,7 +222,7 @@ class Buttons:
         self.studio, self.error, self.update = studio, error, update
 
     def load(self, model: str, steps: int, timestep: int, label: int | None) -> tuple[Any, ...]:
-        """The line about a new model, and the fields whose ranges it sets: steps, timestep, class, guidance."""
+        """Return the line about a new model, and the fields whose ranges it sets: steps, timestep, class, guidance."""
         with self._told():
             status = self.studio.load(model)
             return status, *(self.update(**properties) for properties in self.studio.ranges(steps, timestep, label))
@@ -221,14 +237,14 @@ class Buttons:
     def interpolate(
         self, a: Any, b: Any, timestep: int, weight: float, seed: int | None, label: int | None
     ) -> Image.Image | None:
-        """None until there are two pictures."""
+        """Return None until there are two images."""
         with self._told():
             return None if a is None or b is None else self.studio.interpolate(a, b, timestep, weight, seed, label)
 
     def bits(self, image: Any, label: int | None) -> str:
         """Return bits/dim of an uploaded image, or ask for one."""
         with self._told():
-            return "Upload a picture." if image is None else self.studio.bits(image, label)
+            return "Upload an image." if image is None else self.studio.bits(image, label)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -239,7 +255,7 @@ class Buttons:
 
 
 def import_gradio() -> Any:
-    """Gradio, or a sentence that says how to get it."""
+    """Return Gradio, or say how to get it."""
     try:
         import gradio  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
@@ -248,7 +264,7 @@ def import_gradio() -> Any:
 
 
 def make_page(studio: Studio, model: str) -> Any:
-    """The Gradio page of a studio.
+    """Make the Gradio page of a studio.
 
     Raises:
         UserError: Gradio is not installed.
@@ -280,7 +296,7 @@ def make_page(studio: Studio, model: str) -> Any:
             weight = gr.Slider(0, 1, value=0.5, label="From a to b", elem_id="weight")
             between = gr.Image(label="between", type="pil", format="png")
         with gr.Tab("Bits/dim"):
-            judged = gr.Image(label="A picture", type="pil")
+            judged = gr.Image(label="An image", type="pil")
             measure, bits = gr.Button("Measure"), gr.Markdown()
 
         buttons, fields = Buttons(studio, gr.Error, gr.update), [steps, timestep, label, guidance]
@@ -307,12 +323,12 @@ models:
 - {model}
 ---
 
-Pictures of [{model}](https://huggingface.co/{model}) as they appear, step by step; made with ddpm_ext.
+Images of [{model}](https://huggingface.co/{model}) as they appear, step by step; made with ddpm_ext.
 """
 
 
 def space_files(model: str, repo_id: str, staging: Path) -> dict[str, Path]:
-    """The files of a Space that shows a model of the Hub: the page, this package, and what it needs.
+    """Return the files of a Space that shows a model of the Hub: the page, this package, and what it needs.
 
     Raises:
         ValueError: the model is none of the Hub: a Space reads no folder of this machine.

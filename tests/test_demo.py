@@ -25,7 +25,9 @@ from networks import tiny_unet
 from PIL import Image
 
 from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
-from ddpm_ext.demo import SHOWN_STEPS, SIDE, Buttons, Studio, in_a_row, make_page, space_files
+from ddpm_ext.data.dataset import load_images
+from ddpm_ext.demo import SHOWN_STEPS, SIDE, Buttons, Studio, fitted, in_a_row, make_page, space_files
+from ddpm_ext.errors import UserError
 from ddpm_ext.evaluation.bits_per_dim import bits_per_dim
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,12 +133,31 @@ def test_bits_of_an_uploaded_picture(model: str) -> None:
     assert words.startswith("at most ") and "±" in words and words.endswith("bits/dim (5 steps sampled)")
 
 
+def test_an_upload_is_cut_as_training_cuts_it_and_not_bent(model: str, tmp_path: Path) -> None:
+    """Scaled until it covers the network's size and cropped in the middle, as `load_images` does."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 40), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    trained = load_images(train_data_dir=str(tmp_path), resolution=8, channels=1).batch([0]).pixels[0]
+    assert torch.equal(fitted(Studio(model).pipeline, Image.fromarray(pixels)), trained)
+
+
+def test_a_network_of_four_channels_takes_what_has_four_and_shows_all(tmp_path: Path) -> None:
+    unet = tiny_unet(in_channels=4, out_channels=4)
+    DDPMExtPipeline(unet, DDPMExtScheduler(100, 1e-3, 0.2)).save_pretrained(str(tmp_path / "four"))
+    studio = Studio(str(tmp_path / "four"))
+    assert list(studio.generate(4, "ddpm", 0, count=2))[-1][0].mode == "RGBA"
+    clear = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(8, 8, 4), mode="RGBA")
+    assert "bits/dim" in studio.bits(clear, num_timesteps_sampled=2)
+    with pytest.raises(UserError, match="does not fit a network of 4 channels"):
+        studio.bits(clear.convert("RGB"))
+
+
 def test_loading_another_model(model: str) -> None:
     studio = Studio(model)
     former = studio.pipeline
     assert "cannot be loaded" in studio.load("/no/such/folder")
     assert studio.pipeline is former
-    assert studio.load(model).endswith("pictures of 8, 100 steps of training.")
+    assert studio.load(model).endswith("images of 8, 100 steps of training.")
     assert studio.pipeline is not former
 
 
@@ -193,7 +214,7 @@ def test_a_failure_reaches_the_page_as_its_sentence(model: str, other: str) -> N
         buttons.interpolate(grey, grey, 200, 0.5, 0, None)
     with pytest.raises(Told, match="knows no classes, got class 1: leave the field empty"):
         buttons.bits(grey, 1)
-    assert buttons.bits(None, None) == "Upload a picture." and buttons.interpolate(None, grey, 1, 0.5, 0, None) is None
+    assert buttons.bits(None, None) == "Upload an image." and buttons.interpolate(None, grey, 1, 0.5, 0, None) is None
 
 
 def run_script(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
