@@ -71,7 +71,13 @@ def _epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch: a permutation of range(num_images) that (seed, epoch) alone decide; int64, read-only."""
+    """The order of one epoch: a permutation of range(num_images) that (seed, epoch) alone decide; int64, read-only.
+
+    Args:
+        num_images: Length of the set.
+        seed: That of the run.
+        epoch: Which pass, from 0.
+    """
     if num_images < 1 or epoch < 0:
         raise ValueError(f"epoch_order needs num_images >= 1 and epoch >= 0, got {num_images} and {epoch}.")
     return _epoch_order(num_images, seed, epoch)
@@ -195,7 +201,13 @@ class ImageSet:
 
 
 def prefetch(ask: Callable[[Any], Batch], requests: Iterator[Any], ahead: int = 2) -> Iterator[Batch]:
-    """`map(ask, requests)` with up to `ahead` batches read by a thread while the caller computes, in the same order."""
+    """`map(ask, requests)` with up to `ahead` batches read by a thread while the caller computes, in the same order.
+
+    Args:
+        ask: What reads one batch.
+        requests: Its arguments, in order.
+        ahead: Batches that may wait.
+    """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
         waiting = [pool.submit(ask, request) for request in islice(requests, max(1, ahead))]
         try:
@@ -231,6 +243,22 @@ def make_spec(
     class_names: Sequence[str] | None = None,
 ) -> DataSpec:
     """Name the images to open; see `load_images`.
+
+    Args:
+        dataset_name: As in `load_images`, and so on.
+        dataset_config_name: As there.
+        train_data_dir: As there.
+        split: As there.
+        image_column: As there.
+        label_column: As there.
+        resolution: As there.
+        channels: As there.
+        center_crop: As there.
+        bits: As there.
+        value_range: As there.
+        channel_axis: As there.
+        array_key: As there.
+        class_names: As there.
 
     Raises:
         ValueError: bits outside 1 to 16, or a range that is none.

@@ -82,7 +82,13 @@ class Seen:
         self.largest[bits] = max(self.largest.get(bits, 0), largest)
 
     def note_size(self, height: int, width: int, form: ImageFormat) -> None:
-        """Remember an image that is enlarged."""
+        """Remember an image that is enlarged.
+
+        Args:
+            height: Of the image as it stands upright, in pixels.
+            width: Likewise.
+            form: What it is brought to.
+        """
         if height < form.height or width < form.width:
             self.enlarged += 1
             self.smallest = min(self.smallest or (height, width), (height, width), key=math.prod)
@@ -143,6 +149,11 @@ def probe(encoded: Encoded, array_key: str | None = None, channel_axis: int = -1
     """Return (H, W, channels) of an image as it stands upright, from its header alone where it has one.
 
     Channels are those a network for it would have: 1 for grey, 3 for colour with or without alpha, else the bands.
+
+    Args:
+        encoded: The bytes of a file, or an array.
+        array_key: Name of the array in an .npz file; None for its only one.
+        channel_axis: Axis of the channels in arrays.
     """
     if isinstance(encoded, np.ndarray):
         return array_samples(encoded, channel_axis).values.shape[:3]

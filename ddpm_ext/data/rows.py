@@ -215,7 +215,13 @@ class Decoder:
     def decode(
         self, numbers: Sequence[int], cells: Sequence[Cell], name: Callable[[Cell, int], str] = image_name
     ) -> list[np.ndarray | None]:
-        """Return the levels of each cell, shape (C, H, W), or None where it cannot be read."""
+        """Return the levels of each cell, shape (C, H, W), or None where it cannot be read.
+
+        Args:
+            numbers: The rows that the cells are of, which decide where each is cropped.
+            cells: The stored images.
+            name: What a cell is called in messages.
+        """
         run = map if self._pool is None else self._pool.map
         found = list(run(partial(self._decode_one, name), numbers, cells))
         self._met += len(found)
@@ -240,6 +246,11 @@ class Decoder:
         """Return the levels of these rows, shape (B, C, H, W), and the rows they are of, shape (B,).
 
         Where an image cannot be read the next that can stands in for it, with all that belongs to it.
+
+        Args:
+            rows: The set.
+            numbers: The rows asked for, int64, shape (B,).
+            name: What a cell is called in messages.
         """
         levels, used = self.decode(numbers.tolist(), rows.cells(numbers.tolist()), name), numbers.copy()
         self._refuse_too_many()
@@ -309,6 +320,11 @@ class Decoder:
 def tell_of(rows: Cells, form: ImageFormat, reading: Reading) -> None:
     """Decode some rows of a set that is not read as a whole, to say what must be said of it.
 
+    Args:
+        rows: The set.
+        form: What its images are brought to.
+        reading: How it is read.
+
     Raises:
         ValueError: none of them can be read, and they are not few.
     """
@@ -341,7 +357,13 @@ def decode_to_memory(decoder: Decoder, rows: Rows) -> Decoded:
 
 
 def decode_to_file(decoder: Decoder, rows: Rows, cache: Path) -> Decoded:
-    """Decode every readable image into a file that all processes map; the first of them writes it, the others wait."""
+    """Decode every readable image into a file that all processes map; the first of them writes it, the others wait.
+
+    Args:
+        decoder: What turns a cell into levels.
+        rows: The set.
+        cache: The file.
+    """
     source = f"{rows.identity} {source_digest(rows, decoder.form)}"
     folder = cache / hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
     cache.mkdir(parents=True, exist_ok=True)
@@ -390,7 +412,13 @@ def source_digest(rows: Rows, form: ImageFormat) -> str:
 
 
 def fingerprint(digest: str, labels: np.ndarray | None, form: ImageFormat) -> str:
-    """Return the hex digest of a whole set: images, labels, shape and depth."""
+    """Return the hex digest of a whole set: images, labels, shape and depth.
+
+    Args:
+        digest: Hex digest of the images.
+        labels: Of the images, shape (N,), or None.
+        form: Their shape and depth.
+    """
     depth = "" if form.bits == 8 else f"{form.bits} bits "
     whole = hashlib.blake2b(f"{digest} {(form.channels, form.height, form.width)} {depth}".encode(), digest_size=16)
     whole.update(b"" if labels is None else labels.tobytes())

@@ -73,6 +73,11 @@ class Labels(NamedTuple):
 def open_source(spec: DataSpec, cache_dir: str | None, streaming: bool = False) -> Source:
     """Open one split; see `load_images`.
 
+    Args:
+        spec: Which images.
+        cache_dir: Where downloads are kept; None for the usual place.
+        streaming: Open it without loading it.
+
     Raises:
         ValueError: it cannot be opened; the reason stands in the sentence.
     """
@@ -311,7 +316,14 @@ def read_labels(table: datasets.Dataset, column: str | None, known: Sequence[str
 def number_labels(
     values: Sequence[Any], names: Sequence[str] | None, column: str, known: Sequence[str] | None = None
 ) -> Labels:
-    """Number labels as training did; see `read_labels`. Where there is none (None, NaN, below 0) it is -1."""
+    """Number labels as training did; see `read_labels`. Where there is none (None, NaN, below 0) it is -1.
+
+    Args:
+        values: The labels as they are stored.
+        names: Names of the classes that the set itself gives, or None.
+        column: Where they stand, for messages.
+        known: The training's class names, whose places are the numbers; None takes the set's own.
+    """
     numbers = np.full(len(values), -1, np.int64)
     for i, value in enumerate(values):
         if value is None or value != value or (isinstance(value, (int, float)) and value < 0):
@@ -345,7 +357,13 @@ def number_labels(
 
 
 def undecoded(table: Any, column: str, label_column: str | None = None) -> Any:
-    """Return the table with the column of images, which stay encoded or become arrays, and that of labels."""
+    """Return the table with the column of images, which stay encoded or become arrays, and that of labels.
+
+    Args:
+        table: A table of `datasets`.
+        column: That of the images.
+        label_column: That of the labels, or None.
+    """
     wanted = [column] if label_column is None else [column, label_column]
     try:
         table = table.select_columns(wanted)

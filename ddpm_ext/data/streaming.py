@@ -352,7 +352,13 @@ def stream_images(*args: Any, block_rows: int = BLOCK_ROWS, **options: Any) -> I
 
 
 def open_stream(spec: DataSpec, reading: Reading | None = None, block_rows: int = BLOCK_ROWS) -> ImageStream:
-    """Open the images that a spec names as a stream; see `stream_images`."""
+    """Open the images that a spec names as a stream; see `stream_images`.
+
+    Args:
+        spec: Which images.
+        reading: How they are read; None for the defaults.
+        block_rows: Rows that are shuffled together.
+    """
     reading = reading or Reading()
     if spec.resolution is None:
         raise ValueError("A stream needs a resolution: the sizes of what has not been read are not known.")

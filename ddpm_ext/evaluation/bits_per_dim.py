@@ -236,7 +236,14 @@ class Bound:
         return mean_over_dims(prior_kl(x_0, self.tables.alpha_bar[self.times[0]]))
 
     def ask(self, x_0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(x_t, the network's output) of pairs: x_t rounded to the network's precision, both returned in x_0's."""
+        """(x_t, the network's output) of pairs: x_t rounded to the network's precision, both returned in x_0's.
+
+        Args:
+            x_0: Clean images, shape (B, C, H, W).
+            t: Their steps, int64, shape (B,).
+            eps: Their noise, in the shape of x_0.
+            labels: Their classes, shape (B,), where the network asks for them.
+        """
         condition = {} if labels is None else {"class_labels": labels.to(self.device)}
         x_t = q_sample(x_0, t, eps.to(x_0.dtype), self.tables).to(self.dtype)
         output = self.model(x_t.to(self.device), t.to(self.device), **condition)
@@ -322,6 +329,13 @@ def make_bound(
     """Make the chain that `bits_per_dim` describes, on a copy of the scheduler; `images` tell the size and precision.
 
     With `class_labels` it is the bound of these images and of no others.
+
+    Args:
+        model: As for `bits_per_dim`, and so on.
+        scheduler: As there.
+        images: As there.
+        options: As there.
+        class_labels: As there.
     """
     options = options or BoundOptions()
     check_network(model, images)

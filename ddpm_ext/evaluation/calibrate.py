@@ -56,7 +56,14 @@ class Calibration(NamedTuple):
     trajectories: dict[str, list[int]]  # K -> ascending code indices
 
     def scheduler(self, loaded: Any, variance_type: str, trajectory: str, eta: float = 1.0) -> DDPMExtScheduler:
-        """Return a model's scheduler, calibrated, sampling one way."""
+        """Return a model's scheduler, calibrated, sampling one way.
+
+        Args:
+            loaded: The scheduler as it was loaded.
+            variance_type: Reverse variance.
+            trajectory: "even" or "optimal".
+            eta: 1 is DDPM, 0 the DDIM form.
+        """
         made = DDPMExtScheduler.from_config(loaded.config, variance_type=variance_type)
         fields = self._asdict()
         del fields["standard_error_ms_eps"]

@@ -96,6 +96,11 @@ def check_network(model: Any, images: Tensor) -> None:
 def checked_labels(model: Any, class_labels: ClassLabels, count: int) -> Tensor | None:
     """Return one class per image, int64, where the network asks for them.
 
+    Args:
+        model: The network.
+        class_labels: The classes, or None.
+        count: Number of images.
+
     Raises:
         UserError: they are missing or too many, or are none of the network's classes.
     """

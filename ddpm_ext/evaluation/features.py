@@ -88,7 +88,13 @@ def quantize(images: Tensor, kind: Quantization) -> Tensor:
 
 
 def extract(extractor: Extractor, batches: Iterable[Tensor], kind: Quantization = "uint8") -> Features:
-    """Features of batches of images, one after the other; only the features are kept."""
+    """Features of batches of images, one after the other; only the features are kept.
+
+    Args:
+        extractor: What computes them.
+        batches: uint8 or floats in [0, 1], each of shape (B, C, H, W).
+        kind: How floats are handed over: rounded to 8 bits, or as they are.
+    """
     check_quantization(extractor, kind)
     parts = [extractor(quantize(batch, kind)) for batch in batches]
     if not parts:
@@ -221,7 +227,13 @@ def load_transformers(name: str) -> tuple[torch.nn.Module, Any]:
 
 
 def pooled(output: Any, base_output: Any, name: str) -> Tensor:
-    """(B, d): the embedding of unit length, the pooled output, or the class token, whichever the model has."""
+    """(B, d): the embedding of unit length, the pooled output, or the class token, whichever the model has.
+
+    Args:
+        output: What the model returned.
+        base_output: What the model below its head returned.
+        name: The model's, for messages.
+    """
     if getattr(output, "image_embeds", None) is not None:
         return normalize(output.image_embeds.float(), dim=-1)
     if getattr(base_output, "pooler_output", None) is not None:

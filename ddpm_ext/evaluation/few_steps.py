@@ -82,7 +82,13 @@ def fitted_setting(kind: str, scheduler: Any) -> SamplerSetting:
 
 
 def reference_setting(kind: str, scheduler: Any, steps: int) -> SamplerSetting:
-    """Return the row of a reference by itself."""
+    """Return the row of a reference by itself.
+
+    Args:
+        kind: Which reference.
+        scheduler: The model's own.
+        steps: Its steps.
+    """
     return SamplerSetting(f"reference, {steps} calls ({REFERENCE_WORDS[kind]})", lambda _: scheduler)
 
 

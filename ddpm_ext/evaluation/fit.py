@@ -199,7 +199,13 @@ class FittedNetwork:
         return torch.stack([torch.randn(self.shape, generator=one) for one in made]).to(self.unet.device)
 
     def ask(self, x_t: Tensor, t: int, labels: Tensor | None) -> Tensor:
-        """Return the network's output as the pipeline has it: of the classes, guided where the options say so."""
+        """Return the network's output as the pipeline has it: of the classes, guided where the options say so.
+
+        Args:
+            x_t: Shape (B, C, H, W).
+            t: One step for all.
+            labels: Classes, shape (B,), or None.
+        """
         if labels is None:
             return self.unet(x_t, t).sample
 
@@ -232,7 +238,14 @@ class FittedNetwork:
 
 
 def fitted_scheduler(scheduler: Any, kind: ReferenceKind, fits: dict[int, Fit], options: FitOptions) -> Any:
-    """Return the model's scheduler with these solvers, all that `_ddpm_ext` held before kept."""
+    """Return the model's scheduler with these solvers, all that `_ddpm_ext` held before kept.
+
+    Args:
+        scheduler: The model's own.
+        kind: The reference that the solvers were fitted to.
+        fits: Number of calls -> its solver.
+        options: What the fits were made with.
+    """
     ours: DDPMExtSolverScheduler = DDPMExtSolverScheduler.from_config(scheduler.config)
     notes = {
         K: {
@@ -252,7 +265,13 @@ def fitted_scheduler(scheduler: Any, kind: ReferenceKind, fits: dict[int, Fit], 
 
 
 def reference_scheduler(scheduler: Any, kind: ReferenceKind, steps: int) -> Any:
-    """Return a scheduler that draws a reference itself: the plain solver on the fine grid."""
+    """Return a scheduler that draws a reference itself: the plain solver on the fine grid.
+
+    Args:
+        scheduler: The model's own.
+        kind: Which reference.
+        steps: Those of the fine grid.
+    """
     ours: DDPMExtSolverScheduler = DDPMExtSolverScheduler.from_config(scheduler.config)
     times = respaced_timesteps("even", len(ours), min(steps, len(ours)))[::-1]
     plain = Solver(tuple(times), torch.zeros(len(times), 1, dtype=torch.float64))

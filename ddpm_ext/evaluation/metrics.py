@@ -151,6 +151,13 @@ def kernel_distance(
         k(x, y) = (x·y/d + 1)³        MMD² = mean_{i≠j} k(x_i, x_j) + mean_{i≠j} k(y_i, y_j) - 2 mean k(x_i, y_j)
 
     averaged over random subsets of both sets. Source: Bińkowski et al. 2018, arXiv:1801.01401, §4.
+
+    Args:
+        real: Features of real images, shape (N, d).
+        fake: Of generated ones, shape (M, d).
+        num_subsets: How many pairs of subsets.
+        subset_size: Images of each.
+        seed: Of the choice of subsets.
     """
     x, y = as_features(real, "real"), as_features(fake, "fake")
     _check_sizes(x, y)
@@ -187,6 +194,13 @@ def rbf_mmd(real: Any, fake: Any, *, sigma: float = 10.0, scale: float = 1000.0,
 
     The published code takes the means over all pairs, i = j too; `unbiased` leaves those out.
     Source: Jayasumana et al. 2024, arXiv:2401.09603, §4 (σ = 10, times 1000).
+
+    Args:
+        real: Features of real images, shape (N, d).
+        fake: Of generated ones, shape (M, d).
+        sigma: Width of the kernel, in units of the features.
+        scale: Factor of the result.
+        unbiased: Leave pairs i = j out.
     """
     x, y = as_features(real, "real"), as_features(fake, "fake")
     _check_sizes(x, y)
@@ -238,6 +252,12 @@ def precision_recall(real: Any, fake: Any, *, k: int = 3, density_k: int = 5) ->
     Memory beside the features is bounded whatever N is. Distances that differ by rounding count as equal, which matters
     for pixel features: they lie on a lattice. Sources: Kynkäänniemi et al. 2019, arXiv:1904.06991, Eqs. (1)-(2), for
     precision and recall (k = 3); Naeem et al. 2020, arXiv:2002.09797, Eqs. (3)-(4), for the others (k = 5).
+
+    Args:
+        real: Features of real images, shape (N, d).
+        fake: Of generated ones, shape (M, d).
+        k: Neighbours of precision and recall.
+        density_k: Neighbours of density and coverage.
     """
     check_count("k", k)
     check_count("density_k", density_k)
@@ -267,7 +287,13 @@ def precision_recall(real: Any, fake: Any, *, k: int = 3, density_k: int = 5) ->
 
 
 def nearest(query: Any, reference: Any, k: int = 1) -> tuple[Tensor, Tensor]:
-    """Distances and indices, each (N, k), of the k nearest reference rows of every query row, nearest first."""
+    """Distances and indices, each (N, k), of the k nearest reference rows of every query row, nearest first.
+
+    Args:
+        query: Shape (N, d).
+        reference: Shape (M, d).
+        k: How many, at most M.
+    """
     check_count("k", k)
     x, y = as_features(query, "query", at_least=1), as_features(reference, "reference", at_least=k)
     _check_sizes(x, y)

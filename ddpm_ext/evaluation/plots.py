@@ -174,7 +174,15 @@ def _spread(num_timesteps: int, count: int) -> list[int]:
 def draw_progressive(
     pipeline: DDPMExtPipeline, path: Path, num_images: int = 6, columns: int = 10, seed: int = 0
 ) -> Path:
-    """DDPM Figure 6: x̂_0 as generation goes on."""
+    """DDPM Figure 6: x̂_0 as generation goes on.
+
+    Args:
+        pipeline: What draws.
+        path: The PNG to write.
+        num_images: Rows.
+        columns: Steps that are shown.
+        seed: Image i is drawn from seed + i.
+    """
     T = pipeline.scheduler.config.num_train_timesteps
     at = _spread(T, columns)
     generator = [torch.Generator().manual_seed(seed + i) for i in range(num_images)]
@@ -187,7 +195,15 @@ def draw_progressive(
 def draw_shared_latents(
     pipeline: DDPMExtPipeline, path: Path, times: Sequence[int] | None = None, num_samples: int = 8, seed: int = 0
 ) -> Path:
-    """DDPM Figure 7: images that share x_t, and class 0 where there are classes; the later t, the less they share."""
+    """DDPM Figure 7: images that share x_t, and class 0 where there are classes; the later t, the less they share.
+
+    Args:
+        pipeline: What draws.
+        path: The PNG to write.
+        times: The shared steps t; None for four of them.
+        num_samples: Images of a row.
+        seed: Of latents and samples.
+    """
     T = pipeline.scheduler.config.num_train_timesteps
     times = list(times or (round((T - 1) * share) for share in (1, 0.75, 0.5, 0.25)))
     label, rows = _round_the_classes(pipeline, 1), []
@@ -233,7 +249,14 @@ def draw_interpolation(
 
 
 def draw_paper(pipeline: DDPMExtPipeline, training: ImageSet, folder: Path, seed: int = 0) -> None:
-    """Figures 6, 7 and 8 of the paper, at every step of the chain; Figure 8 between two training images far apart."""
+    """Figures 6, 7 and 8 of the paper, at every step of the chain; Figure 8 between two training images far apart.
+
+    Args:
+        pipeline: What draws.
+        training: The training images.
+        folder: Where the PNGs go.
+        seed: Of all drawings.
+    """
     draw_progressive(pipeline, folder / "progressive.png", seed=seed)
     draw_shared_latents(pipeline, folder / "shared_latents.png", seed=seed)
     first = range(min(_AMONG, len(training)))
@@ -258,7 +281,14 @@ def _round_the_classes(pipeline: DDPMExtPipeline, count: int) -> list[int] | Non
 
 
 def draw_bound(sweep: Sweep, num_timesteps: int, folder: Path, name: str | None) -> None:
-    """Rate against distortion, and the bits of every step."""
+    """Rate against distortion, and the bits of every step.
+
+    Args:
+        sweep: The terms of every step.
+        num_timesteps: T.
+        folder: Where the PNGs go.
+        name: The variance, for the files' names, or None.
+    """
     rows = rate_distortion_rows(sweep, num_timesteps)
     plot_rate_distortion(
         rows.label, rows.rate_bits_per_dim, rows.distortion_rmse, folder / f"rate_distortion_{name}.png"
@@ -315,7 +345,14 @@ def _shown_pixels(images: ImageSet, numbers: Sequence[int] | Tensor) -> Tensor:
 
 
 def nearest_in_pixels(samples: Tensor, training: ImageSet, number: int, chunk: int = 4096) -> Tensor:
-    """Numbers of the nearest of the first training images, shape (n,), a chunk of them in memory at a time."""
+    """Numbers of the nearest of the first training images, shape (n,), a chunk of them in memory at a time.
+
+    Args:
+        samples: uint8, shape (n, C, H, W).
+        training: The training images.
+        number: How many of them, from the first.
+        chunk: Training images in memory at a time.
+    """
     best = torch.full((len(samples),), torch.inf, dtype=torch.float64)
     index = torch.zeros(len(samples), dtype=torch.int64)
     for start in range(0, number, chunk):

@@ -189,7 +189,15 @@ class Runner:
     def bound(
         self, scheduler: Any, images: ImageSet, count: int, options: BoundOptions, unet: UNet2DModel | None = None
     ) -> SetBound:
-        """Measure the bound of the first images of a set under a scheduler; see `set_bound`."""
+        """Measure the bound of the first images of a set under a scheduler; see `set_bound`.
+
+        Args:
+            scheduler: The chain.
+            images: The set.
+            count: How many of its images.
+            options: Which bound.
+            unet: In place of the pipeline's own.
+        """
         return set_bound(
             unet or self.unet,
             scheduler,
@@ -201,7 +209,13 @@ class Runner:
         )
 
     def check_bound(self, scheduler: Any, images: ImageSet | None, options: BoundOptions) -> None:
-        """Make the bound of one image, so that what it refuses is refused before anything is measured."""
+        """Make the bound of one image, so that what it refuses is refused before anything is measured.
+
+        Args:
+            scheduler: The chain.
+            images: The set, or None where no bound is asked for.
+            options: Which bound.
+        """
         assert images is not None
         pixels, labels = images_and_labels(self.unet, images, range(1))
         bound = make_bound(self.unet, scheduler, pixels, replace(options, bits=images.spec.bits), labels)
@@ -309,7 +323,13 @@ class Runner:
     # -- results ------------------------------------------------------------------------------------------------------
 
     def of_samples(self, images: ImageSet, count: int, num_samples: int) -> dict[str, Any]:
-        """Return what a score of generated images says of its samples, extractor and reference."""
+        """Return what a score of generated images says of its samples, extractor and reference.
+
+        Args:
+            images: The reference.
+            count: Its images that are compared with.
+            num_samples: Generated images.
+        """
         return {
             "num_samples": num_samples,
             "seed": self.config.seed,
@@ -396,6 +416,11 @@ def _check_classes(unet: UNet2DModel, images: ImageSet, trained: DataSpec | None
 
 def images_and_labels(unet: UNet2DModel, images: ImageSet, numbers: range) -> tuple[Tensor, Tensor | None]:
     """Return (pixels, classes) of images by number; classes where the network asks for them, else None.
+
+    Args:
+        unet: The network.
+        images: The set.
+        numbers: Which images.
 
     Raises:
         UserError: it asks for them and the set has none.

@@ -46,7 +46,15 @@ class Shards:
     accelerator: Accelerator
 
     def run(self, label: str, key: dict[str, Any], count: int, shard_size: int, work: Work) -> dict[str, Tensor]:
-        """Run `run_shards` under the model's key and that of the measurement."""
+        """Run `run_shards` under the model's key and that of the measurement.
+
+        Args:
+            label: What the progress bar says.
+            key: What the measurement depends on.
+            count: Number of images.
+            shard_size: Images of a piece.
+            work: What computes a piece.
+        """
         return run_shards(self.folder, label, {**self.key, **key}, count, shard_size, work, self.accelerator)
 
 
@@ -93,7 +101,13 @@ def _shard_path(place: Path, piece: range) -> Path:
 
 
 def save_whole(tensors: dict[str, Tensor], path: Path, key: dict[str, Any]) -> None:
-    """Write a file whole or not at all, with its key inside."""
+    """Write a file whole or not at all, with its key inside.
+
+    Args:
+        tensors: What is written, by name.
+        path: The file.
+        key: What it depends on.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -116,7 +116,13 @@ def length(data: ImageSet | ImageStream) -> int | None:
 
 
 def total_updates(config: TrainConfig, num_images: int | None, plan: BatchPlan) -> int:
-    """Length of the run in updates."""
+    """Length of the run in updates.
+
+    Args:
+        config: The options.
+        num_images: Length of the data; None for a stream.
+        plan: How the batch is cut.
+    """
     if config.max_train_steps is not None:
         return config.max_train_steps
     updates = epochs_to_updates("num_epochs", config.num_epochs, num_images, plan)
@@ -126,6 +132,12 @@ def total_updates(config: TrainConfig, num_images: int | None, plan: BatchPlan) 
 
 def epochs_to_updates(name: str, epochs: int | None, num_images: int | None, plan: BatchPlan) -> int | None:
     """Updates of a number of epochs, rounded up; None stays None.
+
+    Args:
+        name: The option, for messages.
+        epochs: Passes over the data, or None.
+        num_images: Length of the data; None for a stream.
+        plan: How the batch is cut.
 
     Raises:
         RunError: a stream, whose epochs have no known length.
@@ -228,7 +240,13 @@ def refuse_several_sizes(spec: DataSpec, reading: Reading, *, streaming: bool) -
 
 
 def build_network(config: TrainConfig, network: dict[str, Any], data: ImageSet | ImageStream) -> UNet2DModel:
-    """Build the network at the images' size, with first weights that the seed decides."""
+    """Build the network at the images' size, with first weights that the seed decides.
+
+    Args:
+        config: The options.
+        network: Arguments of UNet2DModel.
+        data: The images, which tell size and classes.
+    """
     if config.class_conditional:
         data.require_classes()
     _, height, width = data.shape

@@ -227,7 +227,13 @@ def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
 
 
 def prune(folder: Path, limit: int | None, newest: Path) -> None:
-    """Delete the oldest checkpoints beyond the limit, never the one just written."""
+    """Delete the oldest checkpoints beyond the limit, never the one just written.
+
+    Args:
+        folder: That of the checkpoints.
+        limit: How many stay; None for all.
+        newest: The one just written.
+    """
     others = [path for path in list_checkpoints(folder) if path != newest]
     delete(set_aside(others[: len(others) + 1 - limit] if limit and limit <= len(others) else []))
 

@@ -125,6 +125,12 @@ def profile_products(n_a: np.ndarray, gamma_a: np.ndarray, n_b: np.ndarray, gamm
         ⟨a, b⟩ = (γ_a+1)(γ_b+1) (n_a/n_b)^(γ_b if n_a < n_b else -γ_a) / ((γ_a+γ_b+1) max(n_a, n_b))
 
     Source: Karras et al. 2023, arXiv:2312.02696, Eq. (147).
+
+    Args:
+        n_a: Updates, shape (A,).
+        gamma_a: Powers, shape (A,).
+        n_b: Updates, shape (B,).
+        gamma_b: Powers, shape (B,).
     """
     n_a, gamma_a = n_a[:, None].astype(np.float64), gamma_a[:, None].astype(np.float64)
     n_b, gamma_b = n_b[None, :].astype(np.float64), gamma_b[None, :].astype(np.float64)

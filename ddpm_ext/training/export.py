@@ -23,7 +23,14 @@ __all__ = ["finish_upload", "make_publisher", "reconstruct", "write_pipeline", "
 
 
 def write_snapshot(run: RunDir, weights: dict[str, Tensor], update: int, sigma_rel: float) -> None:
-    """snapshots/step-N-sigma.safetensors, whole or not at all; update and width stand in its metadata."""
+    """snapshots/step-N-sigma.safetensors, whole or not at all; update and width stand in its metadata.
+
+    Args:
+        run: The run folder.
+        weights: The average, by name.
+        update: Updates done.
+        sigma_rel: Relative width of the average.
+    """
     run.snapshots.mkdir(parents=True, exist_ok=True)
     path = run.snapshots / f"{checkpoint_name(update)}-{sigma_rel:g}.safetensors"
     temporary = path.with_name(f".{path.name}.tmp")
@@ -32,7 +39,13 @@ def write_snapshot(run: RunDir, weights: dict[str, Tensor], update: int, sigma_r
 
 
 def write_pipeline(run: RunDir, pipeline: DDPMExtPipeline, target: Path | None = None) -> None:
-    """pipeline/ or another folder of the run, replaced as a whole."""
+    """pipeline/ or another folder of the run, replaced as a whole.
+
+    Args:
+        run: The run folder.
+        pipeline: What is written.
+        target: The folder; None for pipeline/.
+    """
     target = target or run.pipeline
     temporary, old = run.path / f".{target.name}.tmp", run.path / f".{target.name}.old"
     for folder in (temporary, old):

@@ -45,7 +45,13 @@ class Meter:
         self.num_timesteps = num_timesteps
 
     def add_losses(self, losses: Tensor, t: Tensor, weight: Tensor | None = None) -> None:
-        """Losses of some images, their timesteps and weights or None, each (B,); non-finite ones are left out."""
+        """Losses of some images, their timesteps and weights or None, each (B,); non-finite ones are left out.
+
+        Args:
+            losses: Shape (B,).
+            t: Timesteps, int64, shape (B,).
+            weight: Shape (B,), or None.
+        """
         quarter, finite = t * QUARTERS // self.num_timesteps, losses.isfinite()
         share = finite if weight is None else finite * weight
         self.sums[0].index_add_(0, quarter, torch.where(finite, losses.detach() * share, 0).to(self.sums.dtype))
@@ -182,7 +188,13 @@ def start_trackers(accelerator: Accelerator, config: dict[str, Any]) -> None:
 
 
 def track_images(accelerator: Accelerator, grid: np.ndarray, update: int) -> None:
-    """One image, uint8 (H, W, C), to the trackers, as RGB: TensorBoard takes nothing else."""
+    """One image, uint8 (H, W, C), to the trackers, as RGB: TensorBoard takes nothing else.
+
+    Args:
+        accelerator: Knows the trackers.
+        grid: uint8, shape (H, W, C).
+        update: Updates done.
+    """
     picture = grid if grid.shape[-1] == 3 else grid[..., :1].repeat(3, axis=-1)
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):

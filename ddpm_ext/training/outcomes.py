@@ -23,6 +23,11 @@ def can_skip_on_device(accelerator: Accelerator, optimizer: torch.optim.Optimize
     """Return whether the optimiser can skip a step without the host.
 
     On a CPU the host loses nothing by asking; the scaler of fp16, DeepSpeed and sharded weights decide for themselves.
+
+    Args:
+        accelerator: Knows device and scaler.
+        optimizer: The prepared optimiser.
+        fused: Whether it is PyTorch's fused one.
     """
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     return (

@@ -61,6 +61,11 @@ class ResumePoint:
 def find_checkpoint(config: TrainConfig, run: RunDir, accelerator: Accelerator) -> ResumePoint | None:
     """Find the checkpoint to go on from; the main process looks, all others hear of it.
 
+    Args:
+        config: The options.
+        run: The run folder.
+        accelerator: Knows the processes.
+
     Raises:
         RunError: checkpoints are there and none is intact, the one named is damaged, or resuming was refused.
     """
@@ -197,6 +202,11 @@ def resumed_plan(config: TrainConfig, found: ResumePoint | None, processes: int)
     """Plan the batch of a fresh or resumed run.
 
     The recorded global batch rules on another number of processes as long as the options are the same.
+
+    Args:
+        config: The options.
+        found: The checkpoint, or None for a fresh run.
+        processes: Their number now.
     """
     kept = None
     if found is not None:

@@ -90,5 +90,12 @@ def uniforms(word: str, seed: int, step: int, rows: range) -> Tensor:
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int, rank: int) -> None:
-    """Seed the global generators, of which dropout masks are drawn. Masks depend on the rank: they are not elastic."""
+    """Seed the global generators, of which dropout masks are drawn. Masks depend on the rank: they are not elastic.
+
+    Args:
+        seed: That of the run.
+        step: Updates done.
+        micro_batch: Which pass of the update.
+        rank: Which process.
+    """
     torch.manual_seed(seed_of("dropout", seed, step, micro_batch, rank))

@@ -11,7 +11,13 @@ __all__ = ["describe", "plural"]
 
 
 def plural(count: int, noun: str, many: str | None = None) -> str:
-    """Return "1 process", "2 processes", "1,500 images"."""
+    """Return "1 process", "2 processes", "1,500 images".
+
+    Args:
+        count: How many.
+        noun: Of what, in the singular.
+        many: Its plural, where it is not made with an s.
+    """
     return f"{count:,} {noun if count == 1 else many or noun + 's'}"
 
 

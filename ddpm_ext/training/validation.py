@@ -202,6 +202,12 @@ def make_validation(config: TrainConfig, data: DataSpec, accelerator: Accelerato
 
 
 def is_better(run: RunDir, scores: dict[str, float], metric: str) -> bool:
-    """Return whether a score is below the one in best.json; all metrics here are better when lower."""
+    """Return whether a score is below the one in best.json; all metrics here are better when lower.
+
+    Args:
+        run: The run folder.
+        scores: By name.
+        metric: The score that decides.
+    """
     path = run.best_record
     return not path.exists() or scores[metric] < read_json(path).get(metric, float("inf"))
