@@ -16,7 +16,6 @@ from ddpm_ext.models.classes import class_options, label_number
 from ddpm_ext.models.values import Values, value_options, values_of
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.pipelines.sampling import SampleConfig, sample_to_folder, save_png, shown_bands
-from ddpm_ext.run_dir import RunError
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 from tests.training import run_here
 
@@ -76,7 +75,7 @@ def test_files_have_the_depth_of_the_network_or_the_one_asked_for(
     with Image.open(tmp_path / "images" / "grid.png") as grid:
         assert grid.mode == ["L", "LA" if bits == 8 else "RGBA", "RGB", "RGBA", "", "L"][channels - 1]
     if asked == 16:
-        with pytest.raises(RunError, match="bits"):
+        with pytest.raises(ValueError, match="bits"):
             sample(model, tmp_path / "images", bits=8)
 
 
@@ -86,7 +85,7 @@ def test_previews_show_the_bands_asked_for(tmp_path: Path) -> None:
     values = np.load(tmp_path / "images" / "000001.npy")
     with Image.open(tmp_path / "images" / "000001.png") as image:
         assert np.array_equal(np.asarray(image), values[..., [4, 0, 2]])
-    with pytest.raises(RunError, match="have 5 bands"):
+    with pytest.raises(ValueError, match="have 5 bands"):
         shown_bands(values, [6, 1, 1])
 
 
@@ -131,3 +130,17 @@ def test_six_bands_of_twelve_bits_are_trained_recorded_and_sampled(loss: str, tm
     assert values_of(unet.config) == Values(12, (0.0, 4095.0)) and label_number("b", unet.config) == 1
     assert sample(tmp_path / "run", tmp_path / "images", class_label="b") == 0
     assert np.load(tmp_path / "images" / "000000.npy").dtype == np.uint16
+
+
+def test_the_page_shows_bands_and_takes_no_image_that_lacks_them(tmp_path: Path) -> None:
+    from ddpm_ext.demo import Studio
+
+    for channels, mode, fits in ((6, "RGB", False), (4, "RGB", False), (4, "RGBA", True), (2, "LA", True)):
+        studio = Studio(str(pipeline_of(tmp_path / str(channels), channels, bits=12)))
+        *_, (shown, _) = studio.generate(2, "ddpm", 0, count=2)
+        assert shown.mode == {6: "L", 4: "RGBA", 2: "L"}[channels]
+        if not fits:
+            with pytest.raises(ValueError, match=f"network of {channels} channels"):
+                studio.bits(Image.new(mode, (8, 8)), num_timesteps_sampled=2)
+        else:
+            assert "bits/dim" in studio.bits(Image.new(mode, (8, 8)), num_timesteps_sampled=2)

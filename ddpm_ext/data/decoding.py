@@ -326,7 +326,7 @@ def _scaled(levels: np.ndarray, form: ImageFormat, place: float, *, alpha: bool)
 def _decode_samples(samples: Samples, form: ImageFormat, place: float, seen: Seen) -> np.ndarray:
     """Levels of samples of any depth, shape (C, H, W)."""
     levels = _mix_channels(_levels(samples, form, seen), samples.mode, form)
-    seen.note_size(*levels.shape[:2], form)
+    seen.note_size(levels.shape[0], levels.shape[1], form)
     levels = _scaled(levels, form, place, alpha=samples.mode in ("LA", "RGBA") and form.channels in (2, 4))
     return np.ascontiguousarray(np.rint(levels).clip(0, form.top).astype(form.dtype).transpose(2, 0, 1))
 

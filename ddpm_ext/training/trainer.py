@@ -25,7 +25,7 @@ from ..diffusion.words import LEARNED_VARIANCES
 from ..distributed import full_tensor, move, set_numerics, take_dynamo, tell_deepspeed
 from ..models.classes import NETWORK_KEY, classes_of, number_of_classes
 from ..pipelines.ddpm import DDPMExtPipeline
-from ..pipelines.sampling import SamplingStopped, make_grid, sample_images, save_png
+from ..pipelines.sampling import SamplingStopped, make_grid, sample_images, save_png, shown_bands
 from ..publishing.publisher import Publisher
 from ..run_dir import RunDir, RunError, package_versions, read_json, write_json
 from ..signals import PREEMPTED, StopRequest
@@ -514,7 +514,8 @@ class Trainer:
         images = torch.from_numpy(self.sample(numbers)).to(accelerator.device)
         gathered: Any = accelerator.gather((images, torch.tensor(numbers, device=accelerator.device)))
         if accelerator.is_main_process:
-            grid = make_grid(_by_number(*gathered).cpu().numpy())
+            images = _by_number(*gathered).cpu().numpy()
+            grid = make_grid(shown_bands(images, self.config.rgb_bands if images.shape[-1] > 4 else None))
             save_png(grid, self.run.samples / f"{checkpoint_name(self.state.update)}.png")
             track_images(accelerator, grid, self.state.update)
 
