@@ -46,6 +46,7 @@ from ddpm_ext.training import builders
 from ddpm_ext.training.config import TrainConfig
 from ddpm_ext.training.monitor import Meter, Progress, draw_training, last_tenth
 from ddpm_ext.training.rng import draw
+from ddpm_ext.training.run import train
 from ddpm_ext.training.trainer import Trainer, _by_number
 
 
@@ -702,6 +703,16 @@ def test_a_tracked_width_is_reconstructed_by_the_script(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, tracked[name], rtol=0, atol=1e-5)  # float32 sums of eight snapshots
     code, output = finish(start([*words[:-1], "0.5"]))
     assert code == 2 and "sigma_rel must lie in (0, 0.28), got 0.5" in output and "Traceback" not in output, output
+
+
+def test_training_from_python_says_where_the_result_lies_and_can_be_called_again(tmp_path: Path) -> None:
+    forget_accelerator()
+    shown = {**parse_train_config(options(tmp_path / "run")).__dict__, "max_train_steps": 3, "logging_steps": 3}
+    result = train(TrainConfig(**shown))
+    assert (result.exit_code, result.run_dir, result.update) == (0, tmp_path / "run", 3)
+    assert result.pipeline == tmp_path / "run" / "pipeline" and result.loss is not None and 0.5 < result.loss < 1.5
+    again = train(TrainConfig(**{**shown, "output_dir": str(tmp_path / "b"), "mixed_precision": "bf16"}))
+    assert again.update == 3  # another precision in the same process
 
 
 # Launching ------------------------------------------------------------------------------------------------------------
