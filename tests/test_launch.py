@@ -527,6 +527,19 @@ def test_fsdp2_trains_resumes_in_a_fresh_process_and_exports_the_same_pipeline(t
     assert all(torch.equal(tensor, averaged[name]) for name, tensor in unet.state_dict().items())
 
 
+@pytest.mark.slow
+def test_a_fine_tune_is_sharded_too(tmp_path: Path) -> None:
+    assert run_here(tmp_path / "source", max_train_steps=2) == 0
+    given = {"model_config_name_or_path": None, "init_from": tmp_path / "source", "freeze": ["down_blocks.*"]}
+    words = options(tmp_path / "run", **given, max_train_steps=2, global_batch_size=8)
+    launcher = [*ACCELERATE, "--config_file", str(CONFIGS / "fsdp2.yaml"), "--num_processes", "2"]
+    code, output = finish(start(words, launcher, **{FSDP_ON_CPU: "1"}))
+    assert code == 0 and begin(tmp_path / "run")["sharded"], output
+    there = weights(tmp_path / "source", 2, "ema")
+    for name, tensor in weights(tmp_path / "run", 2).items():
+        assert torch.equal(tensor, there[name]) == name.startswith("down_blocks."), name
+
+
 def test_deepspeeds_file_is_understood_by_its_plugin() -> None:
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     from accelerate.utils import DeepSpeedPlugin
