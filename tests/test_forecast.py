@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +15,7 @@ from ddpm_ext.run_dir import RunError
 from ddpm_ext.training.forecast import ACCELERATORS, GIB, forecast, forecast_lines, pass_costs
 from ddpm_ext.training.presets import PRESETS
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(UNET_PRESETS["cifar10-tiny"].config)
 
 
@@ -37,7 +42,11 @@ def test_checkpointing_costs_work_and_saves_memory() -> None:
 
 def test_the_lines_say_what_fits() -> None:
     config = dataclasses.replace(PRESETS["cifar10-small"].config, mixed_precision="bf16")
-    text = "\n".join(forecast_lines(forecast(config, "l4", processes=2), price_per_hour=2.0))
+    text = "\n".join(
+        forecast_lines(
+            forecast(dataclasses.replace(config, forecast_processes=2, dry_run=True, forecast="l4")), price_per_hour=2.0
+        )
+    )
     for said in ("2 x NVIDIA L4 24 GB", "GFLOP per training image", "fits into 22.5 GiB", "--gradient_checkpointing"):
         assert said in text
     assert "at 20% of 121 TFLOP/s (bf16)" in text and "20,000 updates" in text and "at 2 an hour" in text
@@ -47,3 +56,33 @@ def test_an_unknown_machine_is_refused() -> None:
     with pytest.raises(RunError, match="h100"):
         forecast(PRESETS["digits"].config, "h1000")
     assert all(card.memory_gib > 0 and card.bf16 >= card.tf32 >= card.fp32 for card in ACCELERATORS.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--gradient_checkpointing=true"]])
+def test_on_a_cpu_forecast_and_measurement_agree_within_15_percent(more: list[str], tmp_path: Path) -> None:
+    """32 x 32 in colour, 64 images a pass: the activations are most of what the process takes."""
+    network = tmp_path / "network.json"
+    network.write_text(json.dumps({"_class_name": "UNet2DModel", **TINY}))
+    words = [
+        "train",
+        f"--model_config_name_or_path={network}",
+        "--train_batch_size=64",
+        "--max_train_steps=10",
+        "--cpu",
+        f"--output_dir={tmp_path / 'run'}",
+        "--dry_run=true",
+        "--eval_batch_size=4",
+        "--ddpm_num_inference_steps=2",
+        *more,
+    ]
+    sizes = []
+    for extra in ([], ["--forecast=cpu"]):
+        command = [sys.executable, "-m", "ddpm_ext", *words, *extra]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-1500:]
+        line = next(line for line in done.stdout.splitlines() if line.startswith("memory"))
+        size, unit = line.split()[1:3]
+        sizes.append(float(size.replace(",", "")) * (1024 if unit == "GiB" else 1))
+    measured, said = sizes
+    assert said == pytest.approx(measured, rel=0.15)

@@ -311,6 +311,24 @@ class RunOptions:
         neutral=True,
         needs=("dry_run", (True,)),
     )
+    forecast: Literal["h100", "h200", "b200", "a100", "a100-40", "l40s", "l4", "rtx4090", "rtx3090", "cpu"] | None = (
+        option(
+            None,
+            "Say what the run takes on such an accelerator, from fake tensors, in place of trying this machine.",
+            neutral=True,
+            needs=("dry_run", (True,)),
+        )
+    )
+    forecast_processes: int = option(
+        1, "Accelerators of the forecast.", at_least=1, neutral=True, needs=("forecast", True)
+    )
+    forecast_utilisation: float = option(
+        0.2,
+        "Share of its peak that the forecast's accelerator reaches.",
+        above=0,
+        neutral=True,
+        needs=("forecast", True),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ __all__ = ["ACCELERATORS", "AcceleratorSpec", "Forecast", "forecast", "forecast_
 
 GIB = 2**30
 USABLE = 0.92  # of the memory: the rest is the driver's, the libraries' and lost between blocks
-UTILISATION = 0.2  # of the peak: what convolutional networks of this size reach uncompiled; see docs/gpu.md
+FRAGMENTS = 1.15  # a CPU process's memory by the bytes of its tensors: what malloc keeps between them
 ADAM_MOMENTS = 2
 
 
@@ -99,16 +100,17 @@ class Forecast:
     precision: str
     utilisation: float
     updates: int | None  # None: in epochs, of data that is not opened
+    base: int = 0  # bytes of the process before anything is built, on a CPU
 
     @property
     def fixed(self) -> int:
         """Bytes that do not depend on the batch."""
-        return self.weights + self.gradients + self.adam + self.averages
+        return self.base + self.weights + self.gradients + self.adam + self.averages
 
     @property
     def peak(self) -> int:
         """Bytes of one process at most."""
-        return self.fixed + self.costs.peak
+        return self.fixed + int(self.costs.peak * (FRAGMENTS if self.base else 1))
 
     @property
     def images_per_second(self) -> float:
@@ -217,21 +219,20 @@ def pass_costs(
     return PassCosts(batch, flops.get_total_flops(), kept, memory.peak)
 
 
-def forecast(config: TrainConfig, kind: str, processes: int = 1, utilisation: float = UTILISATION) -> Forecast:
+def forecast(config: TrainConfig, kind: str | None = None) -> Forecast:
     """Forecast a run on accelerators of a kind.
 
     Args:
         config: The options of the run. Its data is not opened: the images have the network's size.
-        kind: A word of `ACCELERATORS`.
-        processes: Accelerators of the run.
-        utilisation: Share of the peak that the run is taken to reach.
+        kind: A word of `ACCELERATORS`, or "cpu" for this machine's; None takes the options'.
 
     Raises:
         RunError: no such kind, or a batch that cannot be shared.
     """
-    if kind not in ACCELERATORS:
-        raise RunError(f"forecast must be one of {', '.join(ACCELERATORS)}, got {kind!r}.")
-    accelerator = ACCELERATORS[kind]
+    kind, processes = kind or config.forecast, config.forecast_processes
+    if kind not in ACCELERATORS and kind != "cpu":
+        raise RunError(f"forecast must be one of {', '.join(ACCELERATORS)} or cpu, got {kind!r}.")
+    accelerator = ACCELERATORS[kind] if kind in ACCELERATORS else _this_cpu()
     network = network_config(config)
     if network.get("sample_size") is None:
         raise RunError("A forecast needs the images' size, which this network leaves open: give --resolution.")
@@ -254,7 +255,8 @@ def forecast(config: TrainConfig, kind: str, processes: int = 1, utilisation: fl
     fixed = weights * (2 + ADAM_MOMENTS + averages)
     plain, checkpointed = costs(plan.micro_batch, False), costs(plan.micro_batch, True)
     own = checkpointed if config.gradient_checkpointing else plain
-    free = USABLE * accelerator.memory_gib * GIB - fixed
+    base = psutil.Process().memory_info().rss if kind == "cpu" else 0
+    free = USABLE * accelerator.memory_gib * GIB - fixed - base
     tflops, precision = peak_tflops(accelerator, config)
     return Forecast(
         accelerator=accelerator,
@@ -271,9 +273,15 @@ def forecast(config: TrainConfig, kind: str, processes: int = 1, utilisation: fl
         largest_batch_checkpointed=largest(free, checkpointed),
         tflops=tflops,
         precision=precision,
-        utilisation=utilisation,
+        utilisation=config.forecast_utilisation,
+        base=base,
         updates=config.max_train_steps,
     )
+
+
+def _this_cpu() -> AcceleratorSpec:
+    """Return this machine's memory; how fast it is, --dry_run alone measures."""
+    return AcceleratorSpec("this machine's CPU", round(psutil.virtual_memory().total / GIB, 1), 0, 0, 0, "memory only")
 
 
 def largest(free: float, costs: PassCosts) -> int:
@@ -297,6 +305,7 @@ def forecast_lines(found: Forecast, price_per_hour: float | None = None) -> list
     """
     card, costs = found.accelerator, found.costs
     parts = (
+        *((("process", found.base),) if found.base else ()),
         ("weights", found.weights),
         ("gradients", found.gradients),
         ("Adam", found.adam),
@@ -314,9 +323,13 @@ def forecast_lines(found: Forecast, price_per_hour: float | None = None) -> list
         + ", ".join(f"{size / GIB:,.2f} {name}" for name, size in parts),
         f"largest     {found.largest_batch:,} images a pass, {found.largest_batch_checkpointed:,} with "
         "--gradient_checkpointing",
-        f"speed       {found.images_per_second:,.0f} images/s at {found.utilisation:.0%} of {found.tflops:g} TFLOP/s "
-        f"({found.precision})",
     ]
+    if not found.tflops:
+        return lines
+    lines.append(
+        f"speed       {found.images_per_second:,.0f} images/s at {found.utilisation:.0%} of {found.tflops:g} TFLOP/s "
+        f"({found.precision})"
+    )
     if found.hours is None:
         lines.append(
             "whole run   unknown: its length is in epochs of data that a forecast does not open; give --max_train_steps"

@@ -17,6 +17,7 @@ from .checkpoint import list_checkpoints, update_of
 from .config import OF_SCHEDULE, TrainConfig, recorded
 from .dry_run import dry_run
 from .export import finish_upload
+from .forecast import forecast, forecast_lines
 from .monitor import start_trackers
 from .resume import obey_launcher, on_main
 from .summary import describe
@@ -78,6 +79,9 @@ def run_training(config: TrainConfig) -> int:
     Raises:
         RunError: the run cannot start or go on; the message says why and what to do.
     """
+    if config.forecast is not None:
+        print("\n".join(forecast_lines(forecast(config), config.price_per_hour)))
+        return 0
     stop = StopRequest()
     die_with_launcher()
     run, trainer, alone = RunDir(_folder(config)), None, not AcceleratorState._shared_state
