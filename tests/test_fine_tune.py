@@ -237,16 +237,8 @@ def test_from_a_half_trained_network_the_digits_are_good_in_fewer_updates_than_f
 ) -> None:
     """Fréchet distance 0.10 of 1,000 samples of 100 steps; about 6 minutes of one core."""
     monkeypatch.setattr("ddpm_ext.evaluation.reference.default_cache", lambda: tmp_path / "references")
-    measured = [
-        "--eval_steps",
-        "100",
-        "--eval_samples",
-        "1000",
-        "--eval_num_inference_steps",
-        "100",
-        "--eval_max_images",
-        "1500",
-    ]
+    measured = ["--eval_steps", "100", "--eval_samples", "1000", "--eval_num_inference_steps", "100"]
+    measured += ["--eval_max_images", "1500"]
     small = ["--cpu", "--num_threads", "1", "--ddpm_num_inference_steps", "10", "--eval_batch_size", "4"]
 
     def first_good(name: str, *words: str) -> int:

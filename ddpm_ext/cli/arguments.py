@@ -263,13 +263,6 @@ class _Switch(argparse._StoreAction):
 
 
 class _List(argparse._StoreAction):
-    """An option of several values, or of the word none."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        setattr(namespace, self.dest, None if values == [None] else values)
-
-
-class _List(argparse._StoreAction):
     """An option of several values, which the word none switches off."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
