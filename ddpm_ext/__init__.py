@@ -5,11 +5,13 @@ The names below are what users need; each is loaded when it is first used.
 
 import sys
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .lazy import lazy_names
 
 __version__ = "0.1.0"
+DIGITS = str(Path(__file__).parent / "models" / "digits")  # a calibrated pipeline that draws digits in 3 to 10 calls
 
 if TYPE_CHECKING:
     from .conversion.convert import convert
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from .training.run import train
 
 __all__ = [
+    "DIGITS",
     "PRESETS",
     "BitsPerDim",
     "CalibrateConfig",
