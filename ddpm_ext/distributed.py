@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .run_dir import RunDir, RunError
+from .threads import chosen_by_user
 
 __all__ = [
     "FSDP_ON_CPU",
@@ -259,15 +260,16 @@ def tell_deepspeed(accelerator: Accelerator, micro_batch: int, accumulation: int
         plugin.deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
 
 
-def set_numerics(config: LaunchOptions, accelerator: Accelerator, recorded_threads: int | None) -> dict[str, Any]:
+def set_numerics(config: LaunchOptions, accelerator: Accelerator, default_threads: int | None) -> dict[str, Any]:
     """Set the switches that change the last digits; return what decides them beside the options, for the record.
 
     Args:
         config: The options.
         accelerator: Knows device and processes.
-        recorded_threads: Thread count of the run being resumed, used where no option names one.
+        default_threads: Where neither an option nor the environment names a number: that of the run being resumed, or
+            the one that fits a small network; None takes PyTorch's.
     """
-    threads = config.num_threads or recorded_threads
+    threads = config.num_threads or chosen_by_user() or default_threads
     if threads:
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")

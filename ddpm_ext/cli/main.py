@@ -12,6 +12,7 @@ from pathlib import Path
 from .. import __version__
 from ..errors import UsageError, UserError
 from ..signals import PREEMPTED, Stopped, exit_process, report_error
+from ..threads import set_thread_defaults
 from .commands import COMMANDS
 
 __all__ = ["is_expected", "main", "script"]
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         explains; 2 after a command line that cannot be understood; 130 when it was interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    set_thread_defaults()
     try:
         code = _command(argv)(argv[1:]) if argv else _overview()
     except SystemExit as leaving:  # argparse, after --help

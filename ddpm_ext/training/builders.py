@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from ..models.values import value_options
 from ..pipelines.loading import load_network_config
 from ..run_dir import RunError
 from ..schedulers.ddpm import DDPMExtScheduler
+from ..threads import fitting_threads
 from .config import TrainConfig
 
 __all__ = [
@@ -187,6 +188,19 @@ def network_config(config: TrainConfig) -> dict[str, Any]:
     if config.variance_type in LEARNED_VARIANCES:
         found["out_channels"] = 2 * channels
     return found
+
+
+def fitting_threads_of(network: Mapping[str, Any]) -> int | None:
+    """Return the CPU threads that a network gains from: 1 for a small one, None for as many as there are.
+
+    Args:
+        network: Arguments of UNet2DModel.
+    """
+    size, channels = network.get("sample_size"), network.get("block_out_channels")
+    if size is None or not channels:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return fitting_threads(channels[0], height, width)
 
 
 def build_data(config: TrainConfig, network: dict[str, Any]) -> ImageSet | ImageStream:

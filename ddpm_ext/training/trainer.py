@@ -83,10 +83,11 @@ class Trainer:
         found = self.resumed_from = find_checkpoint(config, run, accelerator)
         self.abandoned = found.abandoned if found else []
         self.plan = resumed_plan(config, found, accelerator.num_processes)
-        self.numerics = set_numerics(config, accelerator, found.record["numerics"]["num_threads"] if found else None)
         start = self._start(found)
         config = self.config
         arguments = start.network if start else builders.network_config(config)
+        recorded = found.record["numerics"]["num_threads"] if found else builders.fitting_threads_of(arguments)
+        self.numerics = set_numerics(config, accelerator, recorded)
         # A head of its own may be of the images' channels; else images are made of the network's.
         own = start is not None and start.weights is not None and config.init_new_head
         self.data = builders.build_data(config, {**arguments, "in_channels": None} if own else arguments)
