@@ -170,7 +170,8 @@ def test_every_row_is_of_the_same_noises_and_knows_its_distance_to_the_reference
 def test_the_reference_is_the_candidate_of_the_lowest_score(done: SimpleNamespace) -> None:
     scores = done.record["solver"]["reference_scores"]
     assert set(scores) == set(REFERENCE_WORDS)
-    assert done.record["solver"]["reference"] == min(scores, key=lambda kind: scores[kind])
+    good = 1.05 * min(scores.values())  # the first of those that are equally good
+    assert done.record["solver"]["reference"] == next(kind for kind in REFERENCE_WORDS if scores[kind] <= good)
     assert "lowest" in done.record["solver"]["reason"]
 
 

@@ -43,6 +43,7 @@ from .samplers import SamplerSetting, chain_conditions, make_scheduler
 
 __all__ = ["Calibration", "calibrate"]
 
+TIE = 0.05  # references whose scores differ by less are taken for equal
 _DIGITS = 8  # significant digits of the stored errors: far below their standard errors
 
 
@@ -196,8 +197,9 @@ class _Calibration:
             images = (fits.reference(kind).states[-1] / 2 + 0.5).clamp(0, 1)
             features = extract(self.runner.extractor, images.split(config.batch_size), config.quantization).features
             scores[kind] = frechet_distance(real, feature_statistics(features))
-        best: Any = min(scores, key=lambda kind: scores[kind])
-        return best, f"the lowest Fréchet distance of {fits.count} images of each", scores
+        good = (1 + TIE) * min(scores.values())  # of those that few images cannot tell apart, the first
+        best = next(kind for kind in kinds if scores[kind] <= good)
+        return best, f"the lowest Fréchet distance of {fits.count} images of each, within {TIE:.0%}", scores
 
     def save(self, found: Calibration | None) -> None:
         """Write the pipeline with the calibrated scheduler: a fitted solver, a learned variance, or the optimal one."""
