@@ -49,7 +49,7 @@ from ddpm_ext.training.presets import PRESETS
 ROOT = Path(__file__).resolve().parent.parent
 # Part -> share of the whole time and the most seconds that it gets; the last takes what is left.
 PARTS: dict[str, tuple[float, float]] = {
-    "tests": (0.15, 120),
+    "tests": (0.2, 180),
     "training": (0.35, 300),
     "sampling": (0.25, 240),
     "cifar10": (1.0, math.inf),
@@ -138,12 +138,18 @@ def fresh_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+        with contextlib.suppress(RuntimeError):  # a statistic that cannot be had costs no row
+            torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_gib(device: torch.device) -> float | None:
     """Peak of the memory that tensors took, GiB."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    try:
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    except RuntimeError:
+        return None
 
 
 def timed(call: Callable[[], Any], device: torch.device, seconds: float, warm_up: int) -> tuple[float, int]:
@@ -579,6 +585,7 @@ def run_part(options: GpuOptions) -> int:
     part = str(options.part)
     if options.rehearse:
         use_simulator()
+    torch.zeros(1, device=device_of(options))  # CUDA is initialised: its memory statistics ask for that
 
     def note(row: Row) -> None:
         print(json.dumps(row), flush=True)
@@ -597,7 +604,11 @@ def run_all(options: GpuOptions) -> int:
     asked = options.parts.split(",")
     for part in asked:
         share, most = PARTS[part]
-        seconds = budget.left - 5 if part == asked[-1] else min(most, share * options.minutes * 60, budget.left - 5)
+        seconds = (
+            budget.left - 5
+            if part == asked[-1]
+            else min(max(60, min(most, share * options.minutes * 60)), budget.left - 5)
+        )
         print(f"== {part}, at most {seconds:.0f} s", flush=True)
         if seconds < 5:
             outcome = "no time was left"
