@@ -279,3 +279,22 @@ def test_images_of_a_pulled_folder_are_links_and_go_too(client: Client, tmp_path
     (tmp_path / "new" / "grid.png").symlink_to(tmp_path / "blob")
     (tmp_path / "new" / "README.md").write_text("![](grid.png)")
     assert "grid.png" in collect(tmp_path / "new", tmp_path / "staging")
+
+
+def convert_pipeline(source: str, folder: str) -> str:
+    from ddpm_ext.conversion.config import ConvertOptions
+    from ddpm_ext.conversion.convert import convert
+
+    return (convert(ConvertOptions("auto", source, folder)) / "README.md").read_text()
+
+
+def test_a_pipeline_of_the_hub_keeps_name_and_licence_when_it_is_converted(
+    hub: Hub, client: Client, tmp_path: Path
+) -> None:
+    client(make_pipeline, str(tmp_path / "new"))
+    (tmp_path / "new" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    client(push, str(tmp_path / "new"), "alice/base")
+    card = client(convert_pipeline, "alice/base", str(tmp_path / "out"))
+    assert "base_model: alice/base\n" in card and "license: cc-by-4.0\n" in card
+    card = client(convert_pipeline, str(tmp_path / "new"), str(tmp_path / "out2"))
+    assert "license: cc-by-4.0\n" in card and "base_model" not in card and str(tmp_path) not in card

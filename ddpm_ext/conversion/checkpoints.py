@@ -66,7 +66,7 @@ def _load(path: Path) -> Any:
     except (pickle.UnpicklingError, EOFError, RuntimeError, SafetensorError) as error:
         raise ConvertError(
             f"{path} is no checkpoint that can be read as data alone, and others are not opened, since they can run "
-            f"code: {str(error).splitlines()[0]}"
+            f"code: {str(error).splitlines()[0].split('. ')[0]}"
         ) from error
 
 

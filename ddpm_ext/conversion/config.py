@@ -28,7 +28,7 @@ _OPEN: dict[str, tuple[str, ...]] = {
     "num_head_channels": _OPENAI,
     "attention_order": _OPENAI,
     "weights": _CODES,
-    "license": _CODES,
+    "license": (*_CODES, "diffusers"),
     "token": ("diffusers",),
 }
 # What each code's own scripts take where a command line says nothing: shown beside the question, never assumed.
@@ -75,7 +75,9 @@ class ConvertOptions:
         "and the network another, so it is asked for where there is more than one head.",
     )
     weights: str | None = option(None, "The entry of the file that is taken, as ema_model, where there are several.")
-    license: str | None = option(None, "Licence of the weights, for the card, by the Hub's name.")
+    license: str | None = option(
+        None, "Licence of the weights, for the card, by the Hub's name; none: that of a Hub pipeline's card."
+    )
     token: str | None = option(None, "diffusers: token for a private repository.")
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
+from ..hub.pipeline_files import PICKLES
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.loading import load_pipeline
 from ..pipelines.locate import is_hub_name
@@ -58,9 +59,10 @@ def convert(options: ConvertOptions) -> Path:
     """
     target = Path(options.output_dir)
     _check_target(target, options.checkpoint)
-    source = options.source
-    if source == "auto" and (Path(options.checkpoint).is_dir() or is_hub_name(options.checkpoint)):
-        source = "diffusers" if not Path(options.checkpoint).is_file() else source
+    source, path = options.source, Path(options.checkpoint)
+    is_file = path.is_file() or path.suffix in (*PICKLES, ".safetensors")
+    if source == "auto" and not is_file and (path.is_dir() or is_hub_name(options.checkpoint)):
+        source = "diffusers"
     if source == "diffusers":
         options.check_source(source)
         pipeline = load_pipeline(options.checkpoint, options.token)

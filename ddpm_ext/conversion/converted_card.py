@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,11 +11,14 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..hub.checksums import sha256
 from ..hub.files import RENDERED
+from ..hub.retry import HubError
 from ..pipelines.ddpm import DDPMExtPipeline
+from ..publishing.model_card import STOCK_CANNOT, license_of
 from ..run_dir import write_atomically
 from .config import ConvertOptions
 
 __all__ = ["fingerprint", "write_converted_card"]
+logger = logging.getLogger(__name__)
 
 _MARK = f"{RENDERED}a converted checkpoint; without this line the card is yours and is kept. -->"
 _TEXT = """---
@@ -33,11 +37,13 @@ computes what the original computes; nothing was trained again.
 ## Use
 
 ```python
-from diffusers import DDPMPipeline
+from {package} import {kind}
 
-pipe = DDPMPipeline.from_pretrained("path/to/this/folder")  # or its name on the Hub
-image = pipe(num_inference_steps={T}).images[0]
+pipe = {kind}.from_pretrained("path/to/this/folder")  # or its name on the Hub
+image = pipe(num_inference_steps={T}{labels}).images[0]
 ```
+
+ddpm_ext is to be had by `pip install ddpm-ext`.
 
 ## Fingerprint
 
@@ -74,6 +80,15 @@ def fingerprint(pipeline: DDPMExtPipeline) -> dict[str, object]:
     return {"shape": shape, "t": t, "mean": float(mean), "std": float(std), "first": first, "labelled": bool(labels)}
 
 
+def _upstream_license(options: ConvertOptions) -> str | None:
+    """Return the licence that the card of a converted pipeline's source names, None where it cannot be asked."""
+    try:
+        return license_of(options.checkpoint, options.token)
+    except HubError as error:
+        logger.warning("The card names no licence: %s", error)
+        return None
+
+
 def write_converted_card(folder: Path, pipeline: DDPMExtPipeline, options: ConvertOptions) -> Path | None:
     """Write README.md into the folder of a converted pipeline; None where the one there was written by hand."""
     card = folder / "README.md"
@@ -82,18 +97,23 @@ def write_converted_card(folder: Path, pipeline: DDPMExtPipeline, options: Conve
     seen = fingerprint(pipeline)
     checkpoint = Path(options.checkpoint)
     is_file = checkpoint.is_file()
-    origin = f"a checkpoint of {options.source}" if is_file else f"the pipeline {options.checkpoint}"
+    is_on_hub = not is_file and not checkpoint.exists()
+    name = options.checkpoint if is_on_hub else checkpoint.resolve().name
+    origin = f"a checkpoint of {options.source}" if is_file else f"the pipeline {name}"
     said = {
         field.name: getattr(options, field.name)
         for field in fields(options)
         if field.name not in ("checkpoint", "output_dir", "token", "license")
         and getattr(options, field.name) is not None
     }
-    rows = {"Source": said.pop("source"), "Checkpoint": checkpoint.name if is_file else options.checkpoint}
+    rows = {"Source": said.pop("source"), "Checkpoint": name}
     rows |= {"SHA-256": sha256(checkpoint)} if is_file else {}
     rows |= {f"`--{name}`": value for name, value in said.items()}
+    words = {pipeline.scheduler.config["prediction_type"], pipeline.scheduler.config["variance_type"]}
+    own = seen["labelled"] or not words.isdisjoint(STOCK_CANNOT)  # else Diffusers alone can sample it
     data = ModelCardData(
-        license=options.license,
+        license=options.license or (None if is_file else _upstream_license(options)),
+        base_model=name if is_on_hub else None,
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=["ddpm", "unconditional-image-generation", "pytorch", "ddpm_ext"],
@@ -104,6 +124,9 @@ def write_converted_card(folder: Path, pipeline: DDPMExtPipeline, options: Conve
         name=folder.resolve().name,
         origin=origin,
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+        package="ddpm_ext" if own else "diffusers",
+        kind="DDPMExtPipeline" if own else "DDPMPipeline",
+        labels=", class_labels=0" if seen["labelled"] else "",
         T=len(pipeline.scheduler),
         shape=seen["shape"],
         t=seen["t"],

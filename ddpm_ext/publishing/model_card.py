@@ -12,17 +12,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, constants
 
 from ..evaluation.report import markdown
+from ..hub.client import Client
 from ..hub.files import RENDERED, shown_images
+from ..hub.messages import Operation, hub_errors
 from ..hub.pipeline_files import INDEX
+from ..hub.retry import RetryPolicy
 from ..models.classes import number_of_classes
 from ..run_dir import read_json, write_atomically
 from .results import TASK, model_index, provenance_lines, results_of
 from .training_record import Record, base_model, compute_cost, data_words, hub_datasets, summary, training_rows
 
-__all__ = ["MARK", "SHOWN", "card_license", "export_card", "render_card", "write_card"]
+__all__ = ["MARK", "SHOWN", "STOCK_CANNOT", "export_card", "license_of", "render_card", "write_card"]
 
 MARK = f"{RENDERED}config.json and eval.json; without this line the card is yours and is kept. -->"
 _TEMPLATE = Path(__file__).with_name("template.md")
@@ -34,7 +37,7 @@ _CALIBRATION = "calibrated/calibration.json"
 _BITS_PLOT = "calibrated/plots/bpd_against_steps.png"
 _NEAREST = "plots/nearest.png"
 SHOWN = ("log.jsonl", *_CAPTIONS, _NEAREST, _CALIBRATION, _BITS_PLOT)  # what a card reads or shows, too
-_STOCK_CANNOT = {
+STOCK_CANNOT = {
     "learned": "its variance is learned as a logarithm",
     "posterior_mean": "it predicts the posterior mean",
 }
@@ -52,14 +55,31 @@ def write_card(run: str | Path, repo_id: str | None = None, license: str | None 
     path = Path(run) / "README.md"
     if path.exists() and MARK not in path.read_text(encoding="utf-8"):
         return None
-    write_atomically(path, str(render_card(run, repo_id, license or card_license(Path(run)))))
+    write_atomically(path, str(render_card(run, repo_id, license or license_of(run))))
     return path
 
 
-def card_license(folder: Path) -> str | None:
-    """Return the licence that the card of a folder names, None without one."""
-    path = folder / "README.md"
-    return ModelCard.load(path, ignore_metadata_errors=True).data.get("license") if path.is_file() else None
+def license_of(model: str | Path, token: str | None = None, retry: RetryPolicy | None = None) -> str | None:
+    """Return the licence that the card of a run, a pipeline or a Hub repository names, None without one.
+
+    Args:
+        model: A folder, or "user/model"; of a pipeline in a run, the run's card counts.
+        token: For a private repository.
+        retry: How often and how long failing calls are retried.
+
+    Raises:
+        HubError: the Hub does not give the card.
+    """
+    folder = Path(model).expanduser()
+    if folder.exists():
+        cards = [path / "README.md" for path in (folder, *([folder.resolve().parent] * (folder.name == "pipeline")))]
+        texts = [card.read_text(encoding="utf-8") for card in cards if card.is_file()]
+    else:
+        operation = Operation(str(model), "pull", f"hf download {model} README.md", has_token=token is not None)
+        with hub_errors(operation):
+            texts = [Client(token, retry).text(str(model), "README.md", constants.DEFAULT_REVISION)]
+    found = (ModelCard(text, ignore_metadata_errors=True).data.get("license") for text in texts)
+    return next((word for word in found if word), None)
 
 
 def export_card(run: str | Path, folder: str | Path, repo_id: str | None = None, license: str | None = None) -> Path:
@@ -155,8 +175,8 @@ def _reasons_against_stock(record: Record, network: Record) -> Iterable[str]:
     """Yield why Diffusers by itself cannot sample the model."""
     config = record.get("config") or {}
     for name in ("variance_type", "prediction_type"):
-        if (word := config.get(name)) in _STOCK_CANNOT:
-            yield _STOCK_CANNOT[word]
+        if (word := config.get(name)) in STOCK_CANNOT:
+            yield STOCK_CANNOT[word]
     if network.get("num_class_embeds") is not None:
         yield "its pipeline takes no class labels"
 

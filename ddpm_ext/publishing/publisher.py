@@ -12,13 +12,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, constants
-
-from ..hub.client import Client
 from ..hub.retry import HubError, RetryPolicy
 from ..hub.upload import BackgroundPush, Push, PushOptions, full_name, open_repository, push_command, push_to_hub
 from ..run_dir import read_json
-from .model_card import SHOWN, card_license, write_card
+from .model_card import SHOWN, license_of, write_card
 from .training_record import base_model
 
 __all__ = ["Publisher", "publish"]
@@ -48,7 +45,7 @@ def publish(
     before = card.read_bytes() if Path(run).is_dir() and card.is_file() else None
     if (Path(run) / "config.json").is_file() and (Path(run) / "pipeline").is_dir():
         repo_id = full_name(repo_id, token, options.get("retry"))
-        license = license or card_license(Path(run)) or _inherited_license(Path(run), token, options.get("retry"))
+        license = license or license_of(Path(run)) or _inherited_license(Path(run), token, options.get("retry"))
         write_card(Path(run), repo_id, license)
     try:
         return push_to_hub(run, repo_id, token=token, **options)
@@ -69,12 +66,7 @@ def _inherited_license(run: Path, token: str | None, retry: RetryPolicy | None) 
     base = base_model(read_json(run / "config.json"))
     if base is None:
         return None
-    if base.is_on_hub:
-        text = Client(token, retry).text(base.source, "README.md", constants.DEFAULT_REVISION)
-        found = ModelCard(text, ignore_metadata_errors=True).data.get("license")
-    else:
-        folder = Path(base.source).expanduser()
-        found = next((word for path in (folder, folder.parent) if (word := card_license(path))), None)
+    found = license_of(base.source, token, retry) if base.is_on_hub or Path(base.source).expanduser().exists() else None
     if found is None:
         raise HubError(
             f"{run} was fine-tuned from {base.name}, whose card names no licence: look up under which one its weights "
@@ -112,7 +104,7 @@ class Publisher:
         options.setdefault("command", push_command(run, self.repo_id, private=private, license=license))
         if license is None and (self.run / "config.json").is_file():
             try:
-                self.license = card_license(self.run) or _inherited_license(self.run, token, options.get("retry"))
+                self.license = license_of(self.run) or _inherited_license(self.run, token, options.get("retry"))
             except (HubError, OSError) as error:  # the training goes on; its last card can still be given one
                 logger.warning("The card will name no licence: %s", error)
         self._background = BackgroundPush(self.repo_id, also=SHOWN, prepare=self._card, token=token, **options)
