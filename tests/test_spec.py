@@ -142,3 +142,17 @@ def test_the_digits_are_recorded_by_name() -> None:
     images = load_images(split="test")
     assert images.spec.name == "digits"
     assert torch.equal(images.spec.load().batch([3]).pixels, images.batch([3]).pixels)
+
+
+def test_what_training_accepted_is_loaded_again_and_no_other_split_by_that(tmp_path: Path) -> None:
+    animals(tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / split / "cat" / "0.png").write_bytes(b"none")
+    options: dict[str, Any] = {"train_data_dir": str(tmp_path), "resolution": 8, "channels": 3}
+    spec = load_images(**options, max_unreadable=0.5).spec
+    assert len(spec.load()) == 5
+    with pytest.raises(ValueError, match="--max_unreadable"):
+        spec.load("test")
+    with pytest.raises(ValueError, match="--max_unreadable"):
+        replace(spec, fingerprint=None, num_images=None).load()  # of other images nothing was accepted
+    assert len(spec.load("test", max_unreadable=0.5)) == 3

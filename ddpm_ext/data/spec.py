@@ -176,7 +176,7 @@ class DataSpec:
         from .rows import Reading
 
         spec = replace(self, split=split or self.split)
-        if spec.split == self.split:
+        if spec.split == self.split and self.fingerprint is not None:
             reading.setdefault("max_unreadable", 1.0)  # what training accepted
         if self.class_names is None and spec.split != self.split:
             spec = replace(spec, class_names=class_names_of(self, reading.get("cache_dir")))

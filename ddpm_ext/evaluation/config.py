@@ -35,6 +35,9 @@ class MeasureConfig:
     center_crop: bool | None = option(
         None, "Crop in the middle, or each image at a place of its own; none: as in training, or in the middle."
     )
+    max_unreadable: float | None = option(
+        None, "Share of unreadable images above which a split is refused; none: 0.01, or what training accepted."
+    )
     max_reference_images: int | None = option(None, "Only the first so many of the reference; none: all.")
     max_bpd_images: int | None = option(None, "Only the first so many images for bits/dim; none: all.")
 

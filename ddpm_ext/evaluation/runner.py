@@ -32,6 +32,7 @@ from ..diffusion.reverse import reverse_log_var, variance_bounds
 from ..distributed import check_world
 from ..errors import UserError
 from ..models.classes import classes_of, number_of_classes
+from ..models.values import values_of
 from ..pipelines.config import GuidanceOptions
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.identity import network_hash, scheduler_options, weights_hash
@@ -140,7 +141,8 @@ class Runner:
         split = split or self.data.split
         if split not in self._sets:
             try:
-                images = self.data.load(split)
+                allowed = self.config.max_unreadable
+                images = self.data.load(split, **({} if allowed is None else {"max_unreadable": allowed}))
             except ValueError as error:
                 raise UserError(f"{error} (--{option} names the split.)") from error
             _check_classes(self.unet, images, self.trained)
@@ -383,7 +385,8 @@ def _data_of(config: MeasureConfig, trained: DataSpec | None, unet: UNet2DModel)
             f"{trained.resolution} (channels, size), and this network takes {channels} x {resolution}. Move the "
             "pipeline away from it, and name the images with --dataset_name or --data_dir."
         )
-    base, classes = trained or DataSpec(resolution=resolution, channels=channels), classes_of(unet.config)
+    values, classes = values_of(unet.config), classes_of(unet.config)
+    base = trained or DataSpec(resolution=resolution, channels=channels, **values._asdict())
     names = None if classes is None else classes.names or base.class_names
     base = replace(base, class_names=names)  # without classes others than the training's do not matter
     changes: dict[str, Any] = {"image_column": config.image_column, "label_column": config.label_column}
