@@ -63,7 +63,7 @@ class LaunchOptions(Protocol):
 
 
 def make_accelerator(config: LaunchOptions, run: RunDir) -> Accelerator:
-    """The Accelerator that launcher, environment and options ask for.
+    """Return the Accelerator that launcher, environment and options ask for.
 
     Raises:
         RunError: the world is not the one that was asked for.
@@ -175,7 +175,7 @@ def _env_flag(name: str) -> bool:
 
 
 def tracker(report_to: str) -> str | None:
-    """The tracker's name for Accelerate.
+    """Return the tracker's name for Accelerate.
 
     Raises:
         RunError: it is not installed; Accelerate would train without it, and say so in a log line.
@@ -188,7 +188,7 @@ def tracker(report_to: str) -> str | None:
 
 
 def check_world(accelerator: Accelerator) -> None:
-    """The processes asked for are there and see each other.
+    """Check that the processes asked for are there and see each other.
 
     Two that do not would train two models into one folder, each as rank 0; one alone would take twice the time.
 
@@ -236,7 +236,7 @@ def _launcher_options(launcher: psutil.Process | None = None) -> argparse.Namesp
 
 
 def launch_options(words: list[str]) -> argparse.Namespace | None:
-    """The options of an `accelerate launch`, without those of the script that it starts; None for another command.
+    """Return the options of an `accelerate launch`, without those of its script; None for another command.
 
     `python …/bin/accelerate launch …`, `…/bin/accelerate-launch …` or `python -u -m accelerate.commands.launch …`.
     """
@@ -252,7 +252,7 @@ def launch_options(words: list[str]) -> argparse.Namespace | None:
 
 
 def tell_deepspeed(accelerator: Accelerator, micro_batch: int, accumulation: int, max_grad_norm: float | None) -> None:
-    """What Accelerate would read off a DataLoader or its file, before `prepare`; nothing without DeepSpeed."""
+    """Tell DeepSpeed, before `prepare`, what Accelerate would read off a DataLoader or its file."""
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = micro_batch
@@ -285,7 +285,7 @@ def set_numerics(config: LaunchOptions, accelerator: Accelerator, default_thread
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor in full on every rank, detached. Where weights are sharded every rank must call this, in one order."""
+    """Return a tensor in full, detached. Where weights are sharded every rank must call this, in one order."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -139,7 +139,7 @@ class RunDir:
         return all(old[name] == value for name, value in options.items() if name in old)
 
     def starts(self) -> list[dict[str, Any]]:
-        """The entries of config.json for earlier starts of this run."""
+        """Return the entries of config.json for earlier starts of this run."""
         return read_json(self.config)["starts"] if self.config.exists() else []
 
     def append_log(self, record: dict[str, Any]) -> None:
@@ -183,7 +183,7 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A record from JSON."""
+    """Return a record from JSON."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -201,13 +201,13 @@ def environment() -> dict[str, Any]:
 
 
 def _program() -> str:
-    """The name of the program; `python -m ddpm_ext` is the command ddpm-ext."""
+    """Return the name of the program; `python -m ddpm_ext` is the command ddpm-ext."""
     name = Path(sys.argv[0]).name
     return "ddpm-ext" if name == "__main__.py" else name
 
 
 def without_token(words: list[str]) -> list[str]:
-    """The command line with the Hub token's value left out, so that no file ever holds it."""
+    """Return the command line with the Hub token's value left out, so that no file ever holds it."""
     hidden, after_token = [], False
     for word in words:
         name = word.split("=")[0].replace("-", "_")
@@ -244,7 +244,7 @@ def commit() -> str | None:
 
 
 def processor() -> str:
-    """The processor's name, as the system tells it."""
+    """Return the processor's name, as the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():

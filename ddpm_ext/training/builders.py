@@ -132,7 +132,7 @@ def total_updates(config: TrainConfig, num_images: int | None, plan: BatchPlan) 
 
 
 def epochs_to_updates(name: str, epochs: int | None, num_images: int | None, plan: BatchPlan) -> int | None:
-    """Updates of a number of epochs, rounded up; None stays None.
+    """Return updates of a number of epochs, rounded up; None stays None.
 
     Args:
         name: The option, for messages.
@@ -166,7 +166,7 @@ def lr_factor(config: TrainConfig, updates: int) -> Callable[[int], float]:
 
 
 def build_scheduler(config: TrainConfig) -> DDPMExtScheduler:
-    """The noise schedule, prediction and variance that the options name."""
+    """Return the noise schedule, prediction and variance that the options name."""
     return DDPMExtScheduler(
         num_train_timesteps=config.ddpm_num_steps,
         beta_start=config.beta_start,

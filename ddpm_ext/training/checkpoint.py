@@ -57,7 +57,7 @@ class BrokenCheckpoint(RunError):
 
 
 def checkpoint_name(update: int) -> str:
-    """The folder's name: update 12 is step-00000012."""
+    """Return the folder's name: update 12 is step-00000012."""
     return f"step-{update:08d}"
 
 
@@ -67,7 +67,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def update_of(path: Path) -> int:
-    """The update in the name of a checkpoint or of a snapshot, step-00000500-0.05.safetensors."""
+    """Return the update in the name of a checkpoint or of a snapshot, step-00000500-0.05.safetensors."""
     return int(path.name.removeprefix("step-").split("-")[0])
 
 
@@ -76,7 +76,7 @@ def write_checkpoint(
     update: int,
     tensors: dict[str, dict[str, Tensor]],
     state: dict[str, Any],
-    left: Sequence[Path] = (),
+    abandoned: Sequence[Path] = (),
 ) -> Path:
     """Write one checkpoint under a temporary name, flush it to disk, rename it.
 
@@ -85,8 +85,8 @@ def write_checkpoint(
         update: Names the checkpoint.
         tensors: File stem -> name -> tensor.
         state: Plain JSON.
-        left: Later checkpoints and snapshots, of a course of training that was left. They go when the new checkpoint
-            is complete and before it has its name, so that the newest one never belongs to the other course.
+        abandoned: Later checkpoints and snapshots, of a branch that was abandoned. They go when the new checkpoint is
+            complete and before it has its name, so that the newest one never belongs to the other branch.
 
     Raises:
         RunError: the disk is full. The half-written folder is gone, older checkpoints are untouched.
@@ -102,7 +102,7 @@ def write_checkpoint(
             save_file(on_cpu, temporary / f"{stem}.safetensors")
         (temporary / STATE).write_text(json.dumps({"format": FORMAT, **state}, indent=2) + "\n", encoding="utf-8")
         write_sums(temporary)
-        doomed = set_aside([*left, final])
+        doomed = set_aside([*abandoned, final])
         temporary.rename(final)
         flush(folder)
         delete(doomed)
@@ -149,7 +149,7 @@ def refuse_full_disk(path: Path, needed: int) -> None:
 
 
 def full_disk(path: Path, needed: int) -> RunError:
-    """The error that says which path needs how many bytes."""
+    """Return the error that says which path needs how many bytes."""
     free = shutil.disk_usage(path.parent).free
     return RunError(
         f"The disk is full: {path} needs {needed:,} bytes and {free:,} are free. The checkpoints before it are intact; "
@@ -195,7 +195,7 @@ def compare_with_sums(folder: Path) -> None:
 
 
 def newest_intact(folder: Path) -> Path | None:
-    """The newest checkpoint whose checksums hold; each damaged one before it is named in a warning.
+    """Return the newest checkpoint whose checksums hold; each damaged one before it is named in a warning.
 
     Raises:
         BrokenCheckpoint: there are checkpoints and none is intact.
@@ -214,7 +214,7 @@ def newest_intact(folder: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The counters and conditions of a checkpoint; RunError where a later version wrote it."""
+    """Return the counters and conditions of a checkpoint; RunError where a later version wrote it."""
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if state["format"] != FORMAT:
         raise RunError(f"{folder} has format {state['format']}, this version reads {FORMAT}.")
@@ -222,7 +222,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
-    """The tensors of one file of a checkpoint, by name."""
+    """Return the tensors of one file of a checkpoint, by name."""
     return load_file(folder / f"{stem}.safetensors")
 
 
@@ -266,7 +266,7 @@ def flatten(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def unflatten(named: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The inverse of `flatten`."""
+    """Return the inverse of `flatten`."""
     state: dict[str, dict[str, Tensor]] = {}
     for name, tensor in named.items():
         parameter, _, moment = name.rpartition("/")

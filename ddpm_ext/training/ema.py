@@ -85,7 +85,7 @@ def gamma_of(sigma_rel: float) -> float:
 
 
 def make_averages(config: TrainConfig, parameters: Sequence[nn.Parameter]) -> list[ForeachEMA]:
-    """The averages a configuration asks for; the first is the one sampled from and exported."""
+    """Return the averages a configuration asks for; the first is the one sampled from and exported."""
     if not config.use_ema:
         return []
     if config.ema == "power_function":

@@ -89,7 +89,7 @@ def read_mark(path: Path) -> tuple[int, float]:
 
 
 def make_publisher(config: TrainConfig, run: RunDir) -> Publisher | None:
-    """The uploads that --push_to_hub asks for; None without it. A missing token is told here, before the training."""
+    """Return the uploads that --push_to_hub asks for, or None. A missing token is told here, before the training."""
     if not config.push_to_hub:
         return None
     name = config.hub_model_id or run.path.name
@@ -100,7 +100,9 @@ def make_publisher(config: TrainConfig, run: RunDir) -> Publisher | None:
 
 
 def finish_upload(publisher: Publisher) -> int:
-    """The last upload, awaited. A run whose upload fails is finished all the same: the same command uploads it again.
+    """Make the last upload and wait for it.
+
+    A run whose upload fails is finished all the same: the same command uploads it again.
 
     Returns:
         Exit code: 0, or 1 where it failed.

@@ -63,7 +63,7 @@ class Meter:
         self.sums[2, 1] += finite
 
     def total(self, accelerator: Accelerator) -> Tensor:
-        """The sums over all processes. Every process must call this."""
+        """Return the sums over all processes. Every process must call this."""
         return accelerator.reduce(self.sums.clone(), reduction="sum")  # pyright: ignore[reportReturnType]
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
