@@ -235,7 +235,10 @@ class NumericsOptions:
     double: bool = option(False, "Train in float64, to compare numbers of processes.")
     local_rank: int = option(-1, "As torch.distributed.launch gives it; the environment says the same.", neutral=True)
     num_threads: int | None = option(
-        None, "CPU threads of one process; none: OMP_NUM_THREADS, that of the run resumed, or the free cores.", at_least=1, neutral=True
+        None,
+        "CPU threads of one process; none: OMP_NUM_THREADS, that of the run resumed, or the free cores.",
+        at_least=1,
+        neutral=True,
     )
 
 
