@@ -42,16 +42,15 @@ test-slow: $(STAMP)
 test-package: $(STAMP)
 	$(BIN)/python -m pytest -m slow tests/test_packaging.py $(ARGS)
 
-# What every version must pass: the mathematics, scheduler, pipeline, networks, averages, checkpoints and the Hub's client.
+# What every version must pass: the mathematics, scheduler, pipeline, networks, averages and checkpoints.
 CORE_TESTS := test_schedules test_process test_reverse test_losses test_likelihood test_scheduler test_scheduler_contract \
-	test_pipeline test_pipeline_portable test_unet test_ema test_checkpoint test_pull test_sample
+	test_pipeline test_pipeline_portable test_unet test_ema test_checkpoint test_sample
 test-core: $(STAMP)
 	$(BIN)/python -m pytest $(CORE_TESTS:%=tests/%.py) $(ARGS)
 
-# In one process: the accelerator is built once (under a minute) and cached. Deselected are tests that compare with a
-# process on the CPU, ask for fp16 or count processes; tests/accelerator/deselected.txt names each with its reason.
-DEVICE_TESTS := test_device test_scheduler test_scheduler_exactness test_pipeline test_bound test_train test_resume \
-	test_sample test_evaluate test_calibrate
+# In one process: the accelerator is built once (under a minute) and cached. The suites of a whole run on it are
+# DEVICE_TESTS="test_train test_resume …"; tests/accelerator/deselected.txt names what cannot run there, with the reason.
+DEVICE_TESTS ?= test_device test_scheduler test_scheduler_exactness
 test-device: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m pytest -p accelerator.plugin $(DEVICE_TESTS:%=tests/%.py) $(ARGS)
 

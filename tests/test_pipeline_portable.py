@@ -46,6 +46,7 @@ else:
 import numpy as np
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline
+from diffusers.pipelines import pipeline_utils
 from diffusers.utils import logging as diffusers_logging
 
 lines = []
@@ -60,7 +61,8 @@ for folder in sorted(path for path in root.iterdir() if (path / "model_index.jso
     for loader in (DDPMPipeline, DiffusionPipeline):
         lines.clear()
         entry = report.setdefault(f"{folder.name}/{loader.__name__}", {})
-        options = {"variant": "fp16", "dtype": torch.float16} if folder.name == "half" else {}
+        word = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"  # of older Diffusers
+        options = {"variant": "fp16", word: torch.float16} if folder.name == "half" else {}
         pipe = loader.from_pretrained(folder, **options)
         pipe.set_progress_bar_config(disable=True)
         entry["classes"] = [type(pipe).__name__, type(pipe.scheduler).__name__, type(pipe.unet).__name__]

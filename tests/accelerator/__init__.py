@@ -14,6 +14,7 @@ numerics, streams and their races, autocast (without effect), NCCL, torch.compil
 
 from __future__ import annotations
 
+import fcntl
 import traceback
 import types
 from collections import Counter
@@ -51,10 +52,16 @@ class Events(Counter[Event]):
 
 @lru_cache(maxsize=1)
 def _extension() -> Any:
-    from torch.utils.cpp_extension import load
+    from torch.utils.cpp_extension import _get_build_directory, load
 
-    source = Path(__file__).with_name("simulated.cpp")
-    return load("ddpm_ext_simulated_accelerator", [str(source)], extra_cflags=["-O1", "-w"])
+    name, source = "ddpm_ext_simulated_accelerator", Path(__file__).with_name("simulated.cpp")
+    folder = Path(_get_build_directory(name, False))
+    with (folder / "build.flock").open(
+        "w"
+    ) as held:  # freed when a process dies; PyTorch's own lock is a file that stays
+        fcntl.flock(held, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        return load(name, [str(source)], extra_cflags=["-O1", "-w"], build_directory=str(folder))
 
 
 def is_installed() -> bool:
