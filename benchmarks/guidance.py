@@ -137,7 +137,7 @@ def plot(rows: list[Row], path: Path) -> None:
     right.plot(scales, [row.mean for row in rows], "s--", color="C1")
     left.set_xlabel("guidance scale w (0: none)")
     left.set_ylabel("accuracy of a classifier (%)", color="C0")
-    right.set_ylabel("Fréchet distance in pixels, mean of the classes", color="C1")
+    right.set_ylabel("Fréchet distance in pixels", color="C1")
     save_figure(figure, path)
 
 
