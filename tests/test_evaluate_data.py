@@ -30,6 +30,7 @@ from ddpm_ext.evaluation.metrics import feature_statistics, frechet_distance, fr
 from ddpm_ext.evaluation.report import markdown
 from ddpm_ext.evaluation.results import Result, read_results, write_results
 from ddpm_ext.evaluation.runner import class_labels
+from ddpm_ext.models.values import value_options
 from ddpm_ext.signals import Stopped
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +48,10 @@ def network(**changes: Any) -> UNet2DModel:
         "down_block_types": ("DownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "UpBlock2D"),
     }
-    return UNet2DModel(**{**options, **changes})
+    extra = {name: changes.pop(name) for name in ("_ddpm_ext",) if name in changes}
+    unet = UNet2DModel(**{**options, **changes})
+    unet.register_to_config(**extra)
+    return unet
 
 
 def save_run(folder: Path, unet: UNet2DModel, spec: DataSpec | None) -> Path:
@@ -106,10 +110,12 @@ def test_without_a_record_nothing_is_measured_on_data_that_nobody_named(tmp_path
     save_run(tmp_path / "beside", network(), None)
     (tmp_path / "beside" / "config.json").write_text("{}")
     for model in ("alone", "alone/pipeline", "copy", "beside"):
-        sentence = "Nothing says on which images .*--dataset_name .*--data_dir"
+        sentence = r"Nothing says on which images .*--dataset_name .*--data_dir\.$"
         with pytest.raises(UserError, match=sentence):
             measure(tmp_path / model, plots=True)
-        config = CalibrateConfig(model=str(tmp_path / model), extractor="pixels", cpu=True, plots=False)
+        config = CalibrateConfig(
+            model=str(tmp_path / model), num_inference_steps="5", extractor="pixels", cpu=True, plots=False
+        )
         with pytest.raises(UserError, match=sentence):
             calibrate(config)
         assert not list(tmp_path.rglob("*.safetensors.tmp")) and not list(tmp_path.rglob("eval.json"))
@@ -181,6 +187,25 @@ def test_a_split_that_is_not_there_names_its_option(wide: Path, tmp_path: Path) 
         measure(run, metrics="fid,bpd")
     with pytest.raises(UserError, match=r"'test'.*--test_split"):
         calibrate(CalibrateConfig(model=str(run), metrics="bpd", num_inference_steps="5", cpu=True, plots=False))
+
+
+def test_depth_is_that_of_the_network_where_no_record_says_it(tmp_path: Path) -> None:
+    """A 16-bit network by itself: the same levels as training read, and the bound of 2^16 of them."""
+    (tmp_path / "deep").mkdir()
+    draw = np.random.default_rng(0)
+    for i in range(4):
+        Image.fromarray(draw.integers(0, 65536, (8, 8), dtype=np.uint16)).save(tmp_path / "deep" / f"{i}.png")
+    unet = network(_ddpm_ext=value_options(16))
+    save_run(tmp_path / "alone", unet, None)
+    images = load_images(train_data_dir=str(tmp_path / "deep"), resolution=8, channels=1, bits=16)
+    (found,) = measure(
+        tmp_path / "alone", metrics="bpd", bpd_split="train", data_dir=str(tmp_path / "deep"), max_bpd_images=2
+    )
+    assert found.dataset is not None and found.dataset.fingerprint == images.fingerprint
+    scheduler = DDPMExtScheduler(num_train_timesteps=20, beta_start=1e-3, beta_end=0.6)
+    seeds = [torch.Generator().manual_seed(i) for i in range(2)]
+    bits = bits_per_dim(unet, scheduler, images.batch(range(2)).pixels, generator=seeds, bits=16)
+    assert found.value == pytest.approx(bits.total.mean().item(), rel=1e-5)
 
 
 # Classes --------------------------------------------------------------------------------------------------------------
@@ -330,22 +355,22 @@ def test_a_signal_ends_a_measurement_with_a_line_and_keeps_its_pieces(
 
     def forward(self: Any, *args: Any, **more: Any) -> Any:
         calls.append(1)
-        if len(calls) == 4:  # in the second set of samples
+        if len(calls) == 17:  # in the second set of samples
             os.kill(os.getpid(), number)
         return plain(self, *args, **more)
 
     monkeypatch.setattr(UNet2DModel, "forward", forward)
     former = signal.getsignal(number)
     with pytest.raises(Stopped, match=r"What is measured is kept in .*run; the same command continues"):
-        measure(run, num_inference_steps="3,4", max_reference_images=40)
+        measure(run, num_inference_steps="15,16", max_reference_images=40)
     assert signal.getsignal(number) is former
-    assert [result.num_inference_steps for result in read_results(run / "eval.json")] == [3]
+    assert [result.num_inference_steps for result in read_results(run / "eval.json")] == [15]
     calls.clear()
     monkeypatch.setattr(
         UNet2DModel, "forward", lambda self, *args, **more: calls.append(1) or plain(self, *args, **more)
     )
-    measure(run, num_inference_steps="3,4", max_reference_images=40)
-    assert len(calls) == 4  # the first set is taken from its pieces
+    measure(run, num_inference_steps="15,16", max_reference_images=40)
+    assert len(calls) == 16  # the first set is taken from its pieces
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

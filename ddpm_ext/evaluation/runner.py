@@ -138,11 +138,12 @@ class Runner:
         Raises:
             UserError: there is no such split, or its classes are not the network's.
         """
-        split = split or self.data.split
+        data = self.data
+        split = split or data.split
         if split not in self._sets:
             try:
                 allowed = self.config.max_unreadable
-                images = self.data.load(split, **({} if allowed is None else {"max_unreadable": allowed}))
+                images = data.load(split, **({} if allowed is None else {"max_unreadable": allowed}))
             except ValueError as error:
                 raise UserError(f"{error} (--{option} names the split.)") from error
             _check_classes(self.unet, images, self.trained)
