@@ -362,14 +362,14 @@ def test_a_signal_ends_a_measurement_with_a_line_and_keeps_its_pieces(
     monkeypatch.setattr(UNet2DModel, "forward", forward)
     former = signal.getsignal(number)
     with pytest.raises(Stopped, match=r"What is measured is kept in .*run; the same command continues"):
-        measure(run, num_inference_steps="15,16", max_reference_images=40)
+        measure(run, num_inference_steps="15,16", max_reference_images=40, few_steps=False)
     assert signal.getsignal(number) is former
     assert [result.num_inference_steps for result in read_results(run / "eval.json")] == [15]
     calls.clear()
     monkeypatch.setattr(
         UNet2DModel, "forward", lambda self, *args, **more: calls.append(1) or plain(self, *args, **more)
     )
-    measure(run, num_inference_steps="15,16", max_reference_images=40)
+    measure(run, num_inference_steps="15,16", max_reference_images=40, few_steps=False)
     assert len(calls) == 16  # the first set is taken from its pieces
 
 
