@@ -69,7 +69,7 @@ def test_both_updates_train_the_network_that_they_name(monkeypatch: pytest.Monke
     for _ in range(2):  # the warm-up begins at a learning rate of 0
         kept[0]()
         kept[1]()
-    assert trainer.update_count == 2
+    assert trainer.state.update == 2
     # Adam's second step of a warm-up of n: lr / n or a little more on every weight that has a gradient, on both sides.
     size = preset.learning_rate / preset.lr_warmup_steps
     for weights in (trainer.parameters, list(theirs.parameters())):

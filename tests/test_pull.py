@@ -12,6 +12,8 @@ import pytest
 from hub_server import Hub
 from hub_worker import Client, environment, fixture_client, fixture_hub, fixture_run, make_run, pull, push, weights  # noqa: F401
 
+from ddpm_ext.errors import UserError
+
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -155,7 +157,8 @@ def test_private_missing_and_unreadable_repositories(hub: Hub, client: Client, r
     assert "does not accept this token" in client(pull, "alice/secret", cache(tmp_path), token="tok-typo")["error"]
     assert "unet" in client(pull, "alice/secret", cache(tmp_path), token="tok-alice-read")
     assert "does not exist" in client(pull, "alice/nothing", cache(tmp_path))["error"]
-    assert "does not take 'alice/--'" in client(pull, "alice/--", cache(tmp_path))["error"]
+    with pytest.raises(UserError, match="no folder alice/--, and a model of the Hub is named user/model"):
+        client(pull, "alice/--", cache(tmp_path))
     hub.create("alice/empty")
     assert "holds no model_index.json" in client(pull, "alice/empty", cache(tmp_path))["error"]
 
