@@ -219,7 +219,7 @@ def test_an_accumulation_that_contradicts_the_global_batch_is_an_error_and_a_res
 
 def test_passes_far_below_what_a_process_holds_are_warned_of() -> None:
     config = TrainConfig(max_train_steps=1, train_batch_size=16, global_batch_size=31)
-    with pytest.warns(UserWarning, match="31 pictures of one process .* only into 31 passes of 1, which is slow"):
+    with pytest.warns(UserWarning, match="31 images of one process .* only into 31 passes of 1, which is slow"):
         assert plan_batch(config, 1) == BatchPlan(31, 1, 31)
 
 

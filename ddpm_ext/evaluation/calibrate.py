@@ -192,14 +192,16 @@ class _Calibration:
             return kinds[0], "the model does not clip", {}
         if "fid" not in config.scores:
             return "clipped", "no extractor: as the model's own steps have it, which mix x_t and the clipped x̂_0", {}
-        real, scores = self.runner.reference(self.training).statistics, {}
+        real = self.runner.reference(self.training).statistics
+        scores: dict[ReferenceKind, float] = {}
         for kind in kinds:
             images = (fits.reference(kind).states[-1] / 2 + 0.5).clamp(0, 1)
             features = extract(self.runner.extractor, images.split(config.batch_size), config.quantization).features
             scores[kind] = frechet_distance(real, feature_statistics(features))
         good = (1 + TIE) * min(scores.values())  # of those that few images cannot tell apart, the first
-        best = next(kind for kind in kinds if scores[kind] <= good)
-        return best, f"the lowest Fréchet distance of {fits.count} images of each, within {TIE:.0%}", scores
+        best: ReferenceKind = next(kind for kind in kinds if scores[kind] <= good)
+        why = f"the lowest Fréchet distance of {fits.count} images of each, within {TIE:.0%}"
+        return best, why, {**scores}
 
     def save(self, found: Calibration | None) -> None:
         """Write the pipeline with the calibrated scheduler: a fitted solver, a learned variance, or the optimal one."""

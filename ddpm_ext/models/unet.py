@@ -206,8 +206,9 @@ def check_resolution(config: Mapping[str, Any], size: tuple[int, int]) -> None:
     if len(size) != 2 or any(side < step or side % step for side in size):
         fitting = tuple(max(step, round(side / step) * step) for side in size)
         raise UserError(
-            f"The network halves its pictures {step.bit_length() - 1} times: height and width must be multiples of "
-            f"{step}, got {size}. The nearest size that fits is {fitting}; a network of fewer levels fits smaller ones."
+            f"The network has {step.bit_length()} levels, each half as large as the one before: height and width must "
+            f"be multiples of {step}, got {size}. The nearest size that fits is {fitting}; a network of fewer levels "
+            "fits smaller ones."
         )
 
 

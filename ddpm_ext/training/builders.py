@@ -103,7 +103,7 @@ def plan_batch(config: TrainConfig, processes: int, global_batch: int | None = N
         accumulation += 1
     if accumulation > 2 * fewest:
         warnings.warn(
-            f"The {share} pictures of one process can be cut equally only into {accumulation} passes of "
+            f"The {share} images of one process can be cut equally only into {accumulation} passes of "
             f"{share // accumulation}, which is slow; choose a global batch that has {config.train_batch_size} or a "
             "number near it among the divisors of a process's share.",
             stacklevel=2,

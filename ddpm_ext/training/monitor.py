@@ -105,7 +105,7 @@ def tell_unreadable(unreadable: Unreadable, skipped: list[str], accelerator: Acc
     new = unreadable.learn(skipped, accelerator)
     if new and accelerator.is_main_process:
         some = "; ".join(new[:10]) + (" …" if len(new) > 10 else "")
-        print(f"{len(new)} pictures cannot be read and are left out, others stand in: {some}", file=sys.stderr)
+        print(f"{len(new)} images cannot be read and are left out, others stand in: {some}", file=sys.stderr)
 
 
 @contextmanager
@@ -195,15 +195,15 @@ def track_images(accelerator: Accelerator, grid: np.ndarray, update: int) -> Non
         grid: uint8, shape (H, W, C).
         update: Updates done.
     """
-    picture = grid if grid.shape[-1] == 3 else grid[..., :1].repeat(3, axis=-1)
+    image = grid if grid.shape[-1] == 3 else grid[..., :1].repeat(3, axis=-1)
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": picture[None]}, step=update, **layout)  # pyright: ignore
+            tracker.log_images({"samples": image[None]}, step=update, **layout)  # pyright: ignore
         elif tracker.name == "trackio":
             import trackio  # pyright: ignore[reportMissingImports]
 
-            tracker.log({"samples": trackio.Image(picture)}, step=update)
+            tracker.log({"samples": trackio.Image(image)}, step=update)
 
 
 def draw_training(run: RunDir) -> bool:

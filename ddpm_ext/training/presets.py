@@ -132,7 +132,7 @@ PRESETS: dict[str, Preset] = {
             save_images_steps=None,
             output_dir="runs/cifar10-tiny",
         ),
-        "No published number: about an hour of one CPU core, for measurements that need real pictures and no GPU.",
+        "No published number: about an hour of one CPU core, for measurements that need real images and no GPU.",
     ),
     "lsun256": Preset(
         dataclasses.replace(
