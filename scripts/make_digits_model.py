@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import tempfile
 from pathlib import Path
 
 from ddpm_ext.evaluation.config import EvalConfig
@@ -36,23 +35,22 @@ def main() -> None:
     if fitted is None:
         raise SystemExit("The pipeline has no fitted solver: scripts/calibrate.py --solver_steps 3,4,5,6,8,10.")
     pipeline.unet.half()
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "ddpm-digits"
-        pipeline.save_pretrained(run / "pipeline")
-        shutil.copyfile(options.run / "config.json", run / "config.json")
-        config = EvalConfig(
-            model=str(run / "pipeline"),
-            metrics="fid",
-            sampler="solver",
-            num_inference_steps=",".join(map(str, fitted.solvers)),
-            num_samples=options.num_samples,
-            extractor="pixels",
-            few_steps=False,
-            cpu=True,
-        )
-        evaluate(config)
-        shutil.copytree(run / "pipeline", options.output_dir, dirs_exist_ok=True)
-        export_card(run, options.output_dir)
+    run = options.run / "half" / "ddpm-digits"  # a name that a record may hold
+    pipeline.save_pretrained(run / "pipeline")
+    shutil.copyfile(options.run / "config.json", run / "config.json")
+    config = EvalConfig(
+        model=str(run / "pipeline"),
+        metrics="fid",
+        sampler="solver",
+        num_inference_steps=",".join(map(str, fitted.solvers)),
+        num_samples=options.num_samples,
+        extractor="pixels",
+        few_steps=False,
+        cpu=True,
+    )
+    evaluate(config)
+    shutil.copytree(run / "pipeline", options.output_dir, dirs_exist_ok=True)
+    export_card(run, options.output_dir)
     print(f"The model lies in {options.output_dir}.")
 
 
