@@ -596,7 +596,7 @@ def test_a_stream_goes_on_exactly_where_it_was_stopped(
     ("changes", "sentence"),
     [
         ({"train_data_dir": "/nowhere"}, "nowhere"),
-        ({"resolution": "7"}, "halve"),
+        ({"resolution": "7"}, "multiples of 2"),
         ({"class_conditional": True, "train_data_dir": "pictures", "resolution": "8"}, "have no classes"),
         ({"train_data_dir": "pictures", "resolution": "8", "image_column": "photo"}, "photo"),
         ({"global_batch_size": 7, "train_batch_size": 2, "mixed_precision": "fp16"}, "fp16"),
