@@ -23,6 +23,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -36,6 +38,7 @@ __all__ = [
     "environment",
     "package_versions",
     "read_json",
+    "whole_file",
     "without_token",
     "write_atomically",
     "write_json",
@@ -164,17 +167,23 @@ class RunDir:
             write_atomically(self.log, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a temporary neighbour, flushed to disk, renamed over it."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary neighbour to write to, which then becomes the file: it is written whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text whole or not at all, flushed to disk before it replaces the one before."""
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

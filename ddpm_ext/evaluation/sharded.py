@@ -9,7 +9,6 @@ several machines need a folder that all of them see.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..pipelines.identity import key_hash, key_text
+from ..run_dir import whole_file
 
 __all__ = ["SWEEP_SHARD", "Shards", "load_checked", "run_shards", "save_whole"]
 
@@ -109,13 +109,9 @@ def save_whole(tensors: dict[str, Tensor], path: Path, key: dict[str, Any]) -> N
         key: What it depends on.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata={"key": key_text(key)})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_checked(path: Path, key: dict[str, Any]) -> dict[str, Tensor]:

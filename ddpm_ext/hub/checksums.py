@@ -10,7 +10,7 @@ __all__ = ["checksums", "git_sha1", "has_checksum", "sha256"]
 
 
 def sha256(path: Path) -> str:
-    """Return the checksum by which the Hub knows a large file."""
+    """Return the SHA-256 of a file's content in hexadecimal, by which checkpoints and the Hub know a large file."""
     return _digest(path, hashlib.sha256())
 
 

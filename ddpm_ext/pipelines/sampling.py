@@ -19,7 +19,7 @@ from ..distributed import check_world
 from ..errors import UserError
 from ..models.classes import label_number
 from ..models.values import values_of
-from ..run_dir import read_json, write_json
+from ..run_dir import read_json, whole_file, write_json
 from ..signals import die_with_launcher, exit_process, interruptible
 from .config import GuidanceOptions, SampleConfig
 from .ddpm import DDPMExtPipeline
@@ -151,13 +151,12 @@ def shown_bands(image: np.ndarray, rgb_bands: Sequence[int] | None = None) -> np
 def save_png(image: np.ndarray, path: Path) -> None:
     """Write one image (H, W, C) whole or not at all, uint8 or uint16: L, LA, RGB, RGBA; of more channels the first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     image = shown_bands(image)
-    if image.dtype == np.uint16:
-        temporary.write_bytes(_png_of_16_bits(image))
-    else:
-        Image.fromarray(image if image.shape[-1] > 1 else image[..., 0]).save(temporary, format="png")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        if image.dtype == np.uint16:
+            temporary.write_bytes(_png_of_16_bits(image))
+        else:
+            Image.fromarray(image if image.shape[-1] > 1 else image[..., 0]).save(temporary, format="png")
 
 
 def _png_of_16_bits(image: np.ndarray) -> bytes:
@@ -286,9 +285,8 @@ class _Folder:
         """Write one image; of an array the preview first, since the array says that both are there."""
         save_png(shown_bands(image, self.config.rgb_bands) if self.is_array else image, path)
         if self.is_array:
-            temporary = path.with_name(f".{path.stem}.tmp.npy")
-            np.save(temporary, image)
-            temporary.replace(path.with_suffix(".npy"))
+            with whole_file(path.with_suffix(".npy")) as temporary, temporary.open("wb") as file:
+                np.save(file, image)
 
     def read(self, i: int) -> np.ndarray:
         """Return image i as it is shown, uint8, shape (H, W, C)."""

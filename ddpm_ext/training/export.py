@@ -14,7 +14,7 @@ from ..hub.retry import HubError
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.loading import load_pipeline
 from ..publishing.publisher import Publisher
-from ..run_dir import RunDir, RunError
+from ..run_dir import RunDir, RunError, whole_file
 from .checkpoint import checkpoint_name
 from .config import ReconstructConfig, TrainConfig
 from .ema import reconstruction_weights, weighted_sum
@@ -33,9 +33,8 @@ def write_snapshot(run: RunDir, weights: dict[str, Tensor], update: int, sigma_r
     """
     run.snapshots.mkdir(parents=True, exist_ok=True)
     path = run.snapshots / f"{checkpoint_name(update)}-{sigma_rel:g}.safetensors"
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(weights, temporary, metadata={"update": str(update), "sigma_rel": repr(sigma_rel)})
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        save_file(weights, temporary, metadata={"update": str(update), "sigma_rel": repr(sigma_rel)})
 
 
 def write_pipeline(run: RunDir, pipeline: DDPMExtPipeline, target: Path | None = None) -> None:

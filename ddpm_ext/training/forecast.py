@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..models.unet import count_parameters
 from ..run_dir import RunError
 from .builders import network_config, plan_batch
 from .config import TrainConfig
@@ -248,7 +249,7 @@ def forecast(config: TrainConfig, kind: str | None = None) -> Forecast:
         )
 
     with FakeTensorMode():
-        parameters = sum(weight.numel() for weight in UNet2DModel(**network).parameters())
+        parameters = count_parameters(UNet2DModel(**network))
     item = 8 if config.double else 4
     averages = 0 if not config.use_ema else len(config.ema_sigma_rel) if config.ema == "power_function" else 1
     weights = parameters * item
