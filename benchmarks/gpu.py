@@ -43,7 +43,7 @@ from ddpm_ext.run_dir import environment, read_json
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 from ddpm_ext.training.builders import compile_blocks
 from ddpm_ext.training.config import TrainConfig
-from ddpm_ext.training.forecast import ACCELERATORS, Forecast, forecast
+from ddpm_ext.training.plan.forecast import ACCELERATORS, Forecast, forecast
 from ddpm_ext.training.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from ddpm_ext.run_dir import RunDir, RunError, commit, environment, without_token, write_atomically
-from ddpm_ext.training import checkpoint
-from ddpm_ext.training.checkpoint import BrokenCheckpoint, newest_intact, prune, sweep, verify, write_checkpoint
+from ddpm_ext.training.state import checkpoint
+from ddpm_ext.training.state.checkpoint import BrokenCheckpoint, newest_intact, prune, sweep, verify, write_checkpoint
 
 TENSORS = {"model": {"w": torch.arange(6.0).reshape(2, 3)}, "ema": {"w": torch.ones(2, 3, dtype=torch.float64)}}
 

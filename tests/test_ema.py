@@ -11,7 +11,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from ddpm_ext.training.config import TrainConfig
-from ddpm_ext.training.ema import (
+from ddpm_ext.training.state.ema import (
     PowerFunctionEMA,
     gamma_of,
     make_averages,

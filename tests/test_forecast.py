@@ -12,7 +12,7 @@ import pytest
 
 from ddpm_ext.models.unet import UNET_PRESETS
 from ddpm_ext.run_dir import RunError
-from ddpm_ext.training.forecast import ACCELERATORS, GIB, forecast, forecast_lines, pass_costs
+from ddpm_ext.training.plan.forecast import ACCELERATORS, GIB, forecast, forecast_lines, pass_costs
 from ddpm_ext.training.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_ext.training.rng import BLOCK, draw, seed_dropout, seed_of
+from ddpm_ext.training.state.rng import BLOCK, draw, seed_dropout, seed_of
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 3)

@@ -22,8 +22,8 @@ from ddpm_ext.diffusion.losses import (
     weighted_timesteps,
 )
 from ddpm_ext.training.monitor import Meter
-from ddpm_ext.training.rng import uniforms
-from ddpm_ext.training.timestep_samplers import Timesteps
+from ddpm_ext.training.state.rng import uniforms
+from ddpm_ext.training.state.timestep_samplers import Timesteps
 
 T = 6
 AWARE = {

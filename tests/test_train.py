@@ -45,8 +45,8 @@ from ddpm_ext.signals import PREEMPTED, report_error
 from ddpm_ext.training import builders
 from ddpm_ext.training.config import TrainConfig
 from ddpm_ext.training.monitor import Meter, Progress, draw_training, last_tenth
-from ddpm_ext.training.rng import draw
 from ddpm_ext.training.run import train
+from ddpm_ext.training.state.rng import draw
 from ddpm_ext.training.trainer import Trainer, _by_number
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ddpm_ext.cli.arguments import parse_train_config
 from ddpm_ext.distributed import forget_accelerator
-from ddpm_ext.training.checkpoint import checkpoint_name
 from ddpm_ext.training.run import run_training
+from ddpm_ext.training.state.checkpoint import checkpoint_name
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY: dict[str, Any] = {

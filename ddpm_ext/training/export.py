@@ -15,9 +15,9 @@ from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.loading import load_pipeline
 from ..publishing.publisher import Publisher
 from ..run_dir import RunDir, RunError, whole_file
-from .checkpoint import checkpoint_name
 from .config import ReconstructConfig, TrainConfig
-from .ema import reconstruction_weights, weighted_sum
+from .state.checkpoint import checkpoint_name
+from .state.ema import reconstruction_weights, weighted_sum
 
 __all__ = ["finish_upload", "make_publisher", "reconstruct", "write_pipeline", "write_snapshot"]
 

@@ -25,9 +25,9 @@ from ..pipelines.loading import load_pipeline
 from ..pipelines.locate import find_pipeline
 from ..run_dir import RunError
 from ..schedulers.ddpm import DDPMExtScheduler
-from . import checkpoint
 from .builders import build_scheduler
 from .config import OF_SCHEDULE, TrainConfig
+from .state import checkpoint
 
 __all__ = ["Start", "add_lora", "check_class_names", "freeze", "load_start", "load_weights", "merged", "resumed_start"]
 

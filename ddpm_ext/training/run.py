@@ -13,14 +13,14 @@ from torch.distributed.tensor import DTensor
 from ..distributed import forget_accelerator, make_accelerator
 from ..run_dir import RunDir, RunError, environment, read_json, write_json
 from ..signals import PREEMPTED, StopRequest, die_with_launcher, exit_process
-from .checkpoint import list_checkpoints, update_of
 from .config import OF_SCHEDULE, TrainConfig, recorded
-from .dry_run import dry_run
 from .export import finish_upload
-from .forecast import forecast, forecast_lines
 from .monitor import start_trackers
-from .resume import obey_launcher, on_main
-from .summary import describe
+from .plan.dry_run import dry_run
+from .plan.forecast import forecast, forecast_lines
+from .plan.summary import describe
+from .state.checkpoint import list_checkpoints, update_of
+from .state.resume import obey_launcher, on_main
 from .trainer import Trainer
 
 __all__ = ["TrainResult", "run_training", "train"]

@@ -29,15 +29,16 @@ from ..pipelines.sampling import SamplingStopped, make_grid, sample_images, save
 from ..publishing.publisher import Publisher
 from ..run_dir import RunDir, RunError, package_versions, read_json, write_json
 from ..signals import PREEMPTED, StopRequest
-from . import builders, checkpoint
-from .checkpoint import checkpoint_name, list_checkpoints
+from . import builders
 from .config import TrainConfig, recorded
-from .ema import PowerFunctionEMA, make_averages, swapped
 from .export import finish_upload, make_publisher, write_pipeline, write_snapshot
 from .fine_tune import Start, add_lora, check_class_names, freeze, load_start, load_weights, merged, resumed_start
 from .monitor import Meter, Progress, draw_training, sampling_bar, tell_unreadable, track_images
-from .outcomes import Outcomes, can_skip_on_device
-from .resume import (
+from .state import checkpoint
+from .state.checkpoint import checkpoint_name, list_checkpoints
+from .state.ema import PowerFunctionEMA, make_averages, swapped
+from .state.outcomes import Outcomes, can_skip_on_device
+from .state.resume import (
     ResumePoint,
     compare,
     find_checkpoint,
@@ -47,9 +48,9 @@ from .resume import (
     resumed_plan,
     warn_of_other_conditions,
 )
-from .rng import draw, seed_dropout, uniforms
-from .state import TrainState
-from .timestep_samplers import Timesteps
+from .state.rng import draw, seed_dropout, uniforms
+from .state.timestep_samplers import Timesteps
+from .state.train_state import TrainState
 from .validation import is_better, make_validation
 
 __all__ = ["Trainer"]

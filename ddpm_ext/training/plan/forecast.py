@@ -25,10 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..models.unet import count_parameters
-from ..run_dir import RunError
-from .builders import network_config, plan_batch
-from .config import TrainConfig
+from ...models.unet import count_parameters
+from ...run_dir import RunError
+from ..builders import network_config, plan_batch
+from ..config import TrainConfig
 
 __all__ = ["ACCELERATORS", "AcceleratorSpec", "Forecast", "forecast", "forecast_lines", "pass_costs"]
 

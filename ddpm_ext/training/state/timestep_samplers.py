@@ -12,9 +12,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..diffusion.losses import LossHistory, empty_history, loss_aware_probabilities, remember, weighted_timesteps
-from ..diffusion.words import TimestepSampler
-from ..distributed import move
+from ...diffusion.losses import LossHistory, empty_history, loss_aware_probabilities, remember, weighted_timesteps
+from ...diffusion.words import TimestepSampler
+from ...distributed import move
 from .rng import uniforms
 
 __all__ = ["STEM", "Timesteps", "uniforms"]

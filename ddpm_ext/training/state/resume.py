@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from ..distributed import launcher_accumulation
-from ..run_dir import RunDir, RunError
+from ...distributed import launcher_accumulation
+from ...run_dir import RunDir, RunError
+from ..builders import BatchPlan, plan_batch
+from ..config import TrainConfig, config_changes, recorded
 from . import checkpoint
-from .builders import BatchPlan, plan_batch
-from .config import TrainConfig, config_changes, recorded
 
 __all__ = [
     "ResumePoint",

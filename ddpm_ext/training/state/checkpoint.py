@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..hub.checksums import sha256
-from ..run_dir import RunError
+from ...hub.checksums import sha256
+from ...run_dir import RunError
 
 __all__ = [
     "BrokenCheckpoint",

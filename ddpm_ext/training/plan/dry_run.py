@@ -9,11 +9,11 @@ import time
 
 import torch
 
-from ..run_dir import RunError
-from . import checkpoint
-from .resume import on_main
+from ...run_dir import RunError
+from ..state import checkpoint
+from ..state.resume import on_main
+from ..trainer import Trainer
 from .summary import describe, plural
-from .trainer import Trainer
 
 __all__ = ["dry_run"]
 

@@ -13,8 +13,8 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from ..errors import UserError
-from .config import TrainConfig
+from ...errors import UserError
+from ..config import TrainConfig
 
 __all__ = [
     "ForeachEMA",

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..distributed import HOST_MEMORY
+from ...distributed import HOST_MEMORY
 
 __all__ = ["Outcomes", "can_skip_on_device"]
 

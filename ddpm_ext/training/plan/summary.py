@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .builders import default_network
-from .trainer import Trainer
+from ..builders import default_network
+from ..trainer import Trainer
 
 __all__ = ["describe", "plural"]
 

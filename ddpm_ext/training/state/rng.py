@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..diffusion.losses import uniform_timesteps
-from ..distributed import move
+from ...diffusion.losses import uniform_timesteps
+from ...distributed import move
 
 __all__ = ["BLOCK", "draw", "seed_dropout", "seed_of"]
 
