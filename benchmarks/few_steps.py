@@ -22,9 +22,13 @@ from tqdm.auto import tqdm
 from ddpm_ext.cli.arguments import parse_options
 from ddpm_ext.data.dataset import load_images
 from ddpm_ext.diffusion.words import LEARNED_VARIANCES
-from ddpm_ext.evaluation.denoising_errors import drop_variance_head
-from ddpm_ext.evaluation.features import extract, make_extractor
-from ddpm_ext.evaluation.few_steps import (
+from ddpm_ext.evaluation.bound.denoising_errors import drop_variance_head
+from ddpm_ext.evaluation.features.extractors import extract, make_extractor
+from ddpm_ext.evaluation.features.metrics import feature_statistics, frechet_distance
+from ddpm_ext.evaluation.plots import plot_against_steps
+from ddpm_ext.evaluation.samplers import SamplerSetting, make_scheduler
+from ddpm_ext.evaluation.sharded import run_shards
+from ddpm_ext.evaluation.solvers.few_steps import (
     FewStepScore,
     best_stock,
     compare,
@@ -34,7 +38,7 @@ from ddpm_ext.evaluation.few_steps import (
     reference_setting,
     stock_settings,
 )
-from ddpm_ext.evaluation.fit import (
+from ddpm_ext.evaluation.solvers.fit import (
     REFERENCE_WORDS,
     FitOptions,
     FittedNetwork,
@@ -42,10 +46,6 @@ from ddpm_ext.evaluation.fit import (
     fitted_scheduler,
     reference_scheduler,
 )
-from ddpm_ext.evaluation.metrics import feature_statistics, frechet_distance
-from ddpm_ext.evaluation.plots import plot_against_steps
-from ddpm_ext.evaluation.samplers import SamplerSetting, make_scheduler
-from ddpm_ext.evaluation.sharded import run_shards
 from ddpm_ext.options import option
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.pipelines.identity import scheduler_options, weights_hash

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ddpm_ext.cli.arguments import parse_options
 from ddpm_ext.data.dataset import load_images
-from ddpm_ext.evaluation.metrics import frechet_distance_per_class
+from ddpm_ext.evaluation.features.metrics import frechet_distance_per_class
 from ddpm_ext.evaluation.plots import figure_class, save_figure
 from ddpm_ext.evaluation.samplers import make_scheduler
 from ddpm_ext.models.classes import number_of_classes

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .data.dataset import load_images
     from .diffusion.textbook import DenoiseDiffusion
     from .errors import UserError
-    from .evaluation.bits_per_dim import BitsPerDim, RateDistortion, bits_per_dim, rate_distortion
+    from .evaluation.bound.bits_per_dim import BitsPerDim, RateDistortion, bits_per_dim, rate_distortion
     from .evaluation.calibrate import calibrate
     from .evaluation.config import CalibrateConfig, EvalConfig
     from .evaluation.evaluate import evaluate
@@ -61,7 +61,7 @@ _HOMES = {
     "data.dataset": ("load_images",),
     "diffusion.textbook": ("DenoiseDiffusion",),
     "errors": ("UserError",),
-    "evaluation.bits_per_dim": (
+    "evaluation.bound.bits_per_dim": (
         "BitsPerDim",
         "RateDistortion",
         "bits_per_dim",

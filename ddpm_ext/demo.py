@@ -20,7 +20,7 @@ from torch import Tensor
 from .data.decoding import UNREADABLE, ImageFormat, decode_image, reason
 from .diffusion.images import to_uint8, to_x_0
 from .errors import UserError
-from .evaluation.bits_per_dim import bits_per_dim
+from .evaluation.bound.bits_per_dim import bits_per_dim
 from .evaluation.samplers import make_scheduler
 from .models import classes
 from .models.values import values_of

@@ -29,7 +29,7 @@ from torch.testing import assert_close
 from ddpm_ext.data.dataset import load_images
 from ddpm_ext.diffusion.images import to_x_0
 from ddpm_ext.diffusion.schedules import respaced_timesteps
-from ddpm_ext.evaluation.bits_per_dim import (
+from ddpm_ext.evaluation.bound.bits_per_dim import (
     PILOT_FLOOR,
     BitsPerDim,
     BoundOptions,
@@ -40,8 +40,8 @@ from ddpm_ext.evaluation.bits_per_dim import (
     rate_distortion,
     sampled_bound,
 )
-from ddpm_ext.evaluation.checks import grid_images
-from ddpm_ext.evaluation.features import make_extractor
+from ddpm_ext.evaluation.bound.checks import grid_images
+from ddpm_ext.evaluation.features.extractors import make_extractor
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 from ddpm_ext.training.validation import Validation
 

@@ -19,12 +19,12 @@ from training import TORCHRUN, finish, start
 from ddpm_ext.data.dataset import load_images
 from ddpm_ext.diffusion.analytic import optimal_trajectory
 from ddpm_ext.evaluation import calibrate as module
-from ddpm_ext.evaluation import metrics
-from ddpm_ext.evaluation.bits_per_dim import BoundOptions, bits_per_dim, make_bound
+from ddpm_ext.evaluation.bound.bits_per_dim import BoundOptions, bits_per_dim, make_bound
+from ddpm_ext.evaluation.bound.checks import grid_images
+from ddpm_ext.evaluation.bound.denoising_errors import denoising_errors, drop_variance_head
 from ddpm_ext.evaluation.calibrate import calibrate
-from ddpm_ext.evaluation.checks import grid_images
 from ddpm_ext.evaluation.config import CalibrateConfig
-from ddpm_ext.evaluation.denoising_errors import denoising_errors, drop_variance_head
+from ddpm_ext.evaluation.features import metrics
 from ddpm_ext.evaluation.samplers import STOCK_SETTINGS
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler

@@ -28,7 +28,7 @@ from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 from ddpm_ext.data.dataset import load_images
 from ddpm_ext.demo import SHOWN_STEPS, SIDE, Buttons, Studio, fitted, in_a_row, make_page, space_files
 from ddpm_ext.errors import UserError
-from ddpm_ext.evaluation.bits_per_dim import bits_per_dim
+from ddpm_ext.evaluation.bound.bits_per_dim import bits_per_dim
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 import ddpm_ext
 from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, DDPMExtSolverScheduler
 from ddpm_ext.data.dataset import load_images
-from ddpm_ext.evaluation import metrics
+from ddpm_ext.evaluation.features import metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # stock and NumPy 2
 FOLDER = Path(ddpm_ext.DIGITS)

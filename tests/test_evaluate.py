@@ -27,15 +27,16 @@ from training import ROOT, TORCHRUN, finish, start
 from ddpm_ext.cli.arguments import parse_options
 from ddpm_ext.data.dataset import load_images
 from ddpm_ext.errors import UserError
-from ddpm_ext.evaluation import metrics, runner
-from ddpm_ext.evaluation.bits_per_dim import BoundOptions, bits_per_dim, make_bound, rate_distortion
+from ddpm_ext.evaluation import runner
+from ddpm_ext.evaluation.bound.bits_per_dim import BoundOptions, bits_per_dim, make_bound, rate_distortion
+from ddpm_ext.evaluation.bound.checks import grid_images
+from ddpm_ext.evaluation.bound.denoising_errors import denoising_errors, drop_variance_head, set_errors
 from ddpm_ext.evaluation.calibrate import calibrate
-from ddpm_ext.evaluation.checks import grid_images
 from ddpm_ext.evaluation.config import CalibrateConfig, EvalConfig
-from ddpm_ext.evaluation.denoising_errors import denoising_errors, drop_variance_head, set_errors
 from ddpm_ext.evaluation.evaluate import evaluate
-from ddpm_ext.evaluation.features import Extractor, Features, make_extractor
-from ddpm_ext.evaluation.reference import load_reference, make_reference
+from ddpm_ext.evaluation.features import metrics
+from ddpm_ext.evaluation.features.extractors import Extractor, Features, make_extractor
+from ddpm_ext.evaluation.features.reference import load_reference, make_reference
 from ddpm_ext.evaluation.report import markdown as table_of
 from ddpm_ext.evaluation.results import Result, write_results
 from ddpm_ext.evaluation.runner import set_bound

@@ -22,11 +22,11 @@ from ddpm_ext.data.dataset import load_images
 from ddpm_ext.data.spec import DataSpec
 from ddpm_ext.errors import UserError
 from ddpm_ext.evaluation import evaluate as module
-from ddpm_ext.evaluation.bits_per_dim import bits_per_dim
+from ddpm_ext.evaluation.bound.bits_per_dim import bits_per_dim
 from ddpm_ext.evaluation.calibrate import calibrate
 from ddpm_ext.evaluation.config import CalibrateConfig, EvalConfig
 from ddpm_ext.evaluation.evaluate import evaluate
-from ddpm_ext.evaluation.metrics import feature_statistics, frechet_distance, frechet_distance_per_class
+from ddpm_ext.evaluation.features.metrics import feature_statistics, frechet_distance, frechet_distance_per_class
 from ddpm_ext.evaluation.report import markdown
 from ddpm_ext.evaluation.results import Result, read_results, write_results
 from ddpm_ext.evaluation.runner import class_labels
@@ -319,7 +319,7 @@ def test_what_will_be_refused_is_refused_before_anything_is_computed(
     plain = module.Runner.extractor.func  # type: ignore[attr-defined]
 
     def stand_in(self: Any) -> Any:
-        from ddpm_ext.evaluation.features import Extractor, Features, with_channels
+        from ddpm_ext.evaluation.features.extractors import Extractor, Features, with_channels
 
         channels = {"three": 3, "four": 4}.get(self.config.extractor)
         if channels is None:

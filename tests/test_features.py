@@ -13,8 +13,8 @@ import transformers
 from torch import Tensor
 from torch.testing import assert_close
 
-from ddpm_ext.evaluation import features
-from ddpm_ext.evaluation.features import (
+from ddpm_ext.evaluation.features import extractors
+from ddpm_ext.evaluation.features.extractors import (
     Features,
     Preprocessing,
     extract,
@@ -158,7 +158,7 @@ def test_dinov2_gives_its_class_token(tmp_path: Path, monkeypatch: pytest.Monkey
         "image_mean": [0.4, 0.5, 0.6],
         "image_std": [0.2, 0.3, 0.4],
     }
-    monkeypatch.setitem(features.HUB_NAMES, "dinov2", save(model, tmp_path, **options))
+    monkeypatch.setitem(extractors.HUB_NAMES, "dinov2", save(model, tmp_path, **options))
     extractor = make_extractor("dinov2")
     x = images(size=16)
     mean, std = (torch.tensor(options[key]).reshape(3, 1, 1) for key in ("image_mean", "image_std"))
@@ -175,7 +175,7 @@ def test_clip_gives_embeddings_of_unit_length(tmp_path: Path, monkeypatch: pytes
     whole = transformers.CLIPConfig(vision_config=vision, projection_dim=6)
     model.save_pretrained(tmp_path)
     whole.save_pretrained(tmp_path)  # a CLIP repository carries the config of both towers
-    monkeypatch.setitem(features.HUB_NAMES, "clip", str(tmp_path))
+    monkeypatch.setitem(extractors.HUB_NAMES, "clip", str(tmp_path))
     found = extract(make_extractor("clip"), [images(size=16)]).features
     assert found.shape == (6, 6)
     assert_close(found.norm(dim=1), torch.ones(6))
@@ -184,7 +184,7 @@ def test_clip_gives_embeddings_of_unit_length(tmp_path: Path, monkeypatch: pytes
 def test_without_a_pooled_output_the_class_token_stands_in() -> None:
     tokens = torch.randn(2, 5, 3)
     output = SimpleNamespace(last_hidden_state=tokens, pooler_output=None)
-    assert torch.equal(features.pooled(output, output, "x"), tokens[:, 0])
+    assert torch.equal(extractors.pooled(output, output, "x"), tokens[:, 0])
 
 
 def test_a_name_that_is_no_model_is_a_sentence(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_the_weights_hash_sees_every_value_and_name() -> None:
         (lambda: extract(make_extractor("pixels"), [images(), images(size=4)]), "one size: .* have 48, of others 192"),
         (lambda: quantize(images(), "png"), "quantization must be one of 'uint8', 'float', got 'png'"),  # type: ignore[arg-type]
         (lambda: inception(StandIn())(images(channels=2)), "takes 3 channels, got images with 2"),
-        (lambda: features.pooled(Features(images(), None), images(), "x"), "has no pooled output"),
+        (lambda: extractors.pooled(Features(images(), None), images(), "x"), "has no pooled output"),
     ],
 )
 def test_bad_input_is_a_sentence(call, message: str) -> None:

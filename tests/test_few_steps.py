@@ -15,12 +15,12 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMulti
 from ddpm_ext.data.dataset import load_images
 from ddpm_ext.diffusion.solvers import Reference, choose_times, refine_solver, solve_reference
 from ddpm_ext.errors import UserError
-from ddpm_ext.evaluation import metrics
 from ddpm_ext.evaluation.calibrate import calibrate
 from ddpm_ext.evaluation.config import CalibrateConfig, EvalConfig
 from ddpm_ext.evaluation.evaluate import evaluate
-from ddpm_ext.evaluation.fit import NOISE_SEED, REFERENCE_WORDS, FitOptions, FittedNetwork, reference_scheduler
+from ddpm_ext.evaluation.features import metrics
 from ddpm_ext.evaluation.samplers import STOCK_SETTINGS
+from ddpm_ext.evaluation.solvers.fit import NOISE_SEED, REFERENCE_WORDS, FitOptions, FittedNetwork, reference_scheduler
 from ddpm_ext.models.classes import class_options
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler

@@ -236,7 +236,7 @@ def test_from_a_half_trained_network_the_digits_are_good_in_fewer_updates_than_f
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fréchet distance 0.10 of 1,000 samples of 100 steps; about 6 minutes of one core."""
-    monkeypatch.setattr("ddpm_ext.evaluation.reference.default_cache", lambda: tmp_path / "references")
+    monkeypatch.setattr("ddpm_ext.evaluation.features.reference.default_cache", lambda: tmp_path / "references")
     measured = ["--eval_steps", "100", "--eval_samples", "1000", "--eval_num_inference_steps", "100"]
     measured += ["--eval_max_images", "1500"]
     small = ["--cpu", "--num_threads", "1", "--ddpm_num_inference_steps", "10", "--eval_batch_size", "4"]

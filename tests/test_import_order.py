@@ -180,7 +180,7 @@ def test_a_script_imports_no_other_script(path: Path) -> None:
         "from ..training.run import train",
         "from ..training import run",
         "from ddpm_ext import DDPMExtPipeline",
-        "def f():\n    from ..evaluation.metrics import frechet_distance",
+        "def f():\n    from ..evaluation.features.metrics import frechet_distance",
     ],
 )
 def test_an_import_from_above_is_seen(source: str) -> None:

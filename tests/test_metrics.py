@@ -10,7 +10,7 @@ import oracles
 import pytest
 import torch
 
-from ddpm_ext.evaluation import metrics
+from ddpm_ext.evaluation.features import metrics
 
 AGREE = {"rel": 1e-6, "abs": 1e-6}
 

@@ -506,7 +506,7 @@ def test_the_progress_line_shows_step_loss_images_per_second_and_time_left(tmp_p
 
 
 def test_a_stop_is_heard_during_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddpm_ext.evaluation.reference.default_cache", lambda: tmp_path / "references")
+    monkeypatch.setattr("ddpm_ext.evaluation.features.reference.default_cache", lambda: tmp_path / "references")
     update = Trainer.update
 
     def stopping(self: Trainer) -> None:

@@ -11,7 +11,7 @@ from training import assert_bitwise_equal, forget_accelerator, options, run_here
 
 from ddpm_ext.cli.arguments import parse_train_config
 from ddpm_ext.data.dataset import load_images
-from ddpm_ext.evaluation.features import make_extractor
+from ddpm_ext.evaluation.features.extractors import make_extractor
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.run_dir import RunDir
 from ddpm_ext.training.validation import Validation, is_better
@@ -27,7 +27,7 @@ EVALUATED = {
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("ddpm_ext.evaluation.reference.default_cache", lambda: tmp_path / "references")
+    monkeypatch.setattr("ddpm_ext.evaluation.features.reference.default_cache", lambda: tmp_path / "references")
 
 
 def test_scores_are_logged_the_best_weights_kept_and_the_run_is_the_same(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .bits_per_dim import BitsPerDim, RateDistortion, rate_distortion
+    from .bound.bits_per_dim import BitsPerDim, RateDistortion, rate_distortion
     from .config import CalibrateConfig, EvalConfig
 
 __all__ = ["BitsPerDim", "CalibrateConfig", "EvalConfig", "RateDistortion", "rate_distortion"]
@@ -13,7 +13,7 @@ __all__ = ["BitsPerDim", "CalibrateConfig", "EvalConfig", "RateDistortion", "rat
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "bits_per_dim": (
+        "bound.bits_per_dim": (
             "BitsPerDim",
             "RateDistortion",
             "rate_distortion",

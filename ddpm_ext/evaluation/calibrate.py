@@ -28,18 +28,18 @@ from ..schedulers.config import EXTENSION_KEY
 from ..schedulers.ddpm import DDPMExtScheduler
 from ..schedulers.solver import DDPMExtSolverScheduler, fitted_record
 from ..signals import interruptible
-from .bits_per_dim import BoundOptions
+from .bound.bits_per_dim import BoundOptions
+from .bound.denoising_errors import drop_variance_head, mean_error, set_errors
 from .config import CalibrateConfig
-from .denoising_errors import drop_variance_head, mean_error, set_errors
-from .features import extract
-from .few_steps import FEW_STEPS, few_step_results
-from .fit import FitOptions, FittedNetwork, candidate_references, fitted_scheduler
-from .metrics import feature_statistics, frechet_distance
+from .features.extractors import extract
+from .features.metrics import feature_statistics, frechet_distance
 from .plots import draw_results, figure_class
 from .report import markdown
 from .results import Result
 from .runner import Runner, SetBound, bits_of, under_fixed_variance
 from .samplers import SamplerSetting, chain_conditions, make_scheduler
+from .solvers.few_steps import FEW_STEPS, few_step_results
+from .solvers.fit import FitOptions, FittedNetwork, candidate_references, fitted_scheduler
 
 __all__ = ["Calibration", "calibrate"]
 

@@ -22,10 +22,9 @@ from ..pipelines.guidance import make_guidance
 from ..run_dir import write_atomically
 from ..schedulers.config import EXTENSION_KEY, extension
 from ..signals import interruptible
-from .bits_per_dim import BoundOptions, rate_distortion_rows
+from .bound.bits_per_dim import BoundOptions, rate_distortion_rows
 from .config import EvalConfig, split_words
-from .few_steps import FEW_STEPS, few_step_results, own_solver
-from .metrics import (
+from .features.metrics import (
     feature_statistics,
     frechet_distance,
     frechet_distance_per_class,
@@ -39,6 +38,7 @@ from .report import markdown
 from .results import Result, write_results
 from .runner import Runner, Samples, SetBound, bits_of, is_fixed, labels_of, under_fixed_variance
 from .samplers import chain_conditions, make_scheduler
+from .solvers.few_steps import FEW_STEPS, few_step_results, own_solver
 
 __all__ = ["evaluate"]
 

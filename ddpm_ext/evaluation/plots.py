@@ -15,9 +15,9 @@ from ..diffusion.images import to_uint8, to_x_0
 from ..errors import UserError
 from ..models.classes import number_of_classes
 from ..pipelines.ddpm import DDPMExtPipeline
-from .bits_per_dim import Sweep, rate_distortion_rows
-from .metrics import nearest
-from .reference import Reference
+from .bound.bits_per_dim import Sweep, rate_distortion_rows
+from .features.metrics import nearest
+from .features.reference import Reference
 from .report import groups_of_scores, of_newest_weights, row_words
 from .results import Result
 from .runner import Samples, images_and_labels

@@ -42,7 +42,7 @@ from ..pipelines.sampling import images_from_seeds
 from ..run_dir import environment, read_json
 from ..schedulers.config import extension
 from ..schedulers.ddpm import DDPMExtScheduler
-from .bits_per_dim import (
+from .bound.bits_per_dim import (
     BitsPerDim,
     Bound,
     BoundOptions,
@@ -52,10 +52,10 @@ from .bits_per_dim import (
     make_bound,
     sampled_bound,
 )
-from .checks import grid_images
+from .bound.checks import grid_images
 from .config import MeasureConfig, recorded
-from .features import Extractor, Features, extract, make_extractor, quantize
-from .reference import Reference, as_features, as_tensors, make_reference
+from .features.extractors import Extractor, Features, extract, make_extractor, quantize
+from .features.reference import Reference, as_features, as_tensors, make_reference
 from .results import Dataset, Provenance, Result
 from .sharded import SWEEP_SHARD, Shards
 

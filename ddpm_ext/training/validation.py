@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from ..data.dataset import ImageSet
 from ..data.spec import DataSpec
 from ..errors import UserError
-from ..evaluation.bits_per_dim import (
+from ..evaluation.bound.bits_per_dim import (
     PILOT_IMAGES,
     Bound,
     BoundOptions,
@@ -31,10 +31,10 @@ from ..evaluation.bits_per_dim import (
     pilot_distribution,
     sampled_bound,
 )
-from ..evaluation.checks import grid_images
-from ..evaluation.features import Extractor, extract, make_extractor
-from ..evaluation.metrics import feature_statistics, frechet_distance
-from ..evaluation.reference import make_reference
+from ..evaluation.bound.checks import grid_images
+from ..evaluation.features.extractors import Extractor, extract, make_extractor
+from ..evaluation.features.metrics import feature_statistics, frechet_distance
+from ..evaluation.features.reference import make_reference
 from ..evaluation.runner import class_labels, images_and_labels
 from ..evaluation.words import Quantization
 from ..models.classes import number_of_classes

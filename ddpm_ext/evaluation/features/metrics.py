@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.schedules import is_whole
-from ..errors import UserError
+from ...diffusion.schedules import is_whole
+from ...errors import UserError
 
 __all__ = [
     "FeatureStatistics",

@@ -13,16 +13,16 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from ..data.dataset import ImageSet
-from ..diffusion.likelihood import mean_over_dims
-from ..diffusion.process import eps_weights, per_image
-from ..diffusion.reverse import split_output
-from ..errors import UserError
-from ..schedulers.checks import Generators, check_generators
+from ...data.dataset import ImageSet
+from ...diffusion.likelihood import mean_over_dims
+from ...diffusion.process import eps_weights, per_image
+from ...diffusion.reverse import split_output
+from ...errors import UserError
+from ...schedulers.checks import Generators, check_generators
+from ..runner import images_and_labels
+from ..sharded import SWEEP_SHARD, Shards
 from .bits_per_dim import Bound, BoundOptions, evaluating, make_bound
 from .checks import grid_images
-from .runner import images_and_labels
-from .sharded import SWEEP_SHARD, Shards
 
 __all__ = ["DenoisingErrors", "MeanError", "denoising_errors", "drop_variance_head", "mean_error", "set_errors"]
 

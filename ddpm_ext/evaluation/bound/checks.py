@@ -9,11 +9,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ..diffusion.images import half_range
-from ..errors import UserError
-from ..models.classes import ClassLabels, check_labels
-from ..models.unet import check_resolution
-from ..schedulers.ddpm import DDPMExtScheduler
+from ...diffusion.images import half_range
+from ...errors import UserError
+from ...models.classes import ClassLabels, check_labels
+from ...models.unet import check_resolution
+from ...schedulers.ddpm import DDPMExtScheduler
 
 __all__ = ["as_ours", "check_network", "checked_labels", "grid_images"]
 

@@ -15,14 +15,14 @@ from accelerate import Accelerator
 from datasets.config import HF_DATASETS_CACHE
 from torch import Tensor
 
-from ..data.dataset import ImageSet
-from ..diffusion.images import to_unit
-from ..errors import UserError
-from ..pipelines.identity import key_hash
-from .features import Extractor, Features, check_quantization, extract
+from ...data.dataset import ImageSet
+from ...diffusion.images import to_unit
+from ...errors import UserError
+from ...pipelines.identity import key_hash
+from ..sharded import load_checked, run_shards, save_whole
+from ..words import Quantization
+from .extractors import Extractor, Features, check_quantization, extract
 from .metrics import FeatureStatistics, feature_statistics
-from .sharded import load_checked, run_shards, save_whole
-from .words import Quantization
 
 __all__ = ["Reference", "as_features", "as_tensors", "load_reference", "make_reference"]
 

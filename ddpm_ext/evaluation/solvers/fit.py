@@ -18,9 +18,9 @@ from diffusers import UNet2DModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..diffusion.reverse import split_output
-from ..diffusion.schedules import respaced_timesteps
-from ..diffusion.solvers import (
+from ...diffusion.reverse import split_output
+from ...diffusion.schedules import respaced_timesteps
+from ...diffusion.solvers import (
     REFERENCES,
     Estimate,
     Fit,
@@ -31,12 +31,12 @@ from ..diffusion.solvers import (
     refine_solver,
     solve_reference,
 )
-from ..diffusion.words import ReferenceKind
-from ..errors import UserError
-from ..models.classes import classes_of
-from ..pipelines.guidance import guided_prediction, make_guidance
-from ..schedulers.config import EXTENSION_KEY
-from ..schedulers.solver import DDPMExtSolverScheduler, solver_record
+from ...diffusion.words import ReferenceKind
+from ...errors import UserError
+from ...models.classes import classes_of
+from ...pipelines.guidance import guided_prediction, make_guidance
+from ...schedulers.config import EXTENSION_KEY
+from ...schedulers.solver import DDPMExtSolverScheduler, solver_record
 
 __all__ = [
     "REFERENCE_WORDS",

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.dataset import ImageSet
-from ..errors import UserError
-from ..schedulers.solver import DDPMExtSolverScheduler, fitted_solvers
+from ...data.dataset import ImageSet
+from ...errors import UserError
+from ...schedulers.solver import DDPMExtSolverScheduler, fitted_solvers
+from ..features.metrics import FeatureStatistics, feature_statistics, frechet_distance
+from ..report import table
+from ..results import Result
+from ..runner import Runner
+from ..samplers import STOCK_SETTINGS, SamplerSetting, make_scheduler
 from .fit import REFERENCE_WORDS, reference_scheduler
-from .metrics import FeatureStatistics, feature_statistics, frechet_distance
-from .report import table
-from .results import Result
-from .runner import Runner
-from .samplers import STOCK_SETTINGS, SamplerSetting, make_scheduler
 
 __all__ = [
     "FEW_STEPS",

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from ..diffusion.words import check_word
-from ..errors import UserError
-from ..pipelines.identity import weights_hash
-from .words import Quantization
+from ...diffusion.words import check_word
+from ...errors import UserError
+from ...pipelines.identity import weights_hash
+from ..words import Quantization
 
 __all__ = [
     "HUB_NAMES",
