@@ -4,19 +4,26 @@ python benchmarks/few_steps.py --cpu --model runs/digits/pipeline --dataset_name
 python benchmarks/few_steps.py --model runs/cifar10-tiny/pipeline --dataset_name data/cifar10 \
     --extractor models/cifar10-resnet --solver_steps 4,5,6,8,10,20 --batch_size 2000
 
-Writes few_steps.md, few_steps.json, few_steps.png, grid.png and pipeline/ into --output_dir; run again, it goes on.
+Writes few_steps.md, few_steps.json, few_steps.png, grid.png and pipeline/ into --output_dir, anew after every part; run
+again, it goes on. The most wanted rows come first: the fit to the best reference and the stock settings, the T-step
+chain, the other references, other spacings. On a CUDA device --cuda_graphs replays the network's forward pass, which
+takes the launches off a small one.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_ext.cli.arguments import parse_options
@@ -77,12 +84,63 @@ class FewStepsConfig:
     full_chain: int = option(1, "Seeds of the model's own T-step chain of fixed_small; 0: leave it out.")
     batch_size: int = option(250, "Images in one network call.")
     output_dir: str = option("runs/few_steps", "Folder of the results.")
+    cuda_graphs: bool = option(False, "Replay the network's forward pass as a CUDA graph, one per shape.")
     cpu: bool = option(False, "Use the CPU even where there is an accelerator.")
 
     @property
     def steps(self) -> tuple[int, ...]:
         """The numbers of calls."""
         return tuple(int(word) for word in self.solver_steps.split(","))
+
+
+class _Graph(NamedTuple):
+    """A recorded forward pass: what it reads, how it runs, what it writes."""
+
+    inputs: tuple[Tensor, Tensor, Tensor | None]  # x_t, t, class labels
+    graph: torch.cuda.CUDAGraph
+    output: Tensor
+
+
+class GraphedForward:
+    """UNet2DModel.forward as a CUDA graph, recorded when a shape first comes and replayed from then on.
+
+    Args:
+        unet: The network, on its CUDA device and in eval mode; weights may change in place, nothing else may.
+    """
+
+    def __init__(self, unet: UNet2DModel) -> None:
+        self.forward, self.graphs = unet.forward, {}
+
+    @torch.no_grad()
+    def __call__(
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """Return the network's output, in memory of its own."""
+        key = (tuple(sample.shape), sample.dtype, class_labels is None)
+        if key not in self.graphs:
+            self.graphs[key] = self.record(sample, class_labels)
+        (x_t, t, labels), graph, output = self.graphs[key]
+        x_t.copy_(sample)
+        t.copy_(timestep.reshape(())) if isinstance(timestep, Tensor) else t.fill_(timestep)
+        if labels is not None and class_labels is not None:
+            labels.copy_(class_labels)
+        graph.replay()
+        return UNet2DOutput(sample=output.clone()) if return_dict else (output.clone(),)
+
+    def record(self, sample: Tensor, class_labels: Tensor | None) -> _Graph:
+        """Run the pass a few times on a side stream, as libraries choose their kernels then, and record it."""
+        x_t, t = sample.detach().clone(), torch.zeros((), device=sample.device)  # t whole in float32, all T of them
+        labels = None if class_labels is None else class_labels.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.forward(x_t, t, class_labels=labels, return_dict=False)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            (output,) = self.forward(x_t, t, class_labels=labels, return_dict=False)
+        return _Graph((x_t, t, labels), graph, output)
 
 
 class Bench:
@@ -98,6 +156,9 @@ class Bench:
         learned = self.scheduler.config["variance_type"] in LEARNED_VARIANCES
         self.slim = drop_variance_head(self.unet) if learned else self.unet
         self.key = {"weights": weights_hash(self.unet)}
+        if config.cuda_graphs:
+            for unet in {id(one): one for one in (self.unet, self.slim)}.values():
+                unet.forward = GraphedForward(unet)
         unet = self.unet.config
         self.images = load_images(
             config.dataset_name, split=config.split, resolution=unet["sample_size"], channels=unet["in_channels"]
@@ -156,40 +217,93 @@ class Bench:
 
 
 def main() -> int:
-    """Fit, measure, and write the results."""
+    """Fit, measure, and write the results after every part."""
     config = parse_options(FewStepsConfig, "Fitted solvers beside every stock setting.")
     bench, started = Bench(config), time.perf_counter()
-    real = bench.real()
-    statistics, calls = feature_statistics(real), len(bench.network.grid)
-    kinds = candidate_references(bench.scheduler)
-    references: dict[Any, Any] = {kind: reference_scheduler(bench.scheduler, kind, calls) for kind in kinds}
-    own = {k: frechet_distance(statistics, feature_statistics(bench.draw(references[k], calls, 0))) for k in kinds}
-    best: Any = min(own, key=lambda kind: own[kind])
-    fitted, minutes = {}, {}
-    for kind in kinds if config.references == "all" else [best]:
-        since = time.perf_counter()
-        fits = bench.network.fit(kind)
-        minutes[kind] = round((time.perf_counter() - since) / 60, 2)
-        fitted[kind] = fitted_scheduler(bench.scheduler, kind, fits, bench.network.options)
-
-    plan: list[tuple[str, SamplerSetting, list[int]]] = []
-    plan += [("fitted", fitted_setting(kind, made), list(config.steps)) for kind, made in fitted.items()]
-    plan += [("reference", reference_setting(kind, references[kind], calls), [calls]) for kind in kinds]
-    spacings = [] if config.spacings == "none" else config.spacings.split(",")
-    plan += [("stock", setting, list(config.steps)) for setting in stock_settings(spacings)]
-    left_out: dict[str, str] = {}
-    near = (reference_setting(best, references[best], calls), calls)
-    scores = list(compare(bench.draw, statistics, bench.scheduler, plan, config.num_seeds, near, left_out))
-    small = make_scheduler(bench.scheduler, "ddpm", "fixed_small")
-    if config.full_chain:
-        chain = [("chain", SamplerSetting("DDPM, fixed_small", lambda _: small), [len(small)])]
-        scores += compare(bench.draw, statistics, bench.scheduler, chain, config.full_chain)
+    for text in Comparison(bench).parts():
+        if bench.accelerator.is_main_process:
+            print(f"{text}: {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
     if bench.accelerator.is_main_process:
-        write(bench, config, scores, fitted[best], best, {"left_out": left_out, "fit_minutes": minutes, "own": own})
-        print((Path(config.output_dir) / "few_steps.md").read_text())
-        print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
+        print((bench.folder / "few_steps.md").read_text())
     bench.accelerator.wait_for_everyone()
     return 0
+
+
+class Comparison:
+    """All rows of a table, the most wanted first."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.config = bench, bench.config
+        self.statistics, self.calls = feature_statistics(bench.real()), len(bench.network.grid)
+        self.kinds = candidate_references(bench.scheduler)
+        self.references: dict[Any, Any] = {
+            kind: reference_scheduler(bench.scheduler, kind, self.calls) for kind in self.kinds
+        }
+        own = {kind: bench.draw(made, self.calls, 0) for kind, made in self.references.items()}
+        self.own = {kind: self.distance(features) for kind, features in own.items()}
+        self.best: Any = min(self.own, key=lambda kind: self.own[kind])
+        self.near = (self.reference(self.best), self.calls)
+        self.fitted: dict[str, Any] = {}
+        self.scores: list[FewStepScore] = []
+        self.minutes: dict[str, float] = {}
+        self.left_out: dict[str, str] = {}
+
+    def parts(self) -> Iterator[str]:
+        """Measure part after part; yields what has been measured and written."""
+        yield f"references {self.own}"
+        config, others = self.config, [kind for kind in self.kinds if kind != self.best]
+        self.measure("fitted", [self.fit(self.best)], config.steps)
+        yield "fitted"
+        self.measure("reference", [self.near[0]], [self.calls])
+        self.measure("stock", stock_settings(), config.steps)
+        yield "stock"
+        if config.full_chain:
+            self.measure("chain", [SamplerSetting("DDPM, fixed_small", lambda _: self.chain)], [len(self.chain)])
+            yield "chain"
+        for kind in others:
+            if config.references == "all":
+                self.measure("fitted", [self.fit(kind)], config.steps)
+            self.measure("reference", [self.reference(kind)], [self.calls])
+            yield kind
+        if config.spacings != "none":
+            more = stock_settings(config.spacings.split(","))[len(stock_settings()) :]
+            self.measure("stock", more, config.steps)
+            yield "spacings"
+
+    def measure(self, kind: str, settings: Sequence[SamplerSetting], steps: Sequence[int]) -> None:
+        """Measure rows of one kind, and write everything so far."""
+        config, bench = self.config, self.bench
+        seeds, near = (config.full_chain, None) if kind == "chain" else (config.num_seeds, self.near)
+        plan = [(kind, setting, steps) for setting in settings]
+        self.scores += compare(bench.draw, self.statistics, bench.scheduler, plan, seeds, near, self.left_out)
+        if bench.accelerator.is_main_process:
+            notes = {"left_out": self.left_out, "fit_minutes": self.minutes, "own": self.own}
+            write(bench, config, self.in_order(), self.fitted[self.best], self.best, notes)
+
+    def in_order(self) -> list[FewStepScore]:
+        """Return the scores with rows of one kind beside each other."""
+        return sorted(self.scores, key=lambda score: ("fitted", "reference", "stock", "chain").index(score.kind))
+
+    def fit(self, kind: Any) -> SamplerSetting:
+        """Fit to one reference, and return the row."""
+        since = time.perf_counter()
+        fits = self.bench.network.fit(kind)
+        self.minutes[kind] = round((time.perf_counter() - since) / 60, 2)
+        self.fitted[kind] = fitted_scheduler(self.bench.scheduler, kind, fits, self.bench.network.options)
+        return fitted_setting(kind, self.fitted[kind])
+
+    def reference(self, kind: Any) -> SamplerSetting:
+        """Return the row of a reference by itself."""
+        return reference_setting(kind, self.references[kind], self.calls)
+
+    def distance(self, features: Tensor) -> float:
+        """Return the Fréchet distance of features to the real images'."""
+        return frechet_distance(self.statistics, feature_statistics(features))
+
+    @property
+    def chain(self) -> Any:
+        """The model's own T-step chain of fixed_small."""
+        return make_scheduler(self.bench.scheduler, "ddpm", "fixed_small")
 
 
 def write(
@@ -223,7 +337,7 @@ def write(
     plot_against_steps(curves(scores), "Fréchet distance", folder / "few_steps.png")
     chosen = [K for K in (4, 5, 10) if K in config.steps]
     grids = [make_grid(bench.images_of(fitted, K)) for K in chosen]
-    if config.full_chain:
+    if any(score.kind == "chain" for score in scores):
         small = make_scheduler(bench.scheduler, "ddpm", "fixed_small")
         grids.append(make_grid(bench.images_of(small, len(small))))
     if grids:
