@@ -29,6 +29,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, EMAModel
 from diffusers.optimization import get_constant_schedule_with_warmup
@@ -355,31 +356,38 @@ def run_sampling(options: GpuOptions, budget: Budget, note: Note) -> None:
     torch.set_float32_matmul_precision("high")
     dtype = torch.float32 if options.rehearse else torch.bfloat16
     plain: dict[int, Tensor] = {}
-    for batch in (2,) if options.rehearse else (64, 1):
-        for name, stock, compiled, graph in (
-            ("ddpm_ext", False, False, False),
-            ("Diffusers", True, False, False),
-            ("ddpm_ext, CUDA graph", False, False, True),
-            ("ddpm_ext, blocks compiled", False, True, False),
-            ("ddpm_ext, blocks compiled, CUDA graph", False, True, True),
-        ):
+    # What can fail or last longest comes last: a capture that fails may leave the device unusable to this process.
+    for name, stock, compiled, graph in (
+        ("ddpm_ext", False, False, False),
+        ("Diffusers", True, False, False),
+        ("ddpm_ext, blocks compiled", False, True, False),
+        ("ddpm_ext, CUDA graph", False, False, True),
+        ("ddpm_ext, blocks compiled, CUDA graph", False, True, True),
+    ):
+        for batch in (2,) if options.rehearse else (64, 1):
             row: Row = {"name": name, "batch": batch, "steps": 2 if options.rehearse else SAMPLING_STEPS}
             row["dtype"] = str(dtype).removeprefix("torch.")
             with guarded(row, note):
                 check_compiler(compiled, options, budget)
                 if graph and options.rehearse:
                     raise NotImplementedError("the simulated device has no graphs")
-                device = device_of(options)
-                fresh_memory(device)
-                call = sampler(row, stock, compiled, graph, device, dtype)
-                time_sampling(row, call, device, budget, plain)
+                fresh_memory(device_of(options))
+                time_sampling(row, (stock, compiled, graph), device_of(options), dtype, budget, plain)
 
 
-def time_sampling(row: Row, call: Callable[[], Tensor], device: torch.device, budget: Budget, plain: dict) -> None:
+def time_sampling(
+    row: Row,
+    kind: tuple[bool, bool, bool],
+    device: torch.device,
+    dtype: torch.dtype,
+    budget: Budget,
+    plain: dict[int, Tensor],
+) -> None:
     """Add to a row what its images take, and how far they are from the plain ones."""
     start = time.perf_counter()
+    call = sampler(row, *kind, device, dtype)
     images = call()
-    row["first_seconds"] = time.perf_counter() - start
+    row["first_seconds"] = time.perf_counter() - start  # building, compiling and recording
     if row["name"] != "Diffusers":
         difference = images - plain.setdefault(row["batch"], images)
         row["largest_difference"] = float(difference.abs().max()) * 255
@@ -397,7 +405,7 @@ def sampler(
     network: Any = build_unet(name, seed=0, init="torch").eval()
     network = network.to(device, dtype).to(memory_format=torch.channels_last)
     if compiled:
-        compile_blocks(network)
+        compile_blocks(network, dynamic=False)
     if graph:
         record_graph(network, row["batch"], device, dtype)
     pipeline: Any = DDPMPipeline(network, DDPMScheduler()) if stock else DDPMExtPipeline(network, DDPMExtScheduler())
@@ -406,8 +414,9 @@ def sampler(
 
     def call() -> Tensor:
         generator = torch.Generator(device).manual_seed(0)
-        found = pipeline(row["batch"], generator, num_inference_steps=row["steps"], output_type="np")
-        return torch.as_tensor(found.images)
+        # "np" would fail in stock: NumPy has no bfloat16.
+        found = pipeline(row["batch"], generator, num_inference_steps=row["steps"], output_type="pt")
+        return found.images.float().cpu()
 
     return call
 
@@ -592,7 +601,8 @@ def run_part(options: GpuOptions) -> int:
         with rows_file(options).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"part": part, **row}) + "\n")
 
-    RUN[part](options, Budget(options.seconds), note)
+    started = time.time() - psutil.Process().create_time()  # importing took it from the part's time
+    RUN[part](options, Budget(options.seconds - started - 2), note)
     return 0
 
 
@@ -635,7 +645,8 @@ def run_guarded(options: GpuOptions, part: str, seconds: float) -> str | None:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold on to it: then it ends by itself
+            process.wait(10)
         return f"stopped after {seconds:.0f} s, its whole time"
     return None if code == 0 else f"ended with exit code {code}"
 
