@@ -56,7 +56,8 @@ from ddpm_ext.evaluation.solvers.fit import (
 from ddpm_ext.options import option
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.pipelines.identity import scheduler_options, weights_hash
-from ddpm_ext.pipelines.sampling import images_from_seeds, make_grid, save_png
+from ddpm_ext.pipelines.sampling import make_grid, save_png
+from ddpm_ext.pipelines.seeds import images_from_seeds
 from ddpm_ext.run_dir import environment, write_atomically, write_json
 
 GRID = 16

@@ -25,7 +25,8 @@ from ddpm_ext.evaluation.samplers import make_scheduler
 from ddpm_ext.models.classes import number_of_classes
 from ddpm_ext.options import option
 from ddpm_ext.pipelines.loading import load_pipeline
-from ddpm_ext.pipelines.sampling import images_from_seeds, make_grid, save_png
+from ddpm_ext.pipelines.sampling import make_grid, save_png
+from ddpm_ext.pipelines.seeds import images_from_seeds
 
 SCALES = (0.0, 0.5, 1.0, 2.0, 4.0)
 NEAREST = 3

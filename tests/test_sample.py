@@ -21,12 +21,12 @@ from ddpm_ext.cli.arguments import parse_options
 from ddpm_ext.errors import UserError
 from ddpm_ext.pipelines.sampling import (
     SampleConfig,
-    SamplingStopped,
     make_grid,
     sample_images,
     sample_to_folder,
     save_png,
 )
+from ddpm_ext.pipelines.seeds import SamplingStopped
 from ddpm_ext.signals import Stopped
 from ddpm_ext.training.export import ReconstructConfig, reconstruct
 

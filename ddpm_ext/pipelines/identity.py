@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import UNet2DModel
 
 from ..schedulers.config import EXTENSION_KEY
-from .ddpm import DDPMExtPipeline
+
+if TYPE_CHECKING:
+    from .ddpm import DDPMExtPipeline
 
 __all__ = ["identity", "key_hash", "key_text", "network_hash", "scheduler_options", "weights_hash"]
 

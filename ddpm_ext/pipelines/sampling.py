@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from torch import Tensor
 
 from ..distributed import check_world
 from ..errors import UserError
@@ -21,16 +20,14 @@ from ..models.classes import label_number
 from ..models.values import values_of
 from ..run_dir import read_json, whole_file, write_json
 from ..signals import die_with_launcher, exit_process, interruptible
-from .config import GuidanceOptions, SampleConfig
+from .config import SampleConfig
 from .ddpm import DDPMExtPipeline
 from .identity import identity
 from .loading import load_pipeline
+from .seeds import images_from_seeds
 
 __all__ = [
-    "POLL_EVERY",
     "SampleConfig",
-    "SamplingStopped",
-    "images_from_seeds",
     "make_grid",
     "sample_images",
     "sample_to_folder",
@@ -38,66 +35,9 @@ __all__ = [
     "shown_bands",
 ]
 
-Poll = Callable[[], bool]
-POLL_EVERY = 10  # denoising steps between two looks at the stop flag: with several processes a look is an all-reduce
 # Options that change no image, or stand in the record as they come out.
 _FREE = ("model", "output_dir", "num_samples", "batch_size", "cpu", "bits", "rgb_bands")
 _IN_GRID = 64
-
-
-class SamplingStopped(Exception):
-    """A stop was asked for while sampling."""
-
-
-def images_from_seeds(
-    pipeline: DDPMExtPipeline,
-    seeds: Sequence[int],
-    *,
-    batch_size: int,
-    num_inference_steps: int,
-    class_labels: Sequence[int] | None = None,
-    guidance: GuidanceOptions | None = None,
-    poll: Poll | None = None,
-) -> Iterator[Tensor]:
-    """Draw images in batches, image i from a CPU generator of seeds[i] alone: the one such loop.
-
-    The noise of an image does not depend on its batch; its network's sums do in their last digits, so that a pixel
-    may differ by one grey level between batch sizes.
-
-    Args:
-        pipeline: Network and scheduler.
-        seeds: One per image.
-        batch_size: Images at a time.
-        num_inference_steps: Denoising steps.
-        class_labels: One per image, for conditional networks.
-        guidance: Class guidance, as the pipeline takes it; None for none.
-        poll: Asked every POLL_EVERY steps whether to stop.
-
-    Yields:
-        Images of shape (b, C, H, W), values in [0, 1], on the network's device.
-
-    Raises:
-        SamplingStopped: poll said so.
-    """
-
-    def look(_pipeline: Any, step: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if poll is not None and step % POLL_EVERY == 0 and poll():
-            raise SamplingStopped
-        return tensors
-
-    for start in range(0, len(seeds), batch_size):
-        mine = slice(start, start + batch_size)
-        (images,) = pipeline(
-            batch_size=len(seeds[mine]),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[mine]],
-            num_inference_steps=num_inference_steps,
-            class_labels=None if class_labels is None else class_labels[mine],
-            output_type="pt",
-            callback_on_step_end=None if poll is None else look,
-            return_dict=False,
-            **(guidance or {}),
-        )
-        yield images
 
 
 def sample_images(

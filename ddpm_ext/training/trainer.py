@@ -25,7 +25,8 @@ from ..diffusion.words import LEARNED_VARIANCES
 from ..distributed import full_tensor, move, set_numerics, take_dynamo, tell_deepspeed
 from ..models.classes import NETWORK_KEY, classes_of, number_of_classes
 from ..pipelines.ddpm import DDPMExtPipeline
-from ..pipelines.sampling import SamplingStopped, make_grid, sample_images, save_png, shown_bands
+from ..pipelines.sampling import make_grid, sample_images, save_png, shown_bands
+from ..pipelines.seeds import SamplingStopped
 from ..publishing.publisher import Publisher
 from ..run_dir import RunDir, RunError, package_versions, read_json, write_json
 from ..signals import PREEMPTED, StopRequest

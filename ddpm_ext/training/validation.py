@@ -39,7 +39,7 @@ from ..evaluation.runner import class_labels, images_and_labels
 from ..evaluation.words import Quantization
 from ..models.classes import number_of_classes
 from ..pipelines.ddpm import DDPMExtPipeline
-from ..pipelines.sampling import POLL_EVERY, SamplingStopped, images_from_seeds
+from ..pipelines.seeds import POLL_EVERY, SamplingStopped, images_from_seeds
 from ..run_dir import RunDir, read_json
 from .config import TrainConfig
 
