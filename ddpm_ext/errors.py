@@ -1,6 +1,11 @@
-"""The base classes of expected errors."""
+"""Expected errors, which a user sees as one sentence, and the smallest checks that raise them."""
 
-__all__ = ["UsageError", "UserError"]
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+__all__ = ["HubError", "UsageError", "UserError", "check_word", "is_whole"]
 
 
 class UserError(ValueError):
@@ -12,3 +17,25 @@ class UserError(ValueError):
 
 class UsageError(UserError):
     """A command line that cannot be understood or contradicts itself. Commands end with exit code 2 after it."""
+
+
+class HubError(UserError, OSError):
+    """A push or a pull failed; the message is shown without a traceback."""
+
+
+def check_word(name: str, word: object, words: Sequence[str]) -> None:
+    """Refuse a word that is not one of those allowed.
+
+    Raises:
+        UserError: with the list of the allowed words.
+    """
+    if word not in words:
+        raise UserError(f"{name} must be one of {', '.join(map(repr, words))}, got {word!r}.")
+
+
+def is_whole(number: object) -> bool:
+    """True for what Python takes as an int: int, NumPy's and torch's integers, but no bool and no float."""
+    try:
+        return not isinstance(number, bool) and operator.index(number) is not None  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return False

@@ -128,7 +128,7 @@ def make_run(folder: str, seed: int = 0, widths: tuple[int, ...] = (8, 16)) -> N
 
 def push(folder: str, repo_id: str, token: str | None = "tok-alice", **options: Any) -> dict[str, Any]:
     """What `push_to_hub` returns, or its sentence under "error"; under "waits" the seconds that it waited."""
-    from ddpm_ext.hub.retry import HubError
+    from ddpm_ext.errors import HubError
     from ddpm_ext.hub.upload import push_to_hub
 
     waits.clear()
@@ -141,7 +141,7 @@ def push(folder: str, repo_id: str, token: str | None = "tok-alice", **options: 
 def pull(repo_id: str, cache_dir: str, token: str | bool | None = None, **options: Any) -> dict[str, Any]:
     """The weights that `DDPMExtPipeline.from_pretrained` loads, or its sentence under "error"."""
     from ddpm_ext import DDPMExtPipeline
-    from ddpm_ext.hub.retry import HubError
+    from ddpm_ext.errors import HubError
 
     waits.clear()
     try:

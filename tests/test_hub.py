@@ -12,9 +12,9 @@ import pytest
 from hub_server import Hub
 from hub_worker import Client, fixture_client, fixture_hub, fixture_run, make_run, push, tree  # noqa: F401
 
+from ddpm_ext.errors import HubError
 from ddpm_ext.hub.checksums import git_sha1
 from ddpm_ext.hub.files import collect, minimal_card, shown_images
-from ddpm_ext.hub.retry import HubError
 
 PUSHED = {
     ".gitattributes",
@@ -308,7 +308,7 @@ def test_a_push_in_the_background_blocks_nothing_and_the_newest_wins(hub: Hub, c
 
 
 def failing_background(folder: str) -> str:
-    from ddpm_ext.hub.retry import HubError
+    from ddpm_ext.errors import HubError
     from ddpm_ext.hub.upload import BackgroundPush
 
     push = BackgroundPush("bob/digits", token="tok-alice")
@@ -353,7 +353,7 @@ def test_a_training_publishes_its_card_each_time_and_awaits_the_last(hub: Hub, c
 
 
 def refused_publisher(folder: str, repo_id: str, token: str | None) -> str:
-    from ddpm_ext.hub.retry import HubError
+    from ddpm_ext.errors import HubError
     from ddpm_ext.publishing.publisher import Publisher
 
     try:
@@ -379,7 +379,7 @@ def test_what_cannot_be_pushed_is_told_before_the_training(
 
 
 def publish_run(folder: str, repo_id: str, **options: Any) -> str:
-    from ddpm_ext.hub.retry import HubError
+    from ddpm_ext.errors import HubError
     from ddpm_ext.publishing.publisher import publish
 
     try:

@@ -11,8 +11,9 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from hub_server import Hub
 from hub_worker import Client, fixture_client, fixture_hub, fixture_run, push, tree  # noqa: F401
 
+from ddpm_ext.errors import HubError
 from ddpm_ext.hub.messages import Operation, hub_errors
-from ddpm_ext.hub.retry import HubError, RetryPolicy, retried
+from ddpm_ext.hub.retry import RetryPolicy, retried
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 

@@ -26,7 +26,7 @@ from networks import tiny_unet
 from safetensors.torch import load_file
 
 from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
-from ddpm_ext.schedulers.config import EXTENSION_KEY
+from ddpm_ext.diffusion.words import EXTENSION_KEY
 
 STEPS = 5  # "leading" with T / STEPS whole: stock's jumps end where its next step begins only there
 # Stock's float32 tables: its samples are ours to this accuracy (images in [0, 1]).

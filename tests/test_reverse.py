@@ -12,15 +12,9 @@ from tensors import BAR, PREDICTIONS, TABLES, noise
 from torch import Tensor
 from torch.testing import assert_close
 
+from ddpm_ext.diffusion.images import clip_x_0, threshold_x_0
 from ddpm_ext.diffusion.process import jump
-from ddpm_ext.diffusion.reverse import (
-    clip_x_0,
-    decoder_log_var,
-    p_mean_variance,
-    split_output,
-    threshold_x_0,
-    variance_bounds,
-)
+from ddpm_ext.diffusion.reverse import decoder_log_var, p_mean_variance, split_output, variance_bounds
 from ddpm_ext.diffusion.schedules import make_tables
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ext.diffusion.losses import check_loss_options, training_loss
+from ddpm_ext.diffusion.loss_options import check_loss_options
+from ddpm_ext.diffusion.losses import training_loss
 from ddpm_ext.diffusion.process import jump
 from ddpm_ext.diffusion.reverse import decoder_log_var
 from ddpm_ext.diffusion.schedules import make_tables

@@ -12,8 +12,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 from torch.testing import assert_close
 
-from ddpm_ext.diffusion.reverse import clip_x_0
-from ddpm_ext.diffusion.schedules import Tables, make_tables
+from ddpm_ext.diffusion.images import clip_x_0
+from ddpm_ext.diffusion.schedules import make_tables
 from ddpm_ext.diffusion.solvers import (
     Estimate,
     Predict,
@@ -28,6 +28,7 @@ from ddpm_ext.diffusion.solvers import (
     solve,
     solve_reference,
 )
+from ddpm_ext.diffusion.tables import Tables
 from ddpm_ext.diffusion.words import ReferenceKind
 
 F64 = torch.float64

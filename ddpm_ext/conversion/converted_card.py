@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..errors import HubError
 from ..hub.checksums import sha256
 from ..hub.files import RENDERED
-from ..hub.retry import HubError
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..publishing.model_card import STOCK_CANNOT, license_of
 from ..run_dir import write_atomically

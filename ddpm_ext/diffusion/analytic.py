@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, check_word
 from .images import HALF_RANGE
 from .process import Jump, jump
-from .schedules import Tables
-from .words import TrajectoryCost, check_word
+from .tables import Tables
+from .words import TrajectoryCost
 
 __all__ = [
     "covariance",

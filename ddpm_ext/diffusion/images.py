@@ -1,4 +1,4 @@
-"""Images as the network sees them: levels 0 ... 2^bits - 1 <-> x_0 in [-1, 1].
+"""Images as the network sees them: levels 0 ... 2^bits - 1 <-> x_0 in [-1, 1], and a predicted x̂_0 held in that range.
 
 DDPM §3.3: "image data consists of integers in {0, 1, ..., 255} scaled linearly to [-1, 1]". This file is the home of
 that scale, at 8 bits and at any other depth; nobody else writes 127.5.
@@ -6,15 +6,29 @@ that scale, at 8 bits and at any other depth; nobody else writes 127.5.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ["HALF_RANGE", "MAX_BITS", "half_range", "to_levels", "to_uint8", "to_unit", "to_x_0"]
+__all__ = [
+    "HALF_RANGE",
+    "MAX_BITS",
+    "Clip",
+    "clip_x_0",
+    "half_range",
+    "threshold_x_0",
+    "to_levels",
+    "to_uint8",
+    "to_unit",
+    "to_x_0",
+]
 
 HALF_RANGE = 127.5  # levels per unit of x_0 at 8 bits: 255 levels span [-1, 1]
 MAX_BITS = 16
+Clip = float | Callable[[Tensor], Tensor] | None
 
 
 def half_range(bits: int = 8) -> float:
@@ -81,3 +95,25 @@ def to_unit(pixels: Tensor, bits: int = 8) -> Tensor:
 def to_uint8(x_0: Tensor) -> Tensor:
     """Return the nearest 8-bit pixels; see `to_levels`."""
     return to_levels(x_0)
+
+
+def clip_x_0(x_0: Tensor, clip: Clip) -> Tensor:
+    """x̂_0 clamped to [-clip, clip]; None leaves it, and a function is applied to it."""
+    if clip is None:
+        return x_0
+    return clip(x_0) if callable(clip) else x_0.clamp(-clip, clip)
+
+
+def threshold_x_0(x_0: Tensor, quantile: float, max_value: float) -> Tensor:
+    r"""Dynamic thresholding: s = clamp(quantile of |x̂_0| per image, 1, max_value); x̂_0 ← clamp(x̂_0, -s, s) / s.
+
+    Args:
+        x_0: Shape (B, …), at least float32.
+        quantile: In [0, 1].
+        max_value: Largest s; 1 is plain clipping to [-1, 1].
+
+    Source: Saharia et al. 2022, arXiv:2205.11487, §2.3.
+    """
+    s = torch.quantile(x_0.abs().flatten(1), quantile, dim=1).clamp(1, max_value)
+    s = s.reshape(-1, *(1,) * (x_0.ndim - 1))
+    return x_0.clamp(-s, s) / s

@@ -12,9 +12,9 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, check_word
 from .images import half_range
-from .words import Cdf, check_word
+from .words import Cdf
 
 __all__ = [
     "BoundTerms",

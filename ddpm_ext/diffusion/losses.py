@@ -11,11 +11,13 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ..errors import check_word
 from .likelihood import decoder_nll, mean_over_dims, step_kl
+from .loss_options import check_loss_options
 from .process import check_range, check_same_shape, check_steps, compute_dtype, jump, per_image, training_target
 from .reverse import decoder_log_var, p_mean_variance, split_output, variance_bounds
-from .schedules import Tables
-from .words import Loss, PredictionType, VarianceType, check_loss_options, check_word
+from .tables import Tables
+from .words import Loss, PredictionType, VarianceType
 
 __all__ = [
     "REMEMBERED",

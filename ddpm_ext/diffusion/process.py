@@ -17,9 +17,9 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from .schedules import Tables
-from .words import PredictionType, check_word
+from ..errors import UserError, check_word
+from .tables import Tables
+from .words import PredictionType
 
 __all__ = [
     "Gaussian",

@@ -6,30 +6,25 @@ log-variances and the decoder L_0 take log β̃ of the second kept time (`decode
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, check_word
+from .images import Clip, clip_x_0
 from .process import Jump, compute_dtype, jump, per_image, predict_x_0, weighted_sum
-from .schedules import Tables
-from .words import LEARNED_VARIANCES, DecoderVariance, PredictionType, VarianceType, check_word
+from .tables import Tables
+from .words import LEARNED_VARIANCES, DecoderVariance, PredictionType, VarianceType
 
 __all__ = [
-    "Clip",
     "ReverseStep",
-    "clip_x_0",
     "decoder_log_var",
     "p_mean_variance",
     "reverse_log_var",
     "split_output",
-    "threshold_x_0",
     "variance_bounds",
 ]
-
-Clip = float | Callable[[Tensor], Tensor] | None
 
 
 class ReverseStep(NamedTuple):
@@ -150,28 +145,6 @@ def split_output(output: Tensor, x_t: Tensor, variance_type: VarianceType) -> tu
         return output, None
     prediction, head = output.split(x_t.shape[1], dim=1)
     return prediction, head
-
-
-def clip_x_0(x_0: Tensor, clip: Clip) -> Tensor:
-    """x̂_0 clamped to [-clip, clip]; None leaves it, and a function is applied to it."""
-    if clip is None:
-        return x_0
-    return clip(x_0) if callable(clip) else x_0.clamp(-clip, clip)
-
-
-def threshold_x_0(x_0: Tensor, quantile: float, max_value: float) -> Tensor:
-    r"""Dynamic thresholding: s = clamp(quantile of |x̂_0| per image, 1, max_value); x̂_0 ← clamp(x̂_0, -s, s) / s.
-
-    Args:
-        x_0: Shape (B, …), at least float32.
-        quantile: In [0, 1].
-        max_value: Largest s; 1 is plain clipping to [-1, 1].
-
-    Source: Saharia et al. 2022, arXiv:2205.11487, §2.3.
-    """
-    s = torch.quantile(x_0.abs().flatten(1), quantile, dim=1).clamp(1, max_value)
-    s = s.reshape(-1, *(1,) * (x_0.ndim - 1))
-    return x_0.clamp(-s, s) / s
 
 
 def p_mean_variance(

@@ -7,50 +7,18 @@ from __future__ import annotations
 
 import math
 import operator
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from .words import SPACINGS, BetaSchedule, TimestepSpacing, check_word
+from ..errors import UserError, check_word, is_whole
+from .tables import Tables, tables_of_betas
+from .words import SPACINGS, BetaSchedule, TimestepSpacing
 
-__all__ = ["Tables", "is_whole", "make_tables", "respaced_timesteps", "warn_if_signal_remains"]
-
-FAR_FROM_ZERO = 0.02  # ᾱ_T above this leaves an x_T that is visibly not standard normal
-
-
-@dataclass(frozen=True)
-class Tables:
-    """One schedule of T steps; every table float64, shape (T,), on one device.
-
-    Attributes:
-        beta: β_t, the variance that step t adds, in (0, 1].
-        alpha: α_t = 1 - β_t.
-        alpha_bar: ᾱ_t = α_1 ··· α_t, the signal power left after step t.
-        one_minus_alpha_bar: 1 - ᾱ_t, the noise power; not subtracted from ᾱ, so that it keeps its digits at small t.
-        log_alpha_bar: log ᾱ_t = Σ log(1 - β_u), -inf where ᾱ_t = 0.
-    """
-
-    beta: Tensor
-    alpha: Tensor
-    alpha_bar: Tensor
-    one_minus_alpha_bar: Tensor
-    log_alpha_bar: Tensor
-
-    @property
-    def num_timesteps(self) -> int:
-        """T, the number of steps of the full chain."""
-        return self.beta.shape[0]
-
-    def to(self, device: torch.device | str) -> Tables:
-        """The same tables on another device; rounded to float32 on MPS, which has no float64."""
-        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-        return Tables(*(getattr(self, name).to(dtype).to(device) for name in self.__dataclass_fields__))
+__all__ = ["make_tables", "respaced_timesteps"]
 
 
 def make_tables(
@@ -99,24 +67,6 @@ def make_tables(
         beta = _named_betas(schedule, num_timesteps, beta_start, beta_end)
     _check_betas(beta)
     return tables_of_betas(rescale_zero_terminal_snr(beta) if zero_terminal_snr else beta)
-
-
-def tables_of_betas(beta: Tensor) -> Tables:
-    r"""ᾱ_t = Π (1 - β_u), by its logarithm: log ᾱ_t = Σ log1p(-β_u) and 1 - ᾱ_t = -expm1(log ᾱ_t).
-
-    Args:
-        beta: float64, shape (T,), values in (0, 1].
-
-    Source: Ho et al. 2020, arXiv:2006.11239, Eq. (4).
-    """
-    log_alpha_bar = torch.log1p(-beta).cumsum(0)
-    return Tables(
-        beta=beta,
-        alpha=1 - beta,
-        alpha_bar=log_alpha_bar.exp(),
-        one_minus_alpha_bar=-torch.expm1(log_alpha_bar),
-        log_alpha_bar=log_alpha_bar,
-    )
 
 
 def rescale_zero_terminal_snr(beta: Tensor) -> Tensor:
@@ -193,26 +143,6 @@ def respaced_timesteps(
         times.append(round(time))
         time += (T - 1) / (K - 1)
     return times
-
-
-def warn_if_signal_remains(tables: Tables) -> None:
-    """Warn when ᾱ_T is far from 0: sampling starts from N(0, I), which x_T then is not."""
-    alpha_bar_T = tables.alpha_bar[-1].item()
-    if alpha_bar_T > FAR_FROM_ZERO:
-        warnings.warn(
-            f"ᾱ_T = {alpha_bar_T:.3g} is far from 0 with {tables.num_timesteps} steps: x_T keeps signal, so sampling "
-            "must not start from standard normal noise. Scale betas meant for 1000 steps by "
-            f"{1000 / tables.num_timesteps:.3g}, or use a zero terminal SNR or the squaredcos_cap_v2 schedule.",
-            stacklevel=3,
-        )
-
-
-def is_whole(number: object) -> bool:
-    """True for what Python takes as an int: int, NumPy's and torch's integers, but no bool and no float."""
-    try:
-        return not isinstance(number, bool) and operator.index(number) is not None  # pyright: ignore[reportArgumentType]
-    except TypeError:
-        return False
 
 
 def _named_betas(schedule: BetaSchedule, T: int, beta_start: float, beta_end: float) -> Tensor:

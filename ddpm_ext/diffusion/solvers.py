@@ -23,11 +23,12 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, check_word
+from .images import Clip, clip_x_0
 from .process import PredictionType, eps_weights, x_0_weights
-from .reverse import Clip, clip_x_0
-from .schedules import Tables, respaced_timesteps
-from .words import ReferenceKind, check_word
+from .schedules import respaced_timesteps
+from .tables import Tables
+from .words import ReferenceKind
 
 __all__ = [
     "REFERENCES",
@@ -164,7 +165,7 @@ def estimate(output: Tensor, x_t: Tensor, weights: EstimateWeights, clip: Clip =
         output: The network's prediction, shape (B, C, …), x_t's dtype.
         x_t: Shape (B, C, …).
         weights: `estimate_weights` of the step.
-        clip: As in `reverse.clip_x_0`; leave it out for the unclipped kind.
+        clip: As in `images.clip_x_0`; leave it out for the unclipped kind.
     """
     x_0 = clip_x_0(_combine((weights.x_of_x_t, x_t), (weights.x_of_output, output)), clip)
     if (weights.of_x_t, weights.of_output, weights.of_x_0) == (0.0, 1.0, 0.0):

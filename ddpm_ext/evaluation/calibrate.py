@@ -20,11 +20,10 @@ from diffusers import UNet2DModel
 
 from ..data.dataset import ImageSet
 from ..diffusion.analytic import optimal_trajectories
-from ..diffusion.words import LEARNED_VARIANCES, ReferenceKind, Trajectory
+from ..diffusion.words import EXTENSION_KEY, LEARNED_VARIANCES, ReferenceKind, Trajectory
 from ..errors import UserError
 from ..hub import upload
 from ..run_dir import write_atomically, write_json
-from ..schedulers.config import EXTENSION_KEY
 from ..schedulers.ddpm import DDPMExtScheduler
 from ..schedulers.solver import DDPMExtSolverScheduler, fitted_record
 from ..signals import interruptible

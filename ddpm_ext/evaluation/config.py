@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from ..diffusion.words import SPACINGS, Cdf, DecoderVariance, ReferenceKind, Trajectory, VarianceType, check_word
-from ..errors import UserError
+from ..diffusion.words import SPACINGS, Cdf, DecoderVariance, ReferenceKind, Trajectory, VarianceType
+from ..errors import UserError, check_word
 from ..options import option
 from ..pipelines.config import GuidanceConfig
 from ..pipelines.locate import run_folder

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from ..data.dataset import ImageSet
+from ..diffusion.words import EXTENSION_KEY
 from ..errors import UserError
 from ..pipelines.guidance import make_guidance
 from ..run_dir import write_atomically
-from ..schedulers.config import EXTENSION_KEY, extension
+from ..schedulers.config import extension
 from ..signals import interruptible
 from .bound.bits_per_dim import BoundOptions, rate_distortion_rows
 from .config import EvalConfig, split_words

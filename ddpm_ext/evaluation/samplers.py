@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, get_args
 
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
-from ..diffusion.words import check_word
-from ..errors import UserError
-from ..schedulers.config import EXTENSION_KEY, extension
+from ..diffusion.words import EXTENSION_KEY
+from ..errors import UserError, check_word
+from ..schedulers.config import extension
 from ..schedulers.ddpm import DDPMExtScheduler
 from ..schedulers.solver import DDPMExtSolverScheduler
 from .words import Sampler

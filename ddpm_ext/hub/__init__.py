@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .retry import HubError, RetryPolicy
+    from ..errors import HubError
+    from .retry import RetryPolicy
     from .upload import push_to_hub
 
 __all__ = ["HubError", "RetryPolicy", "push_to_hub"]

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple, TypeVar
 from huggingface_hub import HfApi, constants
 
 from .. import __version__
+from ..errors import HubError
 from .checksums import checksums, has_checksum
+from .failures import response_of, short
 from .messages import Operation, hub_errors, read_only_token
 from .pipeline_files import Files
-from .retry import HubError, RetryPolicy, response_of, retried, short
+from .retry import RetryPolicy, retried
 
 __all__ = ["Client", "State"]
 Result = TypeVar("Result")

@@ -25,6 +25,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ..errors import HubError
 from .pipeline_files import (
     INDEX,
     Files,
@@ -37,7 +38,6 @@ from .pipeline_files import (
     tensor_files,
     weights_of,
 )
-from .retry import HubError
 
 __all__ = [
     "RENDERED",

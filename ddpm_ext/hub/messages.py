@@ -10,16 +10,8 @@ from typing import Any
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
-from .retry import (
-    TRANSIENT_STATUS,
-    HubError,
-    causes,
-    is_connection_error,
-    is_offline,
-    requested_wait,
-    response_of,
-    short,
-)
+from ..errors import HubError
+from .failures import TRANSIENT_STATUS, causes, is_connection_error, is_offline, requested_wait, response_of, short
 
 __all__ = ["Operation", "conflict", "hub_errors", "read_only_token", "write_refused"]
 

@@ -19,7 +19,7 @@ import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .retry import HubError
+from ..errors import HubError
 
 __all__ = [
     "INDEX",

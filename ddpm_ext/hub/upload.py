@@ -20,11 +20,12 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants
 from huggingface_hub.utils import validate_repo_id
 
 from .. import __version__
+from ..errors import HubError
 from .client import Client, State
 from .files import RENDERED, check_no_token, collect, minimal_card, stage, stale
 from .messages import Operation, conflict, hub_errors, write_refused
 from .pipeline_files import Files
-from .retry import HubError, RetryPolicy
+from .retry import RetryPolicy
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

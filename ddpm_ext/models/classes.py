@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..diffusion.words import EXTENSION_KEY
 from ..errors import UserError
 
 __all__ = [
-    "NETWORK_KEY",
     "ClassLabels",
     "Classes",
     "check_labels",
@@ -21,7 +21,6 @@ __all__ = [
     "number_of_classes",
 ]
 
-NETWORK_KEY = "_ddpm_ext"  # of a UNet2DModel's config: stock neither warns about nor drops a leading "_"
 ClassLabels = int | str | Sequence[int | str] | Tensor | None
 
 
@@ -47,7 +46,7 @@ def class_options(number: int, names: Sequence[str] | None = None, *, with_null_
     ours: dict[str, Any] = {"null_label": number} if with_null_label else {}
     if names is not None:
         ours["class_names"] = list(names)
-    return {"num_class_embeds": number + with_null_label, **({NETWORK_KEY: ours} if ours else {})}
+    return {"num_class_embeds": number + with_null_label, **({EXTENSION_KEY: ours} if ours else {})}
 
 
 def classes_of(config: Mapping[str, Any]) -> Classes | None:
@@ -59,7 +58,7 @@ def classes_of(config: Mapping[str, Any]) -> Classes | None:
     rows = config.get("num_class_embeds")
     if rows is None:
         return None
-    ours = config.get(NETWORK_KEY) or {}
+    ours = config.get(EXTENSION_KEY) or {}
     null, names = ours.get("null_label"), ours.get("class_names")
     if null is not None and null != rows - 1:
         raise UserError(f"null_label must be the last of the embedding's {rows} rows, {rows - 1}, got {null!r}.")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ..diffusion.words import EXTENSION_KEY
 from ..errors import UserError
-from .classes import NETWORK_KEY
 
 __all__ = ["Values", "value_options", "values_of"]
 
@@ -30,7 +30,7 @@ def values_of(config: Mapping[str, Any]) -> Values:
     Raises:
         UserError: bits that are none.
     """
-    ours = config.get(NETWORK_KEY) or {}
+    ours = config.get(EXTENSION_KEY) or {}
     bits, value_range = ours.get("bits", 8), ours.get("value_range")
     if not isinstance(bits, int) or not 1 <= bits <= 16:
         raise UserError(f"bits of the network's config must lie between 1 and 16, got {bits!r}.")

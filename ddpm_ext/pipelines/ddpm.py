@@ -23,8 +23,8 @@ from typing_extensions import Unpack
 
 from ..diffusion.images import to_x_0
 from ..diffusion.schedules import respaced_timesteps
-from ..diffusion.words import LEARNED_VARIANCES, check_word
-from ..errors import UserError
+from ..diffusion.words import LEARNED_VARIANCES
+from ..errors import UserError, check_word
 from ..hub import download, upload
 from ..hub.pipeline_files import check_weights
 from ..models.classes import ClassLabels, check_labels

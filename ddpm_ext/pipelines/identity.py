@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import UNet2DModel
 
-from ..schedulers.config import EXTENSION_KEY
+from ..diffusion.words import EXTENSION_KEY
 
 if TYPE_CHECKING:
     from .ddpm import DDPMExtPipeline

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..errors import HubError
 from ..hub.pipeline_files import Weights, weights_of
-from ..hub.retry import HubError
 
 __all__ = ["replacing"]
 

@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..hub.retry import HubError, RetryPolicy
+from ..errors import HubError
+from ..hub.retry import RetryPolicy
 from ..hub.upload import BackgroundPush, Push, PushOptions, full_name, open_repository, push_command, push_to_hub
 from ..run_dir import read_json
 from .model_card import SHOWN, license_of, write_card

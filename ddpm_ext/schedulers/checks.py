@@ -9,8 +9,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..diffusion.schedules import is_whole
-from ..errors import UserError
+from ..errors import UserError, is_whole
 
 __all__ = [
     "Generators",

@@ -8,22 +8,20 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, get_args
 
-from ..diffusion import reverse
-from ..diffusion.schedules import Tables, warn_if_signal_remains
+from ..diffusion import images
+from ..diffusion.tables import Tables, warn_if_signal_remains
 from ..diffusion.words import (
+    EXTENSION_KEY,
     LEARNED_VARIANCES,
     SPACINGS,
     PredictionType,
     TimestepSpacing,
     Trajectory,
     VarianceType,
-    check_word,
 )
-from ..errors import UserError
+from ..errors import UserError, check_word
 
-__all__ = ["EXTENSION_KEY", "Extension", "SchedulerOptions", "check_terminal_snr", "extension", "parse_options"]
-
-EXTENSION_KEY = "_ddpm_ext"  # the one config key of ours: stock classes neither warn about nor drop a leading "_"
+__all__ = ["Extension", "SchedulerOptions", "check_terminal_snr", "extension", "parse_options"]
 
 
 @dataclass(frozen=True)
@@ -69,11 +67,11 @@ class SchedulerOptions:
     extension: Extension
 
     @property
-    def clip(self) -> reverse.Clip:
+    def clip(self) -> images.Clip:
         """How x̂_0 is bounded: a number, a function, or None."""
         if self.thresholding:
             return partial(
-                reverse.threshold_x_0, quantile=self.dynamic_thresholding_ratio, max_value=self.sample_max_value
+                images.threshold_x_0, quantile=self.dynamic_thresholding_ratio, max_value=self.sample_max_value
             )
         return self.clip_sample_range if self.clip_sample else None
 

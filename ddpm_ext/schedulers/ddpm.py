@@ -17,11 +17,13 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from torch import Tensor
 
-from ..diffusion import process, reverse
+from ..diffusion import images, process, reverse
 from ..diffusion.process import Gaussian
 from ..diffusion.reverse import ReverseStep
-from ..diffusion.schedules import Tables, make_tables
+from ..diffusion.schedules import make_tables
+from ..diffusion.tables import Tables
 from ..diffusion.words import (
+    EXTENSION_KEY,
     LEARNED_VARIANCES,
     BetaSchedule,
     DecoderVariance,
@@ -41,7 +43,7 @@ from .checks import (
     check_one_per_image,
     draw_noise,
 )
-from .config import EXTENSION_KEY, SchedulerOptions, check_terminal_snr, parse_options
+from .config import SchedulerOptions, check_terminal_snr, parse_options
 from .portable import stock_words, true_config, true_defaults
 from .step_table import (
     StepTable,
@@ -493,10 +495,10 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
 
 def _predict_x_0(prediction: Tensor, x_t: Tensor, weights: Weights, options: SchedulerOptions) -> Tensor:
     if options.prediction_type == "sample":
-        return reverse.clip_x_0(prediction, options.clip)
+        return images.clip_x_0(prediction, options.clip)
     x_0 = _mix(x_t, weights.of_x_t, prediction, weights.of_output)
     clip = options.clip
-    return x_0.clamp_(-clip, clip) if isinstance(clip, int | float) else reverse.clip_x_0(x_0, clip)
+    return x_0.clamp_(-clip, clip) if isinstance(clip, int | float) else images.clip_x_0(x_0, clip)
 
 
 def _learned_std(weights: Weights, head: Tensor, options: SchedulerOptions) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Any
 
 import diffusers
 
+from ..diffusion.words import EXTENSION_KEY
 from ..errors import UserError
-from .config import EXTENSION_KEY
 
 __all__ = ["stock_words", "true_config", "true_defaults"]
 

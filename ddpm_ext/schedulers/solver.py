@@ -18,8 +18,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from ..diffusion import process, reverse
-from ..diffusion.schedules import Tables
+from ..diffusion import images, process, reverse
 from ..diffusion.solvers import (
     REFERENCES,
     Estimate,
@@ -31,10 +30,10 @@ from ..diffusion.solvers import (
     jump_weights,
     solver_step,
 )
-from ..diffusion.words import ReferenceKind, check_word
-from ..errors import UserError
+from ..diffusion.tables import Tables
+from ..diffusion.words import EXTENSION_KEY, ReferenceKind
+from ..errors import UserError, check_word
 from .checks import Generators, Timesteps, as_int, check_generators
-from .config import EXTENSION_KEY
 from .ddpm import DDPMExtScheduler
 from .step_table import make_step_table
 
@@ -376,7 +375,7 @@ class DDPMExtSolverScheduler(DDPMExtScheduler):
         first = row[-1] < 0
         row = torch.where(first | (row[-1] == last), row, torch.nan).to(x_t.dtype)
         before = torch.where(first, 0.0, before)
-        x_0 = reverse.clip_x_0(row[0] * x_t + row[1] * prediction, self.options.clip if self._clips else None)
+        x_0 = images.clip_x_0(row[0] * x_t + row[1] * prediction, self.options.clip if self._clips else None)
         eps = row[2] * x_t + row[3] * prediction + row[4] * x_0
         x_s = row[5] * x_0 + row[6] * eps
         if kept:

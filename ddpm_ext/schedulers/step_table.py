@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..diffusion import analytic, process, reverse
-from ..diffusion.schedules import Tables, respaced_timesteps
-from ..diffusion.words import LEARNED_VARIANCES, Trajectory, check_word
-from ..errors import UserError
+from ..diffusion.schedules import respaced_timesteps
+from ..diffusion.tables import Tables
+from ..diffusion.words import LEARNED_VARIANCES, Trajectory
+from ..errors import UserError, check_word
 from .config import SchedulerOptions
 
 __all__ = [

@@ -20,9 +20,9 @@ from ..data.dataset import ImageSet, make_spec, open_images
 from ..data.rows import Reading
 from ..data.spec import DataSpec
 from ..data.streaming import ImageStream, open_stream
-from ..diffusion.words import LEARNED_VARIANCES
+from ..diffusion.words import EXTENSION_KEY, LEARNED_VARIANCES
 from ..errors import UserError
-from ..models.classes import NETWORK_KEY, class_options
+from ..models.classes import class_options
 from ..models.unet import UNET_PRESETS, build_unet, unet_config
 from ..models.values import value_options
 from ..pipelines.loading import load_network_config
@@ -265,8 +265,8 @@ def build_network(config: TrainConfig, network: dict[str, Any], data: ImageSet |
         data.require_classes()
     _, height, width = data.shape
     preset = None if config.model_config_name_or_path else config.unet or "train_unconditional"
-    null_label = config.class_dropout > 0 or "null_label" in (network.get(NETWORK_KEY) or {})
-    network = {name: value for name, value in network.items() if name not in ("num_class_embeds", NETWORK_KEY)}
+    null_label = config.class_dropout > 0 or "null_label" in (network.get(EXTENSION_KEY) or {})
+    network = {name: value for name, value in network.items() if name not in ("num_class_embeds", EXTENSION_KEY)}
     classes: dict[str, Any] = {}
     if config.class_conditional:
         assert data.num_classes is not None  # required above
@@ -278,8 +278,8 @@ def build_network(config: TrainConfig, network: dict[str, Any], data: ImageSet |
         sample_size=height if height == width else (height, width),
         num_class_embeds=classes.get("num_class_embeds"),
     )
-    if ours := {**classes.get(NETWORK_KEY, {}), **value_options(data.spec.bits, data.spec.value_range)}:
-        unet.register_to_config(**{NETWORK_KEY: ours})
+    if ours := {**classes.get(EXTENSION_KEY, {}), **value_options(data.spec.bits, data.spec.value_range)}:
+        unet.register_to_config(**{EXTENSION_KEY: ours})
     return unet
 
 

@@ -13,14 +13,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ..diffusion.words import (
-    BetaSchedule,
-    Loss,
-    PredictionType,
-    TimestepSampler,
-    TrainedVariance,
-    check_loss_options,
-)
+from ..diffusion.loss_options import check_loss_options
+from ..diffusion.words import BetaSchedule, Loss, PredictionType, TimestepSampler, TrainedVariance
 from ..errors import UserError
 from ..options import option, required
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..hub.retry import HubError
+from ..errors import HubError
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.loading import load_pipeline
 from ..publishing.publisher import Publisher

@@ -18,9 +18,8 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from ..data.spec import DataSpec
-from ..diffusion.words import LEARNED_VARIANCES
+from ..diffusion.words import EXTENSION_KEY, LEARNED_VARIANCES
 from ..errors import UserError
-from ..models.classes import NETWORK_KEY
 from ..pipelines.loading import load_pipeline
 from ..pipelines.locate import find_pipeline
 from ..run_dir import RunError
@@ -98,7 +97,7 @@ def resumed_start(config: TrainConfig, state: Mapping[str, Any]) -> Start:
         raise RunError(f"The run in the folder began without --init_from {config.init_from}; leave it out.")
     scheduler = cast(DDPMExtScheduler, DDPMExtScheduler.from_config(state["scheduler"]))
     adopted = _adopt(config, scheduler.config, state["network"])
-    network = {**state["network"], NETWORK_KEY: state.get("classes")}
+    network = {**state["network"], EXTENSION_KEY: state.get("classes")}
     return Start(adopted, network, scheduler, dict(state["init_from"]))
 
 
@@ -170,7 +169,7 @@ def _adopt(config: TrainConfig, schedule: Mapping[str, Any], network: Mapping[st
 def _arguments(config: TrainConfig, network: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of UNet2DModel: the source's, at the size, dropout and variance head asked for."""
     known = inspect.signature(UNet2DModel.__init__).parameters
-    found = {name: value for name, value in network.items() if name in known or name == NETWORK_KEY}
+    found = {name: value for name, value in network.items() if name in known or name == EXTENSION_KEY}
     if config.size is not None:
         found["sample_size"] = list(config.size)
     if config.dropout is not None:
@@ -201,7 +200,7 @@ def check_class_names(start: Start, data: DataSpec) -> None:
     config = start.config
     if not config.class_conditional or config.init_new_head or start.weights is None:
         return
-    names, path = (start.network.get(NETWORK_KEY) or {}).get("class_names"), Path(str(config.init_from)).expanduser()
+    names, path = (start.network.get(EXTENSION_KEY) or {}).get("class_names"), Path(str(config.init_from)).expanduser()
     if names is None and path.exists():
         spec = DataSpec.from_run(path if not (path / checkpoint.STATE).is_file() else path.parent.parent)
         names = None if spec is None else spec.class_names

@@ -21,9 +21,9 @@ from ..data.dataset import Batch, prefetch, random_flip
 from ..diffusion.images import to_x_0
 from ..diffusion.losses import training_loss
 from ..diffusion.process import q_sample
-from ..diffusion.words import LEARNED_VARIANCES
+from ..diffusion.words import EXTENSION_KEY, LEARNED_VARIANCES
 from ..distributed import full_tensor, move, set_numerics, take_dynamo, tell_deepspeed
-from ..models.classes import NETWORK_KEY, classes_of, number_of_classes
+from ..models.classes import classes_of, number_of_classes
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..pipelines.sampling import make_grid, sample_images, save_png, shown_bands
 from ..pipelines.seeds import SamplingStopped
@@ -500,7 +500,7 @@ class Trainer:
         """Return what a run with --init_from needs to go on without its source."""
         if self.origin is None:
             return {}
-        classes = self.network.config.get(NETWORK_KEY)
+        classes = self.network.config.get(EXTENSION_KEY)
         return {"init_from": self.origin, "classes": classes, "scheduler": json.loads(self.scheduler.to_json_string())}
 
     # -- images and weights that leave the run ------------------------------------------------------------------------

@@ -22,9 +22,9 @@ from torch import Tensor
 from ...diffusion.images import half_range
 from ...diffusion.likelihood import BoundTerms, decoder_nll, mean_over_dims, prior_kl, step_kl
 from ...diffusion.process import jump, per_image, q_sample
-from ...diffusion.schedules import Tables, is_whole
-from ...diffusion.words import Cdf, DecoderVariance, check_word
-from ...errors import UserError
+from ...diffusion.tables import Tables
+from ...diffusion.words import Cdf, DecoderVariance
+from ...errors import UserError, check_word, is_whole
 from ...schedulers.checks import Generators, check_generators
 from ...schedulers.ddpm import DDPMExtScheduler
 from .checks import as_ours, check_network, checked_labels, grid_images

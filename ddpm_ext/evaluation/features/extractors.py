@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from ...diffusion.words import check_word
-from ...errors import UserError
+from ...errors import UserError, check_word
 from ...pipelines.identity import weights_hash
 from ..words import Quantization
 

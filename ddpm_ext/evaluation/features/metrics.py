@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...diffusion.schedules import is_whole
-from ...errors import UserError
+from ...errors import UserError, is_whole
 
 __all__ = [
     "FeatureStatistics",

@@ -31,11 +31,10 @@ from ...diffusion.solvers import (
     refine_solver,
     solve_reference,
 )
-from ...diffusion.words import ReferenceKind
+from ...diffusion.words import EXTENSION_KEY, ReferenceKind
 from ...errors import UserError
 from ...models.classes import classes_of
 from ...pipelines.guidance import guided_prediction, make_guidance
-from ...schedulers.config import EXTENSION_KEY
 from ...schedulers.solver import DDPMExtSolverScheduler, solver_record
 
 __all__ = [
