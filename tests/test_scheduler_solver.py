@@ -24,6 +24,7 @@ from torch.testing import assert_close
 
 from ddpm_ext.diffusion.solvers import Estimate, Solver, estimate, estimate_weights, solve
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
+from ddpm_ext.schedulers.config import GuidanceSetting
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 from ddpm_ext.schedulers.solver import DDPMExtSolverScheduler, fitted_solvers, is_portable_solver, solver_record
 
@@ -202,9 +203,9 @@ def test_other_options_than_the_fitted_ones_warn():
         changed = DDPMExtSolverScheduler.from_config({**scheduler.config, **changes})
         with pytest.warns(UserWarning, match=f"other options \\({'mean_alpha_bar' if 'beta_end' in changes else ''}"):
             changed.set_timesteps(4)
-    scheduler.warn_of_guidance(0.0)
-    with pytest.warns(UserWarning, match="guidance_scale 0 .* 3"):
-        scheduler.warn_of_guidance(3.0)
+    scheduler.warn_of_guidance(GuidanceSetting())
+    with pytest.warns(UserWarning, match="fitted with no guidance, .* with guidance_scale 3"):
+        scheduler.warn_of_guidance(GuidanceSetting(3.0))
 
 
 # -- on disk, and in the place of others ------------------------------------------------------------------------------

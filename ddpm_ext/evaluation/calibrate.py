@@ -23,6 +23,8 @@ from ..diffusion.analytic import optimal_trajectories
 from ..diffusion.words import EXTENSION_KEY, LEARNED_VARIANCES, ReferenceKind, Trajectory
 from ..errors import UserError
 from ..hub import upload
+from ..pipelines.config import guidance_conditions
+from ..pipelines.guidance import make_guidance
 from ..run_dir import write_atomically, write_json
 from ..schedulers.ddpm import DDPMExtScheduler
 from ..schedulers.solver import DDPMExtSolverScheduler, fitted_record
@@ -54,6 +56,7 @@ class Calibration(NamedTuple):
     standard_error: list[float]  # of mse_eps
     standard_error_ms_eps: list[float]  # for the record only
     trajectories: dict[str, list[int]]  # K -> ascending code indices
+    guidance: dict[str, Any]  # under which all of this was measured; {} for none
 
     def scheduler(self, loaded: Any, variance_type: str, trajectory: str, eta: float = 1.0) -> DDPMExtScheduler:
         """Return a model's scheduler, calibrated, sampling one way.
@@ -66,8 +69,9 @@ class Calibration(NamedTuple):
         """
         made = DDPMExtScheduler.from_config(loaded.config, variance_type=variance_type)
         fields = self._asdict()
-        del fields["standard_error_ms_eps"]
-        made.register_to_config(**{EXTENSION_KEY: {**fields, "trajectory": trajectory, "eta": eta}})
+        del fields["standard_error_ms_eps"], fields["guidance"]
+        chosen = {"trajectory": trajectory, "eta": eta, **self.guidance}
+        made.register_to_config(**{EXTENSION_KEY: {**fields, **chosen}})
         return made
 
 
@@ -122,6 +126,8 @@ class _Calibration:
         self.variance = str(self.scheduler.config["variance_type"]).removesuffix("_log")
         self.loaded = chain_conditions(self.scheduler)
         self.learned = self.variance in LEARNED_VARIANCES
+        make_guidance(runner.unet.config, **(config.guidance or {}))  # can it be guided at all
+        self.guidance = guidance_conditions(config.guidance)
         self.without_head = drop_variance_head(runner.unet) if self.learned else runner.unet
         self.training: Any = runner.images(config.split, "split") if needs_images else None  # a solver needs none
         if config.steps:
@@ -147,13 +153,14 @@ class _Calibration:
             num_images=self.count,
             seed=config.seed,
             shards=runner.shards(self.scheduler),
+            guidance=config.guidance,
         )
         mse, ms = mean_error(errors.mse_eps), mean_error(errors.ms_eps)
         rounded = [[float(f"{value:.{_DIGITS}g}") for value in part.tolist()] for part in (*mse, *ms)]
         mse_eps = torch.tensor(rounded[0], dtype=torch.float64)
         paths = optimal_trajectories(self.scheduler.tables, mse_eps, config.steps) if config.steps else {}
         stored = {str(K): path for K, path in paths.items() if K < len(self.scheduler)}
-        found = Calibration(rounded[0], rounded[2], rounded[1], rounded[3], stored)
+        found = Calibration(rounded[0], rounded[2], rounded[1], rounded[3], stored, self.guidance)
         dataset = runner.dataset(self.training, self.count)
         made = runner.result("errors", value=mse.mean.mean().item(), dataset=dataset, seed=config.seed).to_json()
         return found, {name: value for name, value in made.items() if name not in ("value", "num_inference_steps")}
@@ -167,7 +174,7 @@ class _Calibration:
             order=config.solver_order,
             seed=config.seed,
             batch_size=config.batch_size,
-            guidance_scale=config.guidance_scale,
+            guidance=config.guidance,
         )
         return FittedNetwork(runner.unet, self.scheduler, options, runner.shards(self.scheduler).run, runner.is_main)
 
@@ -268,7 +275,13 @@ class _Calibration:
         few = sorted({*config.fitted_steps, *(K for K in config.fid_steps if K <= FEW_STEPS)})
         if few:
             yield from few_step_results(
-                self.runner, self.training, self.solver, few, config.num_samples, config.num_seeds
+                self.runner,
+                self.training,
+                self.solver,
+                few,
+                config.num_samples,
+                config.num_seeds,
+                guidance=config.guidance,
             )
         if config.full_chain and found is None:
             chain = make_scheduler(self.scheduler, variance_type="fixed_small")
@@ -344,7 +357,13 @@ class _Calibration:
         for number in range(config.num_seeds):
             seed = config.seed + number * config.num_samples
             samples = self.runner.samples(
-                scheduler, self.training, num_samples=config.num_samples, steps=K, seed=seed, unet=unet
+                scheduler,
+                self.training,
+                num_samples=config.num_samples,
+                steps=K,
+                seed=seed,
+                unet=unet,
+                guidance=config.guidance,
             )
             found.append(frechet_distance(reference, feature_statistics(samples.features.features)))
         return found
@@ -352,7 +371,7 @@ class _Calibration:
     def result(self, metric: str, setting: SamplerSetting, K: int, **more: Any) -> Result:
         """Make one entry of calibration.json."""
         scheduler = setting.make(self.runner.scheduler)
-        chain = {"variance_type": scheduler.config.get("variance_type"), **chain_conditions(scheduler)}
+        chain = {"variance_type": scheduler.config.get("variance_type"), **chain_conditions(scheduler), **self.guidance}
         return self.runner.result(
             metric, sampler=setting.name, when=setting.when, num_inference_steps=K, **chain, **more
         )

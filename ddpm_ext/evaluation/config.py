@@ -149,7 +149,7 @@ class EvalConfig(GuidanceConfig, MeasureConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateConfig(MeasureConfig):
+class CalibrateConfig(GuidanceConfig, MeasureConfig):
     """Options of `ddpm-ext calibrate`. Lists are written with commas: --num_inference_steps 10,50."""
 
     split: str | None = option(
@@ -173,7 +173,6 @@ class CalibrateConfig(MeasureConfig):
     solver_order: int = option(3, "Steps whose estimates one jump of a solver uses.")
     num_noises: int = option(256, "Noises to which solvers are fitted.")
     num_held_out: int = option(128, "Further noises by which their steps are chosen.")
-    guidance_scale: float | None = option(None, "Class guidance under which the solvers will be used; none: none.")
 
     metrics: str = option("bpd,fid", "Scores before and after, of bpd (bits/dim) and fid (Frechet); none: no scores.")
     fid_num_inference_steps: str | None = option(None, "Steps of the Frechet distances; none: num_inference_steps.")
@@ -193,6 +192,7 @@ class CalibrateConfig(MeasureConfig):
             raise UserError("There is nothing to calibrate: give num_inference_steps, solver_steps, or both.")
         if not self.steps and "bpd" in self.scores:
             raise UserError("bpd is of num_inference_steps, and these are none: leave it out of metrics.")
+        _refuse_bound_of_guided(self, [word for word in self.scores if word in _OF_BOUND])
         for name in ("num_images", *(["num_samples"] if "fid" in self.scores else [])):
             if getattr(self, name) < 2:
                 raise UserError(f"{name} must be at least 2, got {getattr(self, name)}.")
@@ -244,6 +244,15 @@ def _numbers(name: str, text: str) -> list[int]:
     return list(dict.fromkeys(map(int, words)))
 
 
+def _refuse_bound_of_guided(config: GuidanceConfig, words: list[str]) -> None:
+    if config.guidance is not None and words:
+        raise UserError(
+            f"{' and '.join(words)} of a guided chain are not measured: guidance draws from no distribution whose "
+            "likelihood the bound could bound, (1 + w) ε̂ - w ε̂ is the noise of none. Leave guidance_scale out, or "
+            "measure samples alone, as --metrics fid does."
+        )
+
+
 def _check_evaluation(config: EvalConfig) -> None:
     """Raise a UserError for options that cannot give the scores asked for."""
     if not split_words(config.metrics):
@@ -254,12 +263,7 @@ def _check_evaluation(config: EvalConfig) -> None:
             f'variance_type is an option of the sampler "ddpm" and of bits/dim, and neither is asked for: leave '
             f"{config.variance_type!r} out, or add the sampler ddpm."
         )
-    if config.guidance is not None and config.of_bound:
-        raise UserError(
-            f"{' and '.join(config.of_bound)} of a guided chain are not measured: guidance draws from no distribution "
-            "whose likelihood the bound could bound, (1 + w) ε̂ - w ε̂ is the noise of none. Leave guidance_scale out, "
-            "or measure samples alone, as --metrics fid does."
-        )
+    _refuse_bound_of_guided(config, config.of_bound)
     if "rate_distortion" in config.of_bound and config.num_timesteps_sampled is not None:
         raise UserError("rate_distortion needs every step: leave num_timesteps_sampled out.")
     for metric, least in config.least_images.items():

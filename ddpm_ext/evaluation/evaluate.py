@@ -19,6 +19,7 @@ import torch
 from ..data.dataset import ImageSet
 from ..diffusion.words import EXTENSION_KEY
 from ..errors import UserError
+from ..pipelines.config import guidance_conditions
 from ..pipelines.guidance import make_guidance
 from ..run_dir import write_atomically
 from ..schedulers.config import extension
@@ -125,7 +126,10 @@ class _Evaluation:
             few = [K for K in self.config.steps if K <= FEW_STEPS and self.config.few_steps]
             if len(few) > 1 and "fid" in self.config.of_samples:  # a table of few steps: stock's rows belong to it
                 samples, solver = self.samples, own_solver(self.runner.scheduler)
-                yield from few_step_results(self.runner, self.images, solver, few, self.config.num_samples)
+                guidance = self.config.guidance
+                yield from few_step_results(
+                    self.runner, self.images, solver, few, self.config.num_samples, guidance=guidance
+                )
                 self.samples = samples
 
     # -- real images --------------------------------------------------------------------------------------------------
@@ -205,9 +209,7 @@ class _Evaluation:
             "num_inference_steps": steps,
             **chain_conditions(scheduler),
             **runner.of_samples(images, len(self.reference.features), config.num_samples),
-            "guidance_scale": config.guidance_scale or None,
-            "guidance_interval": config.guidance_interval,
-            "guidance_rescale": config.guidance_rescale or None,
+            **guidance_conditions(config.guidance),
         }
         for metric in config.of_samples:
             yield runner.result(metric, **self.score(metric, images), **conditions)

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict
 from ..errors import UserError
 from ..options import option, required
 
-__all__ = ["GuidanceConfig", "GuidanceOptions", "SampleConfig"]
+__all__ = ["GuidanceConfig", "GuidanceOptions", "SampleConfig", "guidance_conditions"]
 
 
 class GuidanceOptions(TypedDict, total=False):
@@ -25,6 +25,11 @@ class GuidanceOptions(TypedDict, total=False):
     guidance_interval: tuple[int, int] | None
     guidance_rescale: float
     guider: Any
+
+
+def guidance_conditions(guidance: GuidanceOptions | None) -> dict[str, Any]:
+    """Return the guidance of a score, a fit or a measurement as it is recorded: what is in effect, {} for none."""
+    return {name: value for name, value in (guidance or {}).items() if value}
 
 
 @dataclass(frozen=True, kw_only=True)

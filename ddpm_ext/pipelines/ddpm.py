@@ -33,7 +33,7 @@ from ..schedulers.checks import Generators, check_generators
 from ..schedulers.ddpm import DDPMExtScheduler
 from ..schedulers.solver import DDPMExtSolverScheduler, is_portable_solver
 from .config import GuidanceOptions
-from .guidance import Guidance, guided_prediction, make_guidance, scale_of
+from .guidance import Guidance, guided_prediction, make_guidance, setting_of
 from .locate import INDEX, find_pipeline
 from .saving import replacing
 
@@ -366,7 +366,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         on_host = times.tolist()  # the one wait; ints need none later
         own = isinstance(scheduler, DDPMExtScheduler)
         if (warn := getattr(scheduler, "warn_of_guidance", None)) is not None:
-            warn(scale_of(guidance))
+            warn(setting_of(guidance, len(scheduler)))
         former_modes, self._interrupt = [(module, module.training) for module in unet.modules()], False
         first_bad = torch.full((), len(on_host), device=x_t.device)
         unet.eval()

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..diffusion.process import compute_dtype, eps_weights
+from ..diffusion.process import compute_dtype, eps_weights, per_image
 from ..errors import UserError
 from ..models.classes import classes_of
+from ..schedulers.config import GuidanceSetting, guidance_setting
 from .config import GuidanceOptions
 
-__all__ = ["Guidance", "guided_prediction", "make_guidance", "rescaled", "scale_of"]
+__all__ = ["Guidance", "guided_eps", "guided_prediction", "make_guidance", "rescaled", "setting_of"]
 
 Network = Callable[[Tensor, Tensor], Tensor]  # (x_t, labels) -> output, of any number of images
 
@@ -89,14 +90,39 @@ def make_guidance(config: Any, **options: Unpack[GuidanceOptions]) -> Guidance |
     return Guidance(scale, classes.null_label, interval, rescale, guider)
 
 
-def scale_of(guidance: Guidance | None) -> float:
-    """Return w: 0 without guidance, NaN for a guider that has no such number."""
+def setting_of(guidance: Guidance | None, T: int) -> GuidanceSetting:
+    """Return the setting that measured variances and fitted solvers are compared with.
+
+    Args:
+        guidance: None for none.
+        T: Steps of the chain: an interval of all of them is none.
+    """
     if guidance is None:
-        return 0.0
-    if guidance.guider is None:
-        return float(guidance.scale)
-    scale = getattr(guidance.guider, "guidance_scale", math.nan)
-    return scale if getattr(guidance.guider, "use_original_formulation", False) else scale - 1
+        return GuidanceSetting()
+    if (guider := guidance.guider) is not None:
+        name, range_of_steps = type(guider).__name__, (guider._start, guider._stop)
+        if name != "ClassifierFreeGuidance" or range_of_steps != (0, 1):
+            return GuidanceSetting(guider=name)  # a formula of its own
+        w = guider.guidance_scale - (0 if guider.use_original_formulation else 1)
+        return guidance_setting({"guidance_scale": w, "guidance_rescale": guider.guidance_rescale}, T)
+    names = ("scale", "interval", "rescale")
+    return guidance_setting({f"guidance_{name}": getattr(guidance, name) for name in names}, T)
+
+
+def guided_eps(guidance: Guidance, eps: Tensor, eps_without: Tensor, t: Tensor) -> Tensor:
+    """Return ε̃ of images that are each at a step of their own, rescaled where that was asked for.
+
+    Args:
+        guidance: How; no guider.
+        eps: ε̂(x_t, c), shape (B, C, H, W).
+        eps_without: ε̂(x_t, ∅), same shape.
+        t: Steps, shape (B,).
+    """
+    guided = rescaled(eps + guidance.scale * (eps - eps_without), eps, guidance.rescale)
+    if guidance.interval is None:
+        return guided
+    low, high = guidance.interval
+    return torch.where(per_image((low <= t) & (t <= high), eps), guided, eps)
 
 
 def guided_prediction(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -21,7 +22,64 @@ from ..diffusion.words import (
 )
 from ..errors import UserError, check_word
 
-__all__ = ["Extension", "SchedulerOptions", "check_terminal_snr", "extension", "parse_options"]
+__all__ = [
+    "Extension",
+    "GuidanceSetting",
+    "SchedulerOptions",
+    "check_terminal_snr",
+    "extension",
+    "guidance_setting",
+    "parse_options",
+    "warn_of_other_guidance",
+]
+
+
+@dataclass(frozen=True)
+class GuidanceSetting:
+    """The class guidance that something was measured or is used with; equal ones guide alike.
+
+    Attributes:
+        scale: w; 0 is none.
+        interval: (low, high): guided at low <= t <= high only; None for everywhere.
+        rescale: φ.
+        guider: Name of a guider of Diffusers with a formula of its own; None for ours.
+    """
+
+    scale: float = 0.0
+    interval: tuple[float, float] | None = None
+    rescale: float = 0.0
+    guider: str | None = None
+
+    def __str__(self) -> str:
+        if self.guider is not None:
+            return self.guider
+        if not self.scale:
+            return "no guidance"
+        interval = "" if self.interval is None else " at {:g} <= t <= {:g}".format(*self.interval)
+        return f"guidance_scale {self.scale:g}{interval}" + (f", rescaled {self.rescale:g}" if self.rescale else "")
+
+
+def guidance_setting(record: Mapping[str, Any], T: int) -> GuidanceSetting:
+    """Return the guidance that a record holds under the names of the pipeline's options; what is missing is none.
+
+    Args:
+        record: guidance_scale, guidance_interval, guidance_rescale.
+        T: Steps of the chain: an interval of all of them is none.
+    """
+    low, high = record.get("guidance_interval") or (0, T - 1)
+    whole = low <= 0 and high >= T - 1
+    scale, rescale = float(record.get("guidance_scale") or 0), float(record.get("guidance_rescale") or 0)
+    return GuidanceSetting(scale, None if whole else (low, high), rescale) if scale else GuidanceSetting()
+
+
+def warn_of_other_guidance(what: str, there: GuidanceSetting, here: GuidanceSetting) -> None:
+    """Warn when what was measured or fitted with one guidance is used with another."""
+    if there != here:
+        warnings.warn(
+            f"{what} with {there}, and the network is used with {here}: not the best there. Calibrate with this "
+            "guidance.",
+            stacklevel=4,
+        )
 
 
 @dataclass(frozen=True)
@@ -37,7 +95,9 @@ class Extension:
         trajectories: Optimal trajectories found before, K -> ascending code indices.
         standard_error: Standard errors of mse_eps, T numbers.
         solver: Fitted solvers of DDPMExtSolverScheduler; see `schedulers.solver.fitted_solvers`.
-        guidance_scale: w of the class guidance that all of this was measured with; 0 is none.
+        guidance_scale: w of the class guidance that the errors were measured with; 0 is none.
+        guidance_interval: Its steps (low, high); None for all.
+        guidance_rescale: Its φ.
     """
 
     mse_eps: Sequence[float] | None = None
@@ -48,6 +108,8 @@ class Extension:
     standard_error: Sequence[float] | None = None
     solver: Mapping[str, Any] | None = None
     guidance_scale: float = 0.0
+    guidance_interval: Sequence[float] | None = None
+    guidance_rescale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -139,8 +201,7 @@ def extension(config: Mapping[str, Any]) -> Extension:
             f"eta = {found.eta} fixes the noise of the DDIM family, which variance_type "
             f'"{config["variance_type"]}" learns. Use a fixed variance or "analytic".'
         )
-    if not _are((int, float), [found.guidance_scale]) or not 0 <= found.guidance_scale < math.inf:
-        raise UserError(f"guidance_scale must be a number of at least 0, got {found.guidance_scale!r}.")
+    _check_guidance(found)
     if found.trajectory is not None:
         check_word("trajectory", found.trajectory, get_args(Trajectory))
     return found
@@ -149,6 +210,16 @@ def extension(config: Mapping[str, Any]) -> Extension:
 def _are(kind: type | tuple[type, ...], values: Sequence[Any]) -> bool:
     """Whether all values are of a kind, booleans being none. By their types, of which there are few."""
     return all(issubclass(t, kind) and t is not bool for t in set(map(type, values)))
+
+
+def _check_guidance(found: Extension) -> None:
+    if not _are((int, float), [found.guidance_scale]) or not 0 <= found.guidance_scale < math.inf:
+        raise UserError(f"guidance_scale must be a number of at least 0, got {found.guidance_scale!r}.")
+    if not _are((int, float), [found.guidance_rescale]) or not 0 <= found.guidance_rescale <= 1:
+        raise UserError(f"guidance_rescale must lie between 0 and 1, got {found.guidance_rescale!r}.")
+    ends = found.guidance_interval
+    if ends is not None and (len(ends) != 2 or not _are((int, float), ends) or not ends[0] <= ends[1]):
+        raise UserError(f"guidance_interval must be two steps with low <= high, got {ends!r}.")
 
 
 def _check_per_step(name: str, numbers: Any, T: int) -> None:

@@ -6,7 +6,6 @@ Diffusers' words (`sample`, `model_output`, `timestep`) are kept in the signatur
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +22,6 @@ from ..diffusion.reverse import ReverseStep
 from ..diffusion.schedules import make_tables
 from ..diffusion.tables import Tables
 from ..diffusion.words import (
-    EXTENSION_KEY,
     LEARNED_VARIANCES,
     BetaSchedule,
     DecoderVariance,
@@ -43,7 +41,14 @@ from .checks import (
     check_one_per_image,
     draw_noise,
 )
-from .config import SchedulerOptions, check_terminal_snr, parse_options
+from .config import (
+    GuidanceSetting,
+    SchedulerOptions,
+    check_terminal_snr,
+    guidance_setting,
+    parse_options,
+    warn_of_other_guidance,
+)
 from .portable import stock_words, true_config, true_defaults
 from .step_table import (
     StepTable,
@@ -174,17 +179,12 @@ class DDPMExtScheduler(SchedulerMixin, ConfigMixin):
         """The options that a step needs, parsed once from the config."""
         return self._current_table().options
 
-    def warn_of_guidance(self, guidance_scale: float) -> None:
-        """Warn when images are drawn with another class guidance than variances and steps were measured with."""
-        options = self.options
-        there = options.extension.guidance_scale
-        measured = options.variance_type == "analytic" or options.extension.trajectory == "optimal"
-        if measured and there != guidance_scale:
-            warnings.warn(
-                f"The variances of this scheduler were measured with guidance_scale {there:g}, the images are drawn "
-                f"with {guidance_scale:g}: they are not the best there. Calibrate with this guidance.",
-                stacklevel=3,
-            )
+    def warn_of_guidance(self, here: GuidanceSetting) -> None:
+        """Warn when the network is used with another class guidance than variances and steps were measured with."""
+        options, extra = self.options, self.options.extension
+        if options.variance_type == "analytic" or extra.trajectory == "optimal":
+            there = guidance_setting(vars(extra), len(self))
+            warn_of_other_guidance("The variances of this scheduler were measured", there, here)
 
     @property
     def variance_type(self) -> VarianceType:

@@ -34,6 +34,7 @@ from ..diffusion.tables import Tables
 from ..diffusion.words import EXTENSION_KEY, ReferenceKind
 from ..errors import UserError, check_word
 from .checks import Generators, Timesteps, as_int, check_generators
+from .config import GuidanceSetting, guidance_setting, warn_of_other_guidance
 from .ddpm import DDPMExtScheduler
 from .step_table import make_step_table
 
@@ -66,7 +67,7 @@ class FittedSolvers:
     Attributes:
         reference: What the solvers were fitted to; it decides x̂_0 and ε̂ (`estimate_weights`).
         solvers: Number of calls K -> its solver.
-        setting: What they were fitted under: options, the schedule's mean ᾱ, guidance_scale.
+        setting: What they were fitted under: options, the schedule's mean ᾱ, the class guidance.
     """
 
     reference: ReferenceKind
@@ -268,17 +269,11 @@ class DDPMExtSolverScheduler(DDPMExtScheduler):
         self._forget()
         self.num_inference_steps, self.custom_timesteps, self._chosen = K, False, True
 
-    def warn_of_guidance(self, guidance_scale: float | None) -> None:
-        """Warn when images are drawn with another guidance than the solver was fitted under; 0 or None is none."""
+    def warn_of_guidance(self, here: GuidanceSetting) -> None:
+        """Warn when the network is used with another class guidance than the solver was fitted under."""
         fitted = fitted_solvers(self.config)
-        there = 0.0 if fitted is None else fitted.setting.get("guidance_scale") or 0.0
-        here = guidance_scale or 0.0
-        if fitted is not None and here != there:
-            warnings.warn(
-                f"The solver was fitted with guidance_scale {there:g} and draws with {here:g}: it is not the best "
-                "there. Calibrate with this guidance.",
-                stacklevel=3,
-            )
+        if fitted is not None:
+            warn_of_other_guidance("The solver was fitted", guidance_setting(fitted.setting, len(self)), here)
 
     # -- the reverse process ----------------------------------------------------------------------------------------
 

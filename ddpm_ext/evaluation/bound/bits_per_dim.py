@@ -26,6 +26,7 @@ from ...diffusion.tables import Tables
 from ...diffusion.words import Cdf, DecoderVariance
 from ...errors import UserError, check_word, is_whole
 from ...schedulers.checks import Generators, check_generators
+from ...schedulers.config import GuidanceSetting
 from ...schedulers.ddpm import DDPMExtScheduler
 from .checks import as_ours, check_network, checked_labels, grid_images
 
@@ -373,6 +374,7 @@ def full_sweep(bound: Bound, x_0: Tensor, generator: Generators = None) -> Sweep
         x_0: Clean images, float64, shape (B, C, H, W).
         generator: Source of the noise.
     """
+    bound.chain.warn_of_guidance(GuidanceSetting())
     generator = check_generators(generator, len(x_0))
     x_0 = x_0.to(bound.tables.beta.device)
     times = torch.tensor(bound.times, device=x_0.device).expand(len(x_0), -1)
@@ -407,6 +409,7 @@ def sampled_bound(
     """
     n, num_jumps = num_timesteps_sampled, len(bound.times) - 1
     check_sampled_steps(bound, n)
+    bound.chain.warn_of_guidance(GuidanceSetting())
     generator = check_generators(generator, len(x_0))
     x_0 = x_0.to(bound.tables.beta.device)
     times = torch.tensor(bound.times, device=x_0.device)

@@ -2,11 +2,13 @@ r"""Network + images -> its errors at every step, over any number of processes.
 
     mse_eps[t] = E mean_dims (ε - ε̂)²        ms_eps[t] = E mean_dims ε̂²
 
-One fresh noise per (image, t), ε̂ of whatever the network predicts, x̂_0 not clipped.
+One fresh noise per (image, t), ε̂ of whatever the network predicts, x̂_0 not clipped. Under class guidance ε̃ stands for
+ε̂: with an ε̂(x_t, c) that is right, mse_eps grows by w² E (ε̂(x_t, c) - ε̂(x_t, ∅))².
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,8 @@ from ...diffusion.likelihood import mean_over_dims
 from ...diffusion.process import eps_weights, per_image
 from ...diffusion.reverse import split_output
 from ...errors import UserError
+from ...pipelines.config import GuidanceOptions, guidance_conditions
+from ...pipelines.guidance import Guidance, guided_eps, make_guidance
 from ...schedulers.checks import Generators, check_generators
 from ..runner import images_and_labels
 from ..sharded import SWEEP_SHARD, Shards
@@ -41,30 +45,47 @@ class MeanError(NamedTuple):
     standard_error: Tensor  # (T,): σ/√n; 0 of a single image
 
 
+@dataclass(frozen=True)
 class _ErrorTerms(Bound):
     """A bound whose two terms are the errors of ε̂ in place of L_{t-1} and the error of x̂_0."""
+
+    guidance: Guidance | None = None  # ε̃ in place of ε̂
 
     def terms(
         self, x_0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None = None, *, decoder: bool = False
     ) -> tuple[Tensor, Tensor]:
         """(mean_dims (ε - ε̂)², mean_dims ε̂²) of pairs, each (P,); arguments as in `Bound.terms`."""
+        if self.guidance is None:
+            eps_hat = self.eps_hat(x_0, t, eps, labels)
+        else:
+            assert labels is not None
+            twice = (torch.cat([part, part]) for part in (x_0, t, eps))
+            nothing = torch.full_like(labels, self.guidance.null_label)
+            with_class, without = self.eps_hat(*twice, torch.cat([labels, nothing])).chunk(2)
+            eps_hat = guided_eps(self.guidance, with_class, without, t)
+        return mean_over_dims((eps.to(eps_hat) - eps_hat) ** 2), mean_over_dims(eps_hat**2)
+
+    def eps_hat(self, x_0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None) -> Tensor:
+        """ε̂ of pairs, of whatever the network predicts; arguments as in `Bound.terms`."""
         x_t, output = self.ask(x_0, t, eps, labels)
         prediction, _ = split_output(output, x_t, self.chain.config["variance_type"])
         weights = eps_weights(self.tables, t, self.chain.config["prediction_type"])
-        eps_hat = per_image(weights.of_x_t, x_t) * x_t + per_image(weights.of_output, x_t) * prediction
-        return mean_over_dims((eps.to(eps_hat) - eps_hat) ** 2), mean_over_dims(eps_hat**2)
+        return per_image(weights.of_x_t, x_t) * x_t + per_image(weights.of_output, x_t) * prediction
 
 
 @torch.no_grad()
-def denoising_errors(bound: Bound, x_0: Tensor, generator: Generators = None) -> DenoisingErrors:
+def denoising_errors(
+    bound: Bound, x_0: Tensor, generator: Generators = None, guidance: Guidance | None = None
+) -> DenoisingErrors:
     """Measure the errors of every image at every step of a full chain.
 
     Args:
         bound: A network and all its steps, `make_bound`.
         x_0: Clean images, float64, shape (B, C, H, W).
         generator: Source of the noise; a list of one per image makes every image independent of its batch.
+        guidance: Class guidance, whose ε̃ takes the place of ε̂; None for none.
     """
-    terms, generator = _ErrorTerms(**vars(bound)), check_generators(generator, len(x_0))
+    terms, generator = _ErrorTerms(**vars(bound), guidance=guidance), check_generators(generator, len(x_0))
     x_0 = x_0.to(terms.tables.beta.device)
     times = torch.tensor(terms.times, device=x_0.device).expand(len(x_0), -1)
     with evaluating(terms.model):
@@ -73,7 +94,14 @@ def denoising_errors(bound: Bound, x_0: Tensor, generator: Generators = None) ->
 
 
 def set_errors(
-    unet: UNet2DModel, scheduler: Any, images: ImageSet, *, num_images: int, seed: int, shards: Shards
+    unet: UNet2DModel,
+    scheduler: Any,
+    images: ImageSet,
+    *,
+    num_images: int,
+    seed: int,
+    shards: Shards,
+    guidance: GuidanceOptions | None = None,
 ) -> DenoisingErrors:
     """Measure `denoising_errors` of the first images of a set, piece by piece over all processes.
 
@@ -84,16 +112,18 @@ def set_errors(
         num_images: How many of them.
         seed: Image i draws its noise from seed + i.
         shards: Where the pieces go; each process must call.
+        guidance: Class guidance, as the pipeline takes it; None for none.
     """
+    guided = make_guidance(unet.config, **(guidance or {}))
 
     def work(piece: range) -> dict[str, Tensor]:
         pixels, labels = images_and_labels(unet, images, piece)
         bound = make_bound(unet, scheduler, pixels, BoundOptions(clip_sample=False), labels)
         generators = [torch.Generator().manual_seed(seed + i) for i in piece]
-        found = denoising_errors(bound, grid_images(pixels, images.spec.bits), generators)
+        found = denoising_errors(bound, grid_images(pixels, images.spec.bits), generators, guided)
         return {name: part.cpu() for name, part in found._asdict().items()}
 
-    key = {"dataset": images.fingerprint, "seed": seed}
+    key = {"dataset": images.fingerprint, "seed": seed, **guidance_conditions(guidance)}
     return DenoisingErrors(**shards.run("errors", key, num_images, SWEEP_SHARD, work))
 
 

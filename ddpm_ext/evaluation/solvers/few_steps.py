@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...data.dataset import ImageSet
 from ...errors import UserError
+from ...pipelines.config import GuidanceOptions, guidance_conditions
 from ...schedulers.solver import DDPMExtSolverScheduler, fitted_solvers
 from ..features.metrics import FeatureStatistics, feature_statistics, frechet_distance
 from ..report import table
@@ -165,6 +166,7 @@ def few_step_results(
     num_samples: int,
     num_seeds: int = 1,
     with_fitted: bool = True,
+    guidance: GuidanceOptions | None = None,
 ) -> Iterator[Result]:
     """Measure the rows that belong beside samplers of a few steps: the fitted solver, its reference, every stock one.
 
@@ -176,12 +178,14 @@ def few_step_results(
         num_samples: Samples of a set.
         num_seeds: Sets of a cell.
         with_fitted: Whether the fitted rows are wanted; otherwise they stand elsewhere.
+        guidance: Class guidance of every row; None for none.
     """
     real, base = runner.reference(images), make_scheduler(runner.scheduler)
 
     def draw(scheduler: Any, K: int, number: int) -> Tensor:
         seed = runner.config.seed + number * num_samples
-        return runner.samples(scheduler, images, num_samples=num_samples, steps=K, seed=seed).features.features
+        options: dict[str, Any] = {"num_samples": num_samples, "steps": K, "seed": seed, "guidance": guidance}
+        return runner.samples(scheduler, images, **options).features.features
 
     plan: list[tuple[str, SamplerSetting, Sequence[int]]] = []
     near = None
@@ -209,6 +213,7 @@ def few_step_results(
             std=score.std,
             parts=None if distance is None else {"squared_distance": distance},
             **of_samples,
+            **guidance_conditions(guidance),
         )
     for name, reason in left_out.items():
         if runner.is_main:

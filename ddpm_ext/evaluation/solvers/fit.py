@@ -34,6 +34,7 @@ from ...diffusion.solvers import (
 from ...diffusion.words import EXTENSION_KEY, ReferenceKind
 from ...errors import UserError
 from ...models.classes import classes_of
+from ...pipelines.config import GuidanceOptions, guidance_conditions
 from ...pipelines.guidance import guided_prediction, make_guidance
 from ...schedulers.solver import DDPMExtSolverScheduler, solver_record
 
@@ -70,7 +71,7 @@ class FitOptions:
         reference_steps: Calls of the reference.
         seed: Noise i is drawn from seed + 2^40 + i.
         batch_size: Images in one network call.
-        guidance_scale: Guidance under which the solver will be used; None for none.
+        guidance: Class guidance under which the solver will be used; None for none.
         max_rounds: Rounds of descent over the steps; 0 for the best power steps alone, a tenth of the work.
     """
 
@@ -81,7 +82,7 @@ class FitOptions:
     reference_steps: int = 200
     seed: int = 0
     batch_size: int = 256
-    guidance_scale: float | None = None
+    guidance: GuidanceOptions | None = None
     max_rounds: int = 3
 
     def __post_init__(self) -> None:
@@ -117,7 +118,7 @@ class FittedNetwork:
         self.unet, self.options, self.run, self.is_main = unet, options, run, is_main
         self.scheduler: DDPMExtSolverScheduler = DDPMExtSolverScheduler.from_config(scheduler.config)
         self.classes = classes_of(unet.config)
-        self.guidance = make_guidance(unet.config, guidance_scale=options.guidance_scale or 0.0)
+        self.guidance = make_guidance(unet.config, **(options.guidance or {}))
         size: Any = unet.config["sample_size"]
         self.shape: tuple[int, ...] = (unet.config["in_channels"], *((size, size) if isinstance(size, int) else size))
         self.count = options.num_noises + options.num_held_out
@@ -189,7 +190,7 @@ class FittedNetwork:
             "reference_steps": len(self.grid),
             "noises": [options.num_noises, options.num_held_out],
             "seed": options.seed,
-            "guidance_scale": options.guidance_scale,
+            **guidance_conditions(options.guidance),
         }
 
     def noises(self, numbers: range) -> Tensor:
@@ -256,7 +257,7 @@ def fitted_scheduler(scheduler: Any, kind: ReferenceKind, fits: dict[int, Fit], 
     }
     record = solver_record(kind, {K: fit.solver for K, fit in fits.items()}, ours, notes)
     record["setting"] |= {
-        "guidance_scale": options.guidance_scale,
+        **guidance_conditions(options.guidance),
         "reference_steps": min(options.reference_steps, len(ours)),
     }
     extra = {**(ours.config.get(EXTENSION_KEY) or {}), "solver": record}
