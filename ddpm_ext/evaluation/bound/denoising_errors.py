@@ -59,9 +59,10 @@ class _ErrorTerms(Bound):
             eps_hat = self.eps_hat(x_0, t, eps, labels)
         else:
             assert labels is not None
-            twice = (torch.cat([part, part]) for part in (x_0, t, eps))
             nothing = torch.full_like(labels, self.guidance.null_label)
-            with_class, without = self.eps_hat(*twice, torch.cat([labels, nothing])).chunk(2)
+            both = torch.cat([labels, nothing])
+            x_0_twice, t_twice, eps_twice = (torch.cat([part, part]) for part in (x_0, t, eps))
+            with_class, without = self.eps_hat(x_0_twice, t_twice, eps_twice, both).chunk(2)
             eps_hat = guided_eps(self.guidance, with_class, without, t)
         return mean_over_dims((eps.to(eps_hat) - eps_hat) ** 2), mean_over_dims(eps_hat**2)
 
