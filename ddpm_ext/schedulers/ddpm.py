@@ -22,6 +22,7 @@ from ..diffusion.reverse import ReverseStep
 from ..diffusion.schedules import make_tables
 from ..diffusion.tables import Tables
 from ..diffusion.words import (
+    EXTENSION_KEY,
     LEARNED_VARIANCES,
     BetaSchedule,
     DecoderVariance,
