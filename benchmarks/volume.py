@@ -60,7 +60,7 @@ class VolumeOptions:
     folder: str = required("Where sets and results are kept, about 4 KB an image and 12 KB while it is measured.")
     script: str | None = option(None, "Diffusers' train_unconditional.py; none: its rows are left out.")
     num_images: int = option(200_000, "Images of 64 x 64.", at_least=BATCH)
-    seconds: float = option(15.0, "How long batches are counted.", above=0)
+    seconds: float = option(10.0, "How long batches are counted.", above=0)
     workers: int = option(2, "--dataloader_num_workers of every row: threads of ours, processes of the script.")
     output: str = option("runs/volume.md", "Markdown file to write.")
     row: str | None = option(None, "The one row that this process measures, as the command itself starts it.")

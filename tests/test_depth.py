@@ -243,6 +243,58 @@ def test_the_arrays_of_an_npz_are_named(tmp_path: Path) -> None:
         load_images(train_data_dir=str(tmp_path), array_key="two", strict=True, channels=1, resolution=4)
 
 
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+@pytest.mark.parametrize(
+    ("bands", "axis"), [(None, None), (1, None), (6, None), (6, 2), (6, 0)], ids=["NHW", "NHW1", "NHWC", "2", "NCHW"]
+)
+def test_one_file_of_many_arrays_is_a_set(tmp_path: Path, suffix: str, bands: int | None, axis: int | None) -> None:
+    values = values_of((7, 8, 9) if bands is None else (7, 8, 9, bands))
+    stored = np.moveaxis(values, -1, 1) if axis == 0 else values
+    file = tmp_path / f"set.{suffix}"
+    np.save(file, stored) if suffix == "npy" else np.savez(file, images=stored, labels=np.arange(7))
+    options: dict[str, Any] = {"train_data_dir": str(file), "bits": 16, "channel_axis": axis}
+    options["array_key"] = None if suffix == "npy" else "images"
+    expected = np.moveaxis(np.atleast_3d(values) if bands else values[..., None], -1, 1)
+    found = load_images(**options)
+    assert np.array_equal(found.batch(range(7)).pixels.numpy(), expected)
+    assert found.spec.load().fingerprint == found.fingerprint
+    stream = stream_images(**options, resolution=(8, 9), channels=bands or 1)
+    order = [one.numpy().tobytes() for one in stream.at(range(7), 0).pixels.to(torch.int32)]
+    assert sorted(order) == sorted(one.astype(np.int32).tobytes() for one in expected)
+    if suffix == "npz":
+        with pytest.raises(ValueError, match=r"\['images', 'labels'\].*--array_key"):
+            load_images(train_data_dir=str(file))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "sentence"),
+    [
+        ((9, 3, 8, 8), None, r"--channel_axis 2 or --channel_axis 0, the axis of the channels in one image"),
+        ((9, 8, 8, 8), None, r"may be \(N, H, W, C\) or \(N, C, H, W\)"),
+        ((9, 3, 8, 8), 1, r"counts the axes of one image, \(3, 8, 8\) here: 0 for \(N, C, H, W\)"),
+        ((8, 8, 3), None, r"may be one image or 8 of 8 x 3"),
+        ((3, 8, 8), None, r"may be one image or 3 of 8 x 8"),
+        ((8, 8), None, r"an array of shape \(8, 8\); a set is"),
+        ((9, 2, 8, 8, 1), 0, r"an array of shape \(9, 2, 8, 8, 1\)"),
+    ],
+)
+def test_an_array_whose_axes_may_mean_two_things_is_refused(
+    tmp_path: Path, shape: tuple[int, ...], axis: int | None, sentence: str
+) -> None:
+    np.save(tmp_path / "set.npy", values_of(shape))
+    with pytest.raises(ValueError, match=sentence):
+        load_images(train_data_dir=str(tmp_path / "set.npy"), bits=16, channel_axis=axis)
+
+
+def test_a_file_of_arrays_has_one_split_and_other_files_none(tmp_path: Path) -> None:
+    np.save(tmp_path / "set.npy", values_of((9, 8, 8)))
+    with pytest.raises(ValueError, match='all of a file of arrays is "train"'):
+        load_images(train_data_dir=str(tmp_path / "set.npy"), split="test")
+    Image.new("L", (8, 8)).save(tmp_path / "one.png")
+    with pytest.raises(ValueError, match="it is a file: give its folder"):
+        load_images(train_data_dir=str(tmp_path / "one.png"))
+
+
 @pytest.mark.parametrize("suffix", ["npy", "tif"])
 def test_a_folder_of_arrays_is_a_set_with_its_own_record(tmp_path: Path, suffix: str) -> None:
     values = values_of((5, 8, 8, 6))

@@ -316,8 +316,8 @@ def load_images(
     Args:
         dataset_name: "digits" (built in; also the default), a Hub name, or a local folder as below.
         dataset_config_name: Configuration of a Hub set.
-        train_data_dir: Folder or archive of images or arrays (class folders become labels), folder of parquet files or
-            of `save_to_disk`.
+        train_data_dir: Folder or archive of images or arrays (class folders become labels), one .npy or .npz of many
+            images, folder of parquet files or of `save_to_disk`.
         split: Which split. A folder of images has those of its sub-folders "train", "test", …; without such
             sub-folders all of it is "train" and nothing else.
         image_column: Column of the images; None takes the only one that holds images.
@@ -330,7 +330,7 @@ def load_images(
             of whole numbers like 0 to 4095.
         value_range: (lo, hi), the stored values of the lowest and the highest level; None takes the file's own range
             where it has one (8 and 16 bits).
-        channel_axis: Axis of the channels in arrays; None is the last.
+        channel_axis: Axis of the channels in an image that is an array; None is the last.
         array_key: Name of the array in .npz files; None for their only one.
         class_names: The training's classes, whose places are the labels; None takes the set's own.
         **reading: How to read, the fields of `Reading`: strict, max_unreadable, cache_dir, max_images, num_workers,

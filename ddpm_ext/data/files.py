@@ -1,6 +1,6 @@
 """Read any file by one path: local, a member of a zip or tar, or behind a URL (`hf://` …), through fsspec.
 
-/data/a.png · zip://cat/a.png::/data/images.zip · hf://datasets/user/set@main/a.png · zip://a.png::hf://…/images.zip
+/data/a.png · npy:///17::/data/set.npy · zip://cat/a.png::/data/images.zip · hf://datasets/user/set@main/a.png · zip://a.png::hf://…/images.zip
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
+
+from .array_sets import image_of_set
 
 __all__ = ["archive_kind", "archive_members", "read_bytes"]
 
@@ -47,6 +49,7 @@ def read_bytes(path: str) -> bytes:
 
     Raises:
         OSError: it is not there or cannot be read.
+        ValueError: it is an array in a file that holds none of that name.
     """
     kind, separator, rest = path.partition("://")
     if not separator:
@@ -60,6 +63,8 @@ def read_bytes(path: str) -> bytes:
                 return filesystem.cat_file(member)
         except _BROKEN as error:
             raise OSError(f"{member} of {archive} cannot be read: {error}") from error
+    if kind == "npy":
+        return image_of_set(rest)
     filesystem, inner = fsspec.url_to_fs(path)
     return filesystem.cat_file(inner)
 

@@ -22,6 +22,7 @@ __all__ = [
     "deep_samples",
     "is_array",
     "is_tiff",
+    "load_array",
     "reads_all",
     "stored",
 ]
@@ -153,12 +154,12 @@ def array_samples(source: Any, channel_axis: int = -1, key: str | None = None) -
     Raises:
         Unreadable: several arrays and no key, another number of axes, values that are no real numbers.
     """
-    values = source if isinstance(source, np.ndarray) else _loaded(source, key)
+    values = source if isinstance(source, np.ndarray) else load_array(source, key)
     if values.ndim not in (2, 3) or 0 in values.shape:
         raise Unreadable(
             f"arrays of {values.ndim} axes",
             f"it is an array of shape {values.shape}; an image is (H, W), (H, W, C), or another order with "
-            "--channel_axis.",
+            "--channel_axis. A file that holds a whole set is given itself, in place of its folder.",
         )
     if values.dtype.kind not in "buif":
         raise Unreadable(f"arrays of {values.dtype}", f"it is an array of {values.dtype}, which are no real numbers.")
@@ -169,7 +170,16 @@ def array_samples(source: Any, channel_axis: int = -1, key: str | None = None) -
     return Samples(values, "L" if values.shape[2] == 1 else None, _bits_of_type(values.dtype))
 
 
-def _loaded(file: Any, key: str | None) -> np.ndarray:
+def load_array(file: Any, key: str | None) -> np.ndarray:
+    """Return the array of an open .npy or .npz file.
+
+    Args:
+        file: The file.
+        key: Name of the array in a .npz; None for its only one.
+
+    Raises:
+        Unreadable: several arrays and no key, or none of that name.
+    """
     found = np.load(file, allow_pickle=False)
     if isinstance(found, np.ndarray):
         return found

@@ -1,7 +1,7 @@
 """Data set name or folder -> rows of encoded images and their labels, nothing decoded yet.
 
-Sources: "digits" (built in), a Hub name, a folder or archive of images or arrays, of parquet files, or of
-`Dataset.save_to_disk`.
+Sources: "digits" (built in), a Hub name, a folder or archive of images or arrays, one .npy or .npz of many images, a
+folder of parquet files or of `Dataset.save_to_disk`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from datasets.table import InMemoryTable
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from .array_sets import paths_of_set
 from .files import archive_kind, read_bytes
-from .folder import SPLIT_FOLDERS, Entry, Listing, image_count, list_images, local_entries, split_prefix
+from .folder import ARRAYS, SPLIT_FOLDERS, Entry, Listing, image_count, list_images, local_entries, split_prefix
 from .spec import DIGITS, DataSpec
 
 __all__ = [
@@ -90,10 +91,12 @@ def open_source(spec: DataSpec, cache_dir: str | None, streaming: bool = False) 
         path = Path(name)
         if path.is_file() and archive_kind(name) is not None:
             return _open_listing(list_images([Entry(path.name, str(path))], split, name), split, streaming)
+        if path.is_file() and path.suffix.lower() in ARRAYS:
+            return _open_array_set(spec, name, streaming)
         if path.is_dir():
             return _open_folder(path, spec.dataset_config_name, split, cache_dir, streaming)
         if spec.data_dir is not None:
-            raise ValueError("there is no such folder.")
+            raise ValueError("it is a file: give its folder." if path.is_file() else "there is no such folder.")
         return _open_hub(name, spec.dataset_config_name, split, cache_dir, streaming)
     except (ValueError, FileNotFoundError, ConnectionError, DatasetsError) as error:
         raise ValueError(f"Cannot open split {split!r} of {name!r}: {error}") from error
@@ -117,6 +120,14 @@ def _open_listing(listing: Listing, split: str, streaming: bool) -> Source:
         features["label"] = datasets.ClassLabel(names=listing.class_names)
     table: Any = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     return Source(table.to_iterable_dataset() if streaming else table, listing.note, listing.paths)
+
+
+def _open_array_set(spec: DataSpec, file: str, streaming: bool) -> Source:
+    """A file of arrays as a table of the paths of its images."""
+    if spec.split != "train":
+        raise ValueError('all of a file of arrays is "train"; for splits put files of single images into sub-folders.')
+    paths = paths_of_set(file, spec.array_key, spec.channel_axis)
+    return _open_listing(Listing(paths, None, None, None), spec.split, streaming)
 
 
 def _open_folder(folder: Path, config: str | None, split: str, cache_dir: str | None, streaming: bool) -> Source:

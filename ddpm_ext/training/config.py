@@ -31,7 +31,7 @@ class DataOptions:
     dataset_config_name: str | None = option(None, "Configuration of the Hub data set.", needs=("dataset_name", True))
     train_data_dir: str | None = option(
         None,
-        "Folder or archive of images or arrays, or folder of parquet files.",
+        "Folder or archive of images or arrays, .npy or .npz of many images, folder of parquet files.",
         replaces=("dataset_name", "dataset_config_name"),
     )
     train_split: str = option("train", "Split to train on.")
@@ -54,7 +54,7 @@ class DataOptions:
     value_range: list[float] | None = option(
         None, "The stored values that become black and white, as 0 4095; none: the file's own range."
     )
-    channel_axis: int | None = option(None, "Axis of the channels in .npy, .npz and columns of arrays; none: the last.")
+    channel_axis: int | None = option(None, "Axis of the channels in an array of one image; none: the last.")
     array_key: str | None = option(None, "Name of the array in .npz files; none: their only one.")
     max_unreadable: float = option(0.01, "Share of unreadable images above which the run stops.", neutral=True)
     equal_sizes: bool = option(
