@@ -143,7 +143,7 @@ def run_row(options: VolumeOptions) -> NoReturn:
 
 def _our_batches() -> Iterator[object]:
     """Batches of the data set that the training opens, read ahead as it does."""
-    from ddpm_ext.data.dataset import prefetch
+    from ddpm_ext.data.order import prefetch
     from ddpm_ext.training import builders
 
     build, opened = builders.build_data, []

@@ -19,16 +19,9 @@ import torch
 from PIL import Image, ImageOps
 
 from ddpm_ext.data import dataset, rows
-from ddpm_ext.data.dataset import (
-    Batch,
-    ImageSet,
-    epoch_order,
-    load_images,
-    positions_to_indices,
-    prefetch,
-    random_flip,
-)
+from ddpm_ext.data.dataset import ImageSet, load_images
 from ddpm_ext.data.decoding import ImageFormat, decode_image
+from ddpm_ext.data.order import Batch, epoch_order, positions_to_indices, prefetch, random_flip
 
 
 def random_picture(height: int, width: int, mode: str = "RGB") -> Image.Image:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_ext.data.dataset import Batch, load_images
+from ddpm_ext.data.dataset import load_images
+from ddpm_ext.data.order import Batch
 from ddpm_ext.data.streaming import ImageStream, file_mark, stream_images
 
 SHARDS = (300, 290, 280, 310, 270, 260, 290)

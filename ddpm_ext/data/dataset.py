@@ -1,29 +1,24 @@
-"""Data set name or folder -> levels of any image by its number, and the order in which training asks for them.
+"""Data set name or folder -> levels of any image by its number.
 
-    global position p  ->  epoch p // n, place p % n  ->  image epoch_order(n, seed, epoch)[place]
-
-Positions count through the whole training and over all processes: update u of a global batch B holds positions
-u B .. (u + 1) B - 1, and process r of W takes its B/W neighbours among them. Nothing of the order depends on W, batches
-run on across the end of an epoch, and no image is left out or doubled. Levels stay integers until the network asks;
-`images.to_x_0` makes x_0 of them.
+Levels stay integers until the network asks; `images.to_x_0` makes x_0 of them. `order` says which image comes when.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from datasets.config import HF_DATASETS_CACHE
 from torch import Tensor
 
+from .cells import Rows
 from .folder import classes_in_names
+from .order import Batch, as_tensor, positions_to_indices
 from .rows import (
     Decoder,
     Reading,
@@ -35,88 +30,15 @@ from .rows import (
     source_digest,
     tell_of,
 )
-from .sources import Labels, Rows, find_image_column, find_label_column, open_source, read_labels
-from .spec import DIGITS, DataSpec
+from .sources import Labels, find_image_column, find_label_column, open_source, read_labels
+from .spec import DataSpec, make_spec
 
 __all__ = [
-    "Batch",
     "ImageSet",
-    "as_tensor",
     "class_names_of",
-    "epoch_order",
     "load_images",
-    "make_spec",
     "open_images",
-    "positions_to_indices",
-    "prefetch",
-    "random_flip",
 ]
-
-
-class Batch(NamedTuple):
-    """Some images, in the order they were asked for."""
-
-    pixels: Tensor  # levels, shape (B, C, H, W): uint8 up to 8 bits, int32 above
-    labels: Tensor | None  # int64, shape (B,), -1 where an image has no class; None where the set has none
-
-
-# Order ----------------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=3)
-def _epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    order = np.random.default_rng((seed % 2**64, epoch)).permutation(num_images)
-    order.flags.writeable = False  # shared by all who ask
-    return order
-
-
-def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch: a permutation of range(num_images) that (seed, epoch) alone decide; int64, read-only.
-
-    Args:
-        num_images: Length of the set.
-        seed: That of the run.
-        epoch: Which pass, from 0.
-    """
-    if num_images < 1 or epoch < 0:
-        raise ValueError(f"epoch_order needs num_images >= 1 and epoch >= 0, got {num_images} and {epoch}.")
-    return _epoch_order(num_images, seed, epoch)
-
-
-def positions_to_indices(positions: Sequence[int] | Tensor, num_images: int, seed: int) -> Tensor:
-    """Which image stands at each global position; see the formula above.
-
-    Args:
-        positions: Global positions p >= 0, shape (B,). They may cross the end of an epoch.
-        num_images: n, the length of the set.
-        seed: Seed of the order.
-
-    Returns:
-        int64, shape (B,), values in [0, n).
-    """
-    asked = np.asarray(positions, dtype=np.int64).reshape(-1)
-    if asked.size and asked.min() < 0:
-        raise ValueError(f"positions count from 0, got {asked.min()}.")
-    indices = np.empty_like(asked)
-    for epoch in np.unique(asked // num_images):
-        mine = asked // num_images == epoch
-        indices[mine] = epoch_order(num_images, seed, int(epoch))[asked[mine] % num_images]
-    return torch.from_numpy(indices)
-
-
-def random_flip(pixels: Tensor, mask: Tensor) -> Tensor:
-    """Mirror left and right the images that `mask` marks.
-
-    Args:
-        pixels: Any dtype, shape (B, C, H, W).
-        mask: bool, shape (B,), drawn by the caller from (seed, update, place in the global batch).
-    """
-    if mask.dtype != torch.bool or mask.shape != pixels.shape[:1]:
-        raise ValueError(f"mask must be bool of shape ({len(pixels)},), got {mask.dtype} of shape {tuple(mask.shape)}.")
-    return torch.where(mask.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
-
-
-# The set --------------------------------------------------------------------------------------------------------------
 
 
 class ImageSet:
@@ -198,99 +120,6 @@ class ImageSet:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was called: there is nothing to restore."""
-
-
-def prefetch(ask: Callable[[Any], Batch], requests: Iterator[Any], ahead: int = 2) -> Iterator[Batch]:
-    """`map(ask, requests)` with up to `ahead` batches read by a thread while the caller computes, in the same order.
-
-    Args:
-        ask: What reads one batch.
-        requests: Its arguments, in order.
-        ahead: Batches that may wait.
-    """
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
-        waiting = [pool.submit(ask, request) for request in islice(requests, max(1, ahead))]
-        try:
-            while waiting:
-                batch = waiting.pop(0).result()
-                waiting += [pool.submit(ask, request) for request in islice(requests, 1)]
-                yield batch
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def as_tensor(levels: np.ndarray) -> Tensor:
-    """Return levels as a tensor: uint8 as it is, uint16 as int32, which torch computes with."""
-    return torch.from_numpy(levels if levels.dtype == np.uint8 else levels.astype(np.int32))
-
-
-def make_spec(
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    train_data_dir: str | None = None,
-    split: str = "train",
-    image_column: str | None = None,
-    label_column: str | None = None,
-    resolution: int | Sequence[int] | None = None,
-    channels: int | None = None,
-    *,
-    center_crop: bool = True,
-    bits: int | None = None,
-    value_range: Sequence[float] | None = None,
-    channel_axis: int | None = None,
-    array_key: str | None = None,
-    class_names: Sequence[str] | None = None,
-) -> DataSpec:
-    """Name the images to open; see `load_images`.
-
-    Args:
-        dataset_name: As in `load_images`, and so on.
-        dataset_config_name: As there.
-        train_data_dir: As there.
-        split: As there.
-        image_column: As there.
-        label_column: As there.
-        resolution: As there.
-        channels: As there.
-        center_crop: As there.
-        bits: As there.
-        value_range: As there.
-        channel_axis: As there.
-        array_key: As there.
-        class_names: As there.
-
-    Raises:
-        ValueError: bits outside 1 to 16, or a range that is none.
-    """
-    if value_range is not None and (len(value_range) != 2 or not value_range[0] < value_range[1]):
-        raise ValueError(f"value_range must be two numbers, the lower first, got {list(value_range)}.")
-    if bits is None:
-        bits = 8 if value_range is None else _bits_of_range(*value_range)
-    if not 1 <= bits <= 16:
-        raise ValueError(f"bits must lie between 1 and 16, got {bits}.")
-    return DataSpec(
-        dataset_name=dataset_name or (None if train_data_dir else DIGITS),
-        dataset_config_name=dataset_config_name,
-        data_dir=train_data_dir,
-        split=split,
-        image_column=image_column,
-        label_column=label_column,
-        resolution=(resolution, resolution) if isinstance(resolution, int) else resolution and tuple(resolution),  # pyright: ignore
-        channels=channels,
-        center_crop=center_crop,
-        bits=bits,
-        value_range=None if value_range is None else (float(value_range[0]), float(value_range[1])),
-        channel_axis=-1 if channel_axis is None else channel_axis,
-        array_key=array_key,
-        class_names=None if class_names is None else tuple(class_names),
-    )
-
-
-def _bits_of_range(lo: float, hi: float) -> int:
-    """12 for 0 to 4095, 16 for 0 to 65535: a level for each whole number of a range of 2^bits; otherwise 16."""
-    levels = hi - lo + 1
-    return next((bits for bits in range(9, 16) if levels == 2**bits), 16)
 
 
 def load_images(

@@ -18,8 +18,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from filelock import FileLock
 
+from .cells import Cell, Rows, encoded_image, file_bytes, image_name
 from .decoding import UNREADABLE, ImageFormat, Seen, decode_image, probe, reason
-from .sources import Cell, Rows, encoded_image, file_bytes, image_name
 from .spec import DataSpec
 
 __all__ = [

@@ -6,6 +6,7 @@ run/config.json   {"config": {...}, "data": {"dataset_name": ..., "resolution": 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from .dataset import ImageSet
 
-__all__ = ["DIGITS", "DataSpec"]
+__all__ = ["DIGITS", "DataSpec", "make_spec"]
 
 DIGITS = "digits"  # the name of the built-in set
 
@@ -211,3 +212,71 @@ def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return " x ".join(map(str, value)) if len(value) == 2 else ", ".join(map(str, value))
     return "none" if value is None else f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def make_spec(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | None = None,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    resolution: int | Sequence[int] | None = None,
+    channels: int | None = None,
+    *,
+    center_crop: bool = True,
+    bits: int | None = None,
+    value_range: Sequence[float] | None = None,
+    channel_axis: int | None = None,
+    array_key: str | None = None,
+    class_names: Sequence[str] | None = None,
+) -> DataSpec:
+    """Name the images to open; see `load_images`.
+
+    Args:
+        dataset_name: As in `load_images`, and so on.
+        dataset_config_name: As there.
+        train_data_dir: As there.
+        split: As there.
+        image_column: As there.
+        label_column: As there.
+        resolution: As there.
+        channels: As there.
+        center_crop: As there.
+        bits: As there.
+        value_range: As there.
+        channel_axis: As there.
+        array_key: As there.
+        class_names: As there.
+
+    Raises:
+        UserError: bits outside 1 to 16, or a range that is none.
+    """
+    if value_range is not None and (len(value_range) != 2 or not value_range[0] < value_range[1]):
+        raise UserError(f"value_range must be two numbers, the lower first, got {list(value_range)}.")
+    if bits is None:
+        bits = 8 if value_range is None else _bits_of_range(*value_range)
+    if not 1 <= bits <= 16:
+        raise UserError(f"bits must lie between 1 and 16, got {bits}.")
+    return DataSpec(
+        dataset_name=dataset_name or (None if train_data_dir else DIGITS),
+        dataset_config_name=dataset_config_name,
+        data_dir=train_data_dir,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        resolution=(resolution, resolution) if isinstance(resolution, int) else resolution and tuple(resolution),  # pyright: ignore
+        channels=channels,
+        center_crop=center_crop,
+        bits=bits,
+        value_range=None if value_range is None else (float(value_range[0]), float(value_range[1])),
+        channel_axis=-1 if channel_axis is None else channel_axis,
+        array_key=array_key,
+        class_names=None if class_names is None else tuple(class_names),
+    )
+
+
+def _bits_of_range(lo: float, hi: float) -> int:
+    """12 for 0 to 4095, 16 for 0 to 65535: a level for each whole number of a range of 2^bits; otherwise 16."""
+    levels = hi - lo + 1
+    return next((bits for bits in range(9, 16) if levels == 2**bits), 16)

@@ -30,19 +30,11 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
-from .dataset import Batch, as_tensor, make_spec
+from .cells import Cell, array_cell, file_bytes, undecoded
+from .order import Batch, as_tensor
 from .rows import Decoder, Reading, image_format, say_once, tell_of
-from .sources import (
-    Cell,
-    array_cell,
-    file_bytes,
-    find_image_column,
-    find_label_column,
-    number_labels,
-    open_source,
-    undecoded,
-)
-from .spec import DataSpec
+from .sources import find_image_column, find_label_column, number_labels, open_source
+from .spec import DataSpec, make_spec
 
 __all__ = ["BLOCK_ROWS", "ImageStream", "file_mark", "open_stream", "stream_images"]
 

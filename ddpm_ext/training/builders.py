@@ -16,9 +16,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from ..data.dataset import ImageSet, make_spec, open_images
+from ..data.dataset import ImageSet, open_images
 from ..data.rows import Reading
-from ..data.spec import DataSpec
+from ..data.spec import DataSpec, make_spec
 from ..data.streaming import ImageStream, open_stream
 from ..diffusion.words import EXTENSION_KEY, LEARNED_VARIANCES
 from ..errors import UserError

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from ..data.dataset import Batch, prefetch, random_flip
+from ..data.order import Batch, prefetch, random_flip
 from ..diffusion.images import to_x_0
 from ..diffusion.losses import training_loss
 from ..diffusion.process import q_sample
