@@ -24,7 +24,7 @@ from ddpm_ext.evaluation.plots import figure_class, save_figure
 from ddpm_ext.evaluation.samplers import make_scheduler
 from ddpm_ext.models.classes import number_of_classes
 from ddpm_ext.options import option
-from ddpm_ext.pipelines.loading import load_pipeline
+from ddpm_ext.pipelines.ddpm import load_pipeline
 from ddpm_ext.pipelines.sampling import make_grid, save_png
 from ddpm_ext.pipelines.seeds import images_from_seeds
 

@@ -24,8 +24,7 @@ from .evaluation.bound.bits_per_dim import bits_per_dim
 from .evaluation.samplers import make_scheduler
 from .models import classes
 from .models.values import values_of
-from .pipelines.ddpm import DDPMExtPipeline
-from .pipelines.loading import load_pipeline
+from .pipelines.ddpm import DDPMExtPipeline, load_pipeline
 from .pipelines.locate import is_hub_name
 
 __all__ = ["SHOWN_STEPS", "SIDE", "Buttons", "Studio", "fitted", "in_a_row", "make_page", "space_files"]

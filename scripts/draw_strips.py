@@ -25,7 +25,7 @@ from ddpm_ext.diffusion.tables import Tables
 from ddpm_ext.evaluation.samplers import make_scheduler
 from ddpm_ext.models.classes import number_of_classes
 from ddpm_ext.options import option
-from ddpm_ext.pipelines.loading import load_pipeline
+from ddpm_ext.pipelines.ddpm import load_pipeline
 from ddpm_ext.pipelines.locate import local_pipeline
 
 STEPS = (0, 50, 100, 200, 300, 500, 700, 999)

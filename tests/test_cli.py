@@ -24,7 +24,8 @@ from ddpm_ext.cli.main import main
 from ddpm_ext.cli.suggestions import MEANT, suggestion
 from ddpm_ext.errors import UsageError
 from ddpm_ext.options import option
-from ddpm_ext.pipelines.loading import load_network_config, load_pipeline
+from ddpm_ext.pipelines.ddpm import load_pipeline
+from ddpm_ext.pipelines.loading import load_network_config
 from ddpm_ext.pipelines.locate import find_pipeline, run_folder
 from ddpm_ext.run_dir import environment
 

@@ -19,8 +19,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from ..hub.pipeline_files import PICKLES
-from ..pipelines.ddpm import DDPMExtPipeline
-from ..pipelines.loading import load_pipeline
+from ..pipelines.ddpm import DDPMExtPipeline, load_pipeline
 from ..pipelines.locate import is_hub_name
 from ..schedulers.ddpm import DDPMExtScheduler
 from .checkpoints import read_weights

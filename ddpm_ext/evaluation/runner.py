@@ -34,9 +34,8 @@ from ..errors import UserError
 from ..models.classes import classes_of, number_of_classes
 from ..models.values import values_of
 from ..pipelines.config import GuidanceOptions
-from ..pipelines.ddpm import DDPMExtPipeline
+from ..pipelines.ddpm import DDPMExtPipeline, load_pipeline
 from ..pipelines.identity import network_hash, scheduler_options, weights_hash
-from ..pipelines.loading import load_pipeline
 from ..pipelines.locate import local_pipeline, run_folder
 from ..pipelines.sampling import images_from_seeds
 from ..run_dir import environment, read_json

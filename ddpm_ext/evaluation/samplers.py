@@ -140,10 +140,10 @@ STOCK_SETTINGS = (
 def chain_conditions(scheduler: Any) -> dict[str, Any]:
     """Return how a scheduler chooses its steps, by spacing or by trajectory, and its η, which is 1 for DDPM."""
     spacing = {"timestep_spacing": scheduler.config.timestep_spacing, "trajectory": None, "eta": None}
-    if not isinstance(scheduler, DDPMExtScheduler):
-        return spacing
     if isinstance(scheduler, DDPMExtSolverScheduler):
         return {"timestep_spacing": None, "trajectory": "fitted", "eta": 0.0}
+    if not isinstance(scheduler, DDPMExtScheduler):
+        return spacing
     extra = extension(scheduler.config)
     chosen = {} if extra.trajectory is None else {"timestep_spacing": None, "trajectory": extra.trajectory}
     return {**spacing, **chosen, "eta": extra.eta}

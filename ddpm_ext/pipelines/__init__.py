@@ -6,8 +6,7 @@ from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .config import SampleConfig
-    from .ddpm import DDPMExtPipeline
-    from .loading import load_pipeline
+    from .ddpm import DDPMExtPipeline, load_pipeline
     from .locate import find_pipeline
     from .sampling import sample_images, sample_to_folder
 
@@ -17,8 +16,10 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "config": ("SampleConfig",),
-        "ddpm": ("DDPMExtPipeline",),
-        "loading": ("load_pipeline",),
+        "ddpm": (
+            "DDPMExtPipeline",
+            "load_pipeline",
+        ),
         "locate": ("find_pipeline",),
         "sampling": (
             "sample_images",

@@ -3,46 +3,39 @@
 What it saves is portable: a stock `diffusers.DDPMPipeline` loads and samples it without this package.
 """
 
-import copy
 import inspect
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, ImagePipelineOutput, UNet2DModel
-from diffusers.pipelines import pipeline_utils
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, ImagePipelineOutput, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..diffusion.images import to_x_0
-from ..diffusion.schedules import respaced_timesteps
 from ..diffusion.words import LEARNED_VARIANCES
 from ..errors import UserError, check_word
-from ..hub import download, upload
-from ..hub.pipeline_files import check_weights
 from ..models.classes import ClassLabels, check_labels
-from ..models.unet import check_resolution
-from ..schedulers.checks import Generators, check_generators
+from ..schedulers.base import BaseScheduler
+from ..schedulers.checks import Generators
 from ..schedulers.ddpm import DDPMExtScheduler
 from ..schedulers.solver import DDPMExtSolverScheduler, is_portable_solver
 from .config import GuidanceOptions
 from .guidance import Guidance, guided_prediction, make_guidance, setting_of
-from .locate import INDEX, find_pipeline
-from .saving import replacing
+from .inputs import OutputType, checked_output_type, clean_image, prepare_latents, set_timesteps, times_from, to_output
+from .loading import check_parts
+from .locate import find_pipeline
+from .portable import PortablePipeline
 
-__all__ = ["DDPMExtPipeline", "DivergenceError", "OutputType", "Progress"]
+__all__ = ["DDPMExtPipeline", "DivergenceError", "OutputType", "Progress", "load_pipeline"]
 
-OutputType = Literal["pil", "np", "pt", "latent"]
 Callback = Callable[["DDPMExtPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]
-_KNOWS_DTYPE = hasattr(pipeline_utils, "_resolve_dtype")  # older Diffusers knows the word torch_dtype only
-HALF_VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class DivergenceError(UserError, FloatingPointError):
@@ -57,7 +50,7 @@ class Progress(NamedTuple):
     x_0: Tensor | None  # x̂_0(x_t), (B, C, H, W), about [-1, 1]; None where the scheduler does not tell
 
 
-class DDPMExtPipeline(DiffusionPipeline):
+class DDPMExtPipeline(PortablePipeline):
     """Unconditional or class-conditional image generation by ancestral sampling.
 
     Args:
@@ -131,7 +124,7 @@ class DDPMExtPipeline(DiffusionPipeline):
             UserError: input that does not fit network or scheduler, before the first step.
             DivergenceError: the network's output is not finite; names the step.
         """
-        output_type = self._checked_output_type(output_type)
+        output_type = checked_output_type(output_type, self.unet.config["in_channels"])
         for name in callback_on_step_end_tensor_inputs:
             check_word("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
         guided = make_guidance(self.unet.config, **guidance)
@@ -216,13 +209,13 @@ class DDPMExtPipeline(DiffusionPipeline):
         Raises:
             UserError: images that do not fit the network, no weights, or a timestep outside [0, T).
         """
-        a, b = self._clean_image(image_a), self._clean_image(image_b)
+        a, b = (clean_image(image, self.unet, self._execution_device) for image in (image_a, image_b))
         if not len(weights):
             raise UserError("weights must hold at least one number, got none.")
-        times = self._times_from(timestep, num_inference_steps)
+        times = times_from(timestep, num_inference_steps, self.scheduler.config["num_train_timesteps"])
         if generator is None:
             generator = torch.Generator().manual_seed(int(torch.randint(2**63 - 1, ())))
-        self._set_timesteps(None, times)
+        set_timesteps(self.scheduler, None, times, self._execution_device)
         eps = randn_tensor(a.shape, generator=generator, device=a.device, dtype=a.dtype)
         t = torch.full((1,), timestep, device=a.device)
         ends = [self.scheduler.add_noise(image, eps, t) for image in (a, b)]
@@ -261,81 +254,9 @@ class DDPMExtPipeline(DiffusionPipeline):
             raise UserError(
                 f"continue_from expects one latent and num_samples of at least 1, got {x_t.shape[0]} and {num_samples}."
             )
-        times = self._times_from(timestep, num_inference_steps)
+        times = times_from(timestep, num_inference_steps, self.scheduler.config["num_train_timesteps"])
         x_t = x_t.repeat(num_samples, 1, 1, 1)
         return self._run_from(x_t, times, generator, class_labels, output_type, guidance)
-
-    # -- on disk ----------------------------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        *args: Any,
-        variant: str | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Save in the layout that stock Diffusers loads; see `diffusers.DiffusionPipeline.save_pretrained`.
-
-        Args:
-            save_directory: The folder; made if missing.
-            *args: Stock's further arguments.
-            variant: "fp16" and "bf16" write weights that really are of that precision; any other word only names
-                the files, as in stock.
-            push_to_hub: Upload the folder, and nothing else that it holds, with `ddpm_ext.push_to_hub`.
-            **kwargs: Stock's further options, and those of `ddpm_ext.push_to_hub`; `repo_id` is the folder's name.
-        """
-        if push_to_hub:
-            names = upload.PUSH_OPTIONS & kwargs.keys()
-            push = {name: kwargs.pop(name) for name in names}
-            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
-            self.save_pretrained(save_directory, *args, variant=variant, **kwargs)
-            upload.push_to_hub(save_directory, repo_id, variant=variant, **push)
-            return
-        unet = self.unet
-        try:
-            if variant in HALF_VARIANTS:
-                self.unet = copy.deepcopy(unet)
-                torch.nn.Module.to(self.unet, dtype=HALF_VARIANTS[variant])
-            with replacing(Path(save_directory)) as folder:
-                super().save_pretrained(str(folder), *args, variant=variant, **kwargs)
-        finally:
-            self.unet = unet
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> Any:
-        """Load a pipeline of a folder, a run or the Hub, every weight checked; see `diffusers.DiffusionPipeline`.
-
-        Raises:
-            UserError: there is no such folder, and the name is none of the Hub, which is not asked then.
-            UserError: a weight that the network has is missing from its file, or has another shape; names it.
-        """
-        name = find_pipeline(pretrained_model_name_or_path or "")
-        if os.path.isfile(os.path.join(name, INDEX)):
-            check_weights(Path(name), kwargs.get("variant"), passed=kwargs.keys())
-        if "dtype" in kwargs and not _KNOWS_DTYPE:  # it would be ignored, and float32 loaded
-            kwargs["torch_dtype"] = kwargs.pop("dtype")
-        pipeline: Any = super().from_pretrained(name, **kwargs)
-        check_loaded(pipeline, name)
-        return pipeline
-
-    def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, repo_id: str, commit_message: str | None = None, *, safe_serialization: bool = True, **options: Any
-    ) -> upload.Push:
-        """Upload in the portable layout; see `ddpm_ext.push_to_hub`, which takes the same options."""
-        if not safe_serialization:
-            raise UserError("Weights are pushed as safetensors only: leave safe_serialization=False out.")
-        return upload.push_to_hub(self, repo_id, commit_message=commit_message, **options)
-
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
-        """Return the cached folder of a Hub repository, its content checked; `from_pretrained` calls this."""
-        if kwargs.pop("trust_remote_code", False):
-            raise UserError("trust_remote_code runs code of the repository; no DDPM needs it, leave it out.")
-        folder = download.pull(super().download, pretrained_model_name, **kwargs)
-        if (folder / INDEX).is_file():
-            check_weights(folder, kwargs.get("variant"), passed=kwargs.keys())
-        return str(folder)
 
     def to_json_string(self) -> str:
         """Return the portable index: stock's class names, so that every Diffusers installation loads the folder."""
@@ -364,7 +285,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         times = scheduler.timesteps
         on_host = times.tolist()  # the one wait; ints need none later
-        own = isinstance(scheduler, DDPMExtScheduler)
+        own = isinstance(scheduler, BaseScheduler)
         if (warn := getattr(scheduler, "warn_of_guidance", None)) is not None:
             warn(setting_of(guidance, len(scheduler)))
         former_modes, self._interrupt = [(module, module.training) for module in unet.modules()], False
@@ -418,16 +339,9 @@ class DDPMExtPipeline(DiffusionPipeline):
     def _without_head(self, output: Tensor, x_t: Tensor) -> Tensor:
         """A variance head is dropped for schedulers that know none; ours checks for itself."""
         learned = self.scheduler.config.get("variance_type") in LEARNED_VARIANCES
-        if isinstance(self.scheduler, DDPMExtScheduler) or learned or output.shape[1] != 2 * x_t.shape[1]:
+        if isinstance(self.scheduler, BaseScheduler) or learned or output.shape[1] != 2 * x_t.shape[1]:
             return output
         return output[:, : x_t.shape[1]]
-
-    def _image_shape(self) -> tuple[int, int, int]:
-        size = self.unet.config["sample_size"]
-        if size is None:
-            raise UserError("The network's config names no sample_size: pass latents of the size you want.")
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config["in_channels"], height, width
 
     def _start(
         self,
@@ -440,55 +354,16 @@ class DDPMExtPipeline(DiffusionPipeline):
     ) -> tuple[Tensor, Tensor | None]:
         """x_T and labels of a chain, everything checked and the timesteps set."""
         labels = self._labels(class_labels, batch_size)
-        x_T = self._prepare_latents(batch_size, generator, latents)
-        self._set_timesteps(num_inference_steps, timesteps)
+        x_T = prepare_latents(self.unet, batch_size, generator, latents, self._execution_device)
+        set_timesteps(self.scheduler, num_inference_steps, timesteps, self._execution_device)
         return x_T * self.scheduler.init_noise_sigma, labels  # of these timesteps
-
-    def _prepare_latents(self, batch_size: int, generator: Generators, latents: Tensor | None) -> Tensor:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise UserError(f"batch_size must be an int of at least 1, got {batch_size!r}.")
-        generator = check_generators(generator, batch_size)
-        device, dtype = self._execution_device, self.unet.dtype
-        if latents is None:
-            shape = (batch_size, *self._image_shape())
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif (
-            not isinstance(latents, Tensor)
-            or latents.ndim != 4
-            or latents.shape[:2] != (batch_size, self.unet.config["in_channels"])
-        ):
-            got = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-            raise UserError(
-                f"latents must have shape ({batch_size}, {self.unet.config['in_channels']}, H, W), got {got}."
-            )
-        check_resolution(self.unet.config, (latents.shape[2], latents.shape[3]))
-        return latents.to(device=device, dtype=dtype)
-
-    def _set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | None) -> None:
-        if timesteps is None:
-            self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        elif "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:
-            self.scheduler.set_timesteps(timesteps=timesteps, device=self._execution_device)
-        else:
-            raise UserError(
-                f"{type(self.scheduler).__name__} takes no custom timesteps: use num_inference_steps, or our scheduler."
-            )
-
-    def _times_from(self, timestep: int, num_inference_steps: int | None) -> list[int]:
-        T = self.scheduler.config["num_train_timesteps"]
-        if isinstance(timestep, bool) or not isinstance(timestep, int) or not 0 <= timestep < T:
-            raise UserError(f"timestep must be an int in 0..{T - 1}, got {timestep!r}.")
-        steps = timestep + 1 if num_inference_steps is None else num_inference_steps
-        if steps == 1:
-            return [timestep]
-        return respaced_timesteps("linspace", timestep + 1, steps)[::-1]
 
     def _run(
         self, x_t: Tensor, generator: Generators, labels: Tensor | None, output_type: OutputType, *args: Any
     ) -> Any:
         for step in self._denoise(x_t, generator, labels, *args):
             x_t = step[1]
-        return self._to_output(x_t, output_type)
+        return to_output(x_t, output_type)
 
     def _run_from(
         self,
@@ -499,11 +374,11 @@ class DDPMExtPipeline(DiffusionPipeline):
         output_type: OutputType,
         guidance: GuidanceOptions,
     ) -> ImagePipelineOutput:
-        output_type = self._checked_output_type(output_type)
+        output_type = checked_output_type(output_type, self.unet.config["in_channels"])
         guided = make_guidance(self.unet.config, **guidance)
         labels = self._labels(class_labels, x_t.shape[0])
-        x_t = self._prepare_latents(x_t.shape[0], generator, x_t)
-        self._set_timesteps(None, times)
+        x_t = prepare_latents(self.unet, x_t.shape[0], generator, x_t, self._execution_device)
+        set_timesteps(self.scheduler, None, times, self._execution_device)
         if float(self.scheduler.init_noise_sigma) != 1:
             raise UserError(
                 f"{type(self.scheduler).__name__} keeps latents in other units than √ᾱ_t x_0 + √(1-ᾱ_t) ε "
@@ -511,45 +386,35 @@ class DDPMExtPipeline(DiffusionPipeline):
             )
         return ImagePipelineOutput(images=self._run(x_t, generator, labels, output_type, guided))
 
-    def _clean_image(self, image: Tensor | Image.Image) -> Tensor:
-        channels, height, width = self._image_shape()
-        if isinstance(image, Image.Image):
-            pixels = np.array(image.convert("L" if channels == 1 else "RGB"), ndmin=3)
-            image = to_x_0(torch.from_numpy(pixels if channels == 1 else pixels.transpose(2, 0, 1)))
-        image = image.squeeze(0) if image.ndim == 4 else image
-        if image.shape != (channels, height, width) or image.abs().max() > 1:
-            raise UserError(
-                f"An image must have shape {(channels, height, width)} and values in [-1, 1], got shape "
-                f"{tuple(image.shape)} and values up to {image.abs().max().item():.3g}."
-            )
-        return image.unsqueeze(0).to(device=self._execution_device, dtype=self.unet.dtype)
-
     def _labels(self, class_labels: ClassLabels, batch_size: int) -> Tensor | None:
         return check_labels(class_labels, batch_size, self.unet.config, self._execution_device)
 
-    def _checked_output_type(self, output_type: str) -> Any:
-        output_type = "np" if output_type == "numpy" else output_type  # stock's older word
-        check_word("output_type", output_type, get_args(OutputType))
-        channels = self.unet.config["in_channels"]
-        if output_type == "pil" and channels > 4:
-            raise UserError(f'output_type "pil" shows 1 to 4 channels, this network has {channels}. Use "np" or "pt".')
-        return output_type
 
-    def _to_output(self, x_0: Tensor, output_type: OutputType) -> Any:
-        if output_type == "latent":
-            return x_0
-        images = (x_0 / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return images
-        images = images.float().permute(0, 2, 3, 1).cpu().numpy()
-        return images if output_type == "np" else self.numpy_to_pil(images)
+def load_pipeline(model: str | os.PathLike[str], token: str | None = None) -> DDPMExtPipeline:
+    """Load a pipeline of a UNet2DModel and a scheduler, its progress bars off.
 
+    Args:
+        model: A run folder, the folder of a pipeline, or user/model on the Hub.
+        token: For a private repository; None takes the stored one.
 
-def check_loaded(pipeline: DiffusionPipeline, name: str) -> None:
-    """Raise a UserError when a tensor of a loaded network was in none of its files."""
-    for part, network in pipeline.components.items():
-        if isinstance(network, torch.nn.Module):
-            missing = [tensor for tensor, value in network.state_dict().items() if value.device.type == "meta"]
-            if missing:
-                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-                raise UserError(f"The weights of {part} in {name} lack the tensor {missing[0]!r}{more}.")
+    Raises:
+        UserError: there is none of that name, it is incomplete, or it is of another kind.
+        HubError: it cannot be had from the Hub.
+    """
+    folder = find_pipeline(model)
+    if not Path(folder).is_dir():
+        folder = DDPMExtPipeline.download(folder, token=token)
+    check_parts(Path(folder))
+    try:
+        pipeline: Any = DDPMExtPipeline.from_pretrained(folder)
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:  # what Diffusers says of files; no bug of ours is told so
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"The pipeline {model} cannot be loaded: {reason}") from error
+    if not isinstance(pipeline.unet, UNet2DModel):
+        raise UserError(
+            f"model must be a pipeline of a UNet2DModel, got a {type(pipeline.unet).__name__} in {os.fspath(model)}."
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -1,4 +1,4 @@
-"""The one way in which commands load a model: a run folder, a pipeline's folder or a name on the Hub."""
+"""What is looked at before a model is loaded: the parts of its folder, the options of its network."""
 
 from __future__ import annotations
 
@@ -6,46 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DModel
-from safetensors import SafetensorError
-
 from ..errors import UserError
 from ..hub.download import pull_config
 from ..hub.pipeline_files import check_not_pointer, component_names, read_record
-from .ddpm import DDPMExtPipeline
 from .locate import INDEX, find_pipeline
 
-__all__ = ["load_network_config", "load_pipeline"]
-
-
-def load_pipeline(model: str | os.PathLike[str], token: str | None = None) -> DDPMExtPipeline:
-    """Load a pipeline of a UNet2DModel and a scheduler, its progress bars off.
-
-    Args:
-        model: A run folder, the folder of a pipeline, or user/model on the Hub.
-        token: For a private repository; None takes the stored one.
-
-    Raises:
-        UserError: there is none of that name, it is incomplete, or it is of another kind.
-        HubError: it cannot be had from the Hub.
-    """
-    folder = find_pipeline(model)
-    if not os.path.isdir(folder):
-        folder = DDPMExtPipeline.download(folder, token=token)
-    _check_parts(Path(folder))
-    try:
-        pipeline: Any = DDPMExtPipeline.from_pretrained(folder)
-    except UserError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:  # what Diffusers says of files; no bug of ours is told so
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"The pipeline {model} cannot be loaded: {reason}") from error
-    if not isinstance(pipeline.unet, UNet2DModel):
-        raise UserError(
-            f"model must be a pipeline of a UNet2DModel, got a {type(pipeline.unet).__name__} in {os.fspath(model)}."
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+__all__ = ["check_parts", "load_network_config"]
 
 
 def load_network_config(source: str | os.PathLike[str], cache_dir: str | None = None) -> dict[str, Any]:
@@ -69,7 +35,7 @@ def load_network_config(source: str | os.PathLike[str], cache_dir: str | None = 
     return pull_config(find_pipeline(source), (places[0], places[2]), cache_dir=cache_dir)
 
 
-def _check_parts(folder: Path) -> None:
+def check_parts(folder: Path) -> None:
     """Refuse a folder without unet or scheduler, or with pointers of Git LFS in place of weights.
 
     Raises:

@@ -21,9 +21,8 @@ from ..models.values import values_of
 from ..run_dir import read_json, whole_file, write_json
 from ..signals import die_with_launcher, exit_process, interruptible
 from .config import SampleConfig
-from .ddpm import DDPMExtPipeline
+from .ddpm import DDPMExtPipeline, load_pipeline
 from .identity import identity
-from .loading import load_pipeline
 from .seeds import images_from_seeds
 
 __all__ = [

@@ -6,7 +6,6 @@ import operator
 from collections.abc import Sequence
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..errors import UserError, is_whole
@@ -19,19 +18,10 @@ __all__ = [
     "check_generators",
     "check_ints",
     "check_one_per_image",
-    "draw_noise",
 ]
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Timesteps = int | Tensor
-
-
-def draw_noise(sample: Tensor, generator: Generators) -> Tensor:
-    """Draw z ~ N(0, I) in the sample's shape and dtype, drawn as Diffusers draws it."""
-    if generator is None:
-        return torch.randn(sample.shape, device=sample.device, dtype=sample.dtype)
-    generator = check_generators(generator, sample.shape[0])
-    return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
 
 
 def check_generators(generator: Generators, num_images: int) -> torch.Generator | list[torch.Generator] | None:

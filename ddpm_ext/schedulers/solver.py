@@ -33,10 +33,9 @@ from ..diffusion.solvers import (
 from ..diffusion.tables import Tables
 from ..diffusion.words import EXTENSION_KEY, ReferenceKind
 from ..errors import UserError, check_word
+from .base import BaseScheduler
 from .checks import Generators, Timesteps, as_int, check_generators
 from .config import GuidanceSetting, guidance_setting, warn_of_other_guidance
-from .ddpm import DDPMExtScheduler
-from .step_table import make_step_table
 
 __all__ = [
     "DDPMExtSolverScheduler",
@@ -163,7 +162,7 @@ class _Row(NamedTuple):
     jump: JumpWeights
 
 
-class DDPMExtSolverScheduler(DDPMExtScheduler):
+class DDPMExtSolverScheduler(BaseScheduler, SchedulerMixin):
     r"""Deterministic sampling in K network calls by a linear multistep method fitted to the network.
 
         x_s = α_s [x̂_0 + Σ_j d_j (x̂_0 - x̂_0^j)] + √(1-ᾱ_s) ε̂ + h [c_0 ε̂ + Σ_j c_j (ε̂ - ε̂^j)]
@@ -179,8 +178,6 @@ class DDPMExtSolverScheduler(DDPMExtScheduler):
         ```
     """
 
-    _is_solver = SchedulerMixin  # Diffusers asks the module that defines a scheduler for this name
-
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Return a scheduler from the config of this class or of any compatible one, or from what it has on disk."""
@@ -194,9 +191,8 @@ class DDPMExtSolverScheduler(DDPMExtScheduler):
             config[EXTENSION_KEY] = {**record, "solver": solver}
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
-    def register_to_config(self, **kwargs: Any) -> None:
-        """Register options; steps that were chosen under other ones have to be chosen again."""
-        super().register_to_config(**kwargs)
+    def _options_changed(self) -> None:
+        """Check the solvers; steps that were chosen under other options have to be chosen again."""
         fitted_solvers(self.config)
         self._chosen = False  # whether there is a solver to step with
         self._forget()
@@ -260,7 +256,7 @@ class DDPMExtSolverScheduler(DDPMExtScheduler):
             )
         self._warn_of_other_setting(fitted.setting)
         solver = fitted.solvers[K]
-        self._start(make_step_table(self.tables, list(solver.times), self.options), device)
+        self._visit(list(solver.times), device)
         self._rows = _rows_of(self.tables, solver, self.config["prediction_type"], fitted.reference)
         self._order, self._clips = solver.order, fitted.reference != "unclipped"
         self._tables_of_rows = {torch.device("cpu"): _weights_by_step(self._rows, len(self), 2 * (self._order - 1))}
@@ -340,7 +336,7 @@ class DDPMExtSolverScheduler(DDPMExtScheduler):
         self._last: Tensor | None = None  # and the step that came last
 
     def _step_by_number(self, prediction: Tensor, t: int, x_t: Tensor) -> tuple[Tensor, Tensor]:
-        times = self._table.timesteps
+        times = self._times
         if t not in self._rows:
             raise UserError(self._not_scheduled(t))
         if t == times[0]:

@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import HubError
-from ..pipelines.ddpm import DDPMExtPipeline
-from ..pipelines.loading import load_pipeline
+from ..pipelines.ddpm import DDPMExtPipeline, load_pipeline
 from ..publishing.publisher import Publisher
 from ..run_dir import RunDir, RunError, whole_file
 from .config import ReconstructConfig, TrainConfig

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..data.spec import DataSpec
 from ..diffusion.words import EXTENSION_KEY, LEARNED_VARIANCES
 from ..errors import UserError
-from ..pipelines.loading import load_pipeline
+from ..pipelines.ddpm import load_pipeline
 from ..pipelines.locate import find_pipeline
 from ..run_dir import RunError
 from ..schedulers.ddpm import DDPMExtScheduler
