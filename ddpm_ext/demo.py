@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .data.decoding import UNREADABLE, ImageFormat, decode_image, reason
+from .data.decoding import ImageFormat, decode_image, reason
+from .data.formats import UNREADABLE
 from .diffusion.images import to_uint8, to_x_0
 from .errors import UserError
 from .evaluation.bound.bits_per_dim import bits_per_dim

@@ -8,32 +8,20 @@ of 8 bits go through Pillow alone; deeper ones, arrays and files of several band
 
 from __future__ import annotations
 
-import io
 import math
-import struct
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from .files import read_bytes
-from .samples import TURNS, Samples, Unreadable, array_samples, deep_samples, is_array, is_tiff, reads_all, stored
+from .files import Unreadable
+from .formats import UNREADABLE, opened
+from .samples import TURNS, Samples, array_samples, deep_samples, is_array, is_tiff, reads_all, stored
 
-__all__ = ["NO_IMAGES", "UNREADABLE", "Encoded", "ImageFormat", "Seen", "decode_image", "is_image", "probe", "reason"]
+__all__ = ["Encoded", "ImageFormat", "Seen", "decode_image", "probe", "reason"]
 
 Encoded = bytes | str | np.ndarray | None  # the content of a file, its path, an array, or an empty row
 
-# Pillow lists these as images, but they are stubs, films, pages of text or lists of bytes.
-NO_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF", "IPTC", "XVTHUMB"}
-# What Pillow raises for a file that is no image, is cut short, or claims to be absurdly large.
-UNREADABLE = (
-    *(OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError),
-    *(TypeError, IndexError, KeyError, OverflowError, struct.error, zlib.error),  # its parsers, on damaged headers
-)
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _LUMA = (0.299, 0.587, 0.114)  # Rec. 601, as Pillow's own
 
@@ -107,36 +95,6 @@ def reason(error: BaseException) -> str:
 # Opening --------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _opened(encoded: bytes | str | None) -> Iterator[IO[bytes]]:
-    """The file of an encoded image."""
-    if encoded is None:
-        raise Unreadable("the row is empty")
-    if isinstance(encoded, str) and "://" not in encoded:
-        with open(encoded, "rb") as file:
-            yield file
-    else:
-        yield io.BytesIO(encoded if isinstance(encoded, bytes) else read_bytes(encoded))
-
-
-def is_image(path: str) -> bool:
-    """Whether a file is an image by its first bytes; one behind a URL is not looked at."""
-    if path.startswith(("hf://", "http://", "https://")):
-        return False
-    try:
-        with _opened(path) as file, Image.open(file, formats=_formats()):
-            return True
-    except UNREADABLE:
-        return False
-
-
-@cache
-def _formats() -> list[str]:
-    """The formats that Pillow tells by their first bytes."""
-    Image.init()
-    return [name for name, (_, accept) in Image.OPEN.items() if accept is not None and name not in NO_IMAGES]
-
-
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; what cannot be read costs the orientation and not the image."""
     try:
@@ -157,7 +115,7 @@ def probe(encoded: Encoded, array_key: str | None = None, channel_axis: int = -1
     """
     if isinstance(encoded, np.ndarray):
         return array_samples(encoded, channel_axis).values.shape[:3]
-    with _opened(encoded) as file:
+    with opened(encoded) as file:
         if is_array(file):
             return array_samples(file, channel_axis, array_key).values.shape[:3]
         image = _pillow(file)
@@ -350,7 +308,7 @@ def decode_image(encoded: Encoded, form: ImageFormat, place: float = 0.5, seen: 
     seen = seen or Seen()
     if isinstance(encoded, np.ndarray):
         return _decode_samples(array_samples(encoded, form.channel_axis), form, place, seen)
-    with _opened(encoded) as file:
+    with opened(encoded) as file:
         if is_array(file):
             return _decode_samples(array_samples(file, form.channel_axis, form.array_key), form, place, seen)
         image = _pillow(file)

@@ -1,4 +1,4 @@
-"""Read any file by one path: local, a member of a zip or tar, or behind a URL (`hf://` …), through fsspec.
+"""Read any file by one path: local, a member of a zip or tar, an image in an array, or behind a URL (`hf://` …).
 
 /data/a.png · npy:///17::/data/set.npy · zip://cat/a.png::/data/images.zip · hf://datasets/user/set@main/a.png · zip://a.png::hf://…/images.zip
 """
@@ -11,17 +11,29 @@ import threading
 import zipfile
 import zlib
 from functools import lru_cache
+from io import BytesIO
 from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
+import numpy as np
 
-from .array_sets import image_of_set
-
-__all__ = ["archive_kind", "archive_members", "read_bytes"]
+__all__ = ["Unreadable", "archive_kind", "archive_members", "load_array", "paths_of_set", "read_bytes"]
 
 _ARCHIVES = {".zip": "zip", ".tar": "tar", ".tgz": "tar", ".tar.gz": "tar", ".tar.bz2": "tar", ".tar.xz": "tar"}
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError, KeyError)
+
+
+class Unreadable(ValueError):
+    """An image that has no values of the form asked for.
+
+    Attributes:
+        kind: Why, in words that are the same for alike files, so that they can be counted.
+    """
+
+    def __init__(self, kind: str, message: str | None = None) -> None:
+        super().__init__(message or f"{kind}.")
+        self.kind = kind
 
 
 def archive_kind(name: str) -> str | None:
@@ -64,7 +76,7 @@ def read_bytes(path: str) -> bytes:
         except _BROKEN as error:
             raise OSError(f"{member} of {archive} cannot be read: {error}") from error
     if kind == "npy":
-        return image_of_set(rest)
+        return _image_of_set(rest)
     filesystem, inner = fsspec.url_to_fs(path)
     return filesystem.cat_file(inner)
 
@@ -80,3 +92,95 @@ def _archive(kind: str | None, archive: str) -> tuple[Any, threading.Lock]:
     """The open archive, opened once as long as its file stays the same."""
     version = 0.0 if "://" in archive else os.stat(archive).st_mtime
     return _archive_of(str(kind), archive, version)
+
+
+# One .npy or .npz file of many images --------------------------------------------------------------------------------
+#
+# (N, H, W), (N, H, W, C), or (N, C, H, W) with --channel_axis 0: it counts the axes of one image, of which axis 0 holds
+# N. Image 17 of the array "images" is read by `npy://images/17::/data/set.npz`; the one array of a .npy has no name.
+
+
+def paths_of_set(file: str, key: str | None, channel_axis: int) -> list[str]:
+    """Return the path of every image in a file of arrays.
+
+    Args:
+        file: The .npy or .npz.
+        key: Name of the array in a .npz; None for its only one.
+        channel_axis: Axis of the channels in one image; -1, also where none is stated, is the last.
+
+    Raises:
+        ValueError: the array is no set, or its shape does not say which axis is which.
+    """
+    shape = _array_of_set(file, key, os.stat(file).st_mtime_ns).shape
+    if len(shape) not in (3, 4) or 0 in shape:
+        raise ValueError(
+            f"it is an array of shape {shape}; a set is (N, H, W), (N, H, W, C), or (N, C, H, W) with --channel_axis 0."
+        )
+    if len(shape) == 3 and min(shape[0], shape[-1]) <= 4:
+        raise ValueError(
+            f"its array of shape {shape} may be one image or {shape[0]} of {shape[1]} x {shape[2]}: give a set of grey "
+            "images as (N, H, W, 1), a single image as a file in a folder."
+        )
+    if len(shape) == 4 and channel_axis not in (-3, 0, 2):
+        if channel_axis != -1:
+            raise ValueError(
+                f"--channel_axis counts the axes of one image, {shape[1:]} here: 0 for (N, C, H, W), 2 for "
+                f"(N, H, W, C), got {channel_axis}."
+            )
+        if shape[3] >= min(shape[1:3]):
+            raise ValueError(
+                f"its array of shape {shape} may be (N, H, W, C) or (N, C, H, W): say --channel_axis 2 or "
+                "--channel_axis 0, the axis of the channels in one image."
+            )
+    return [f"npy://{key or ''}/{number}::{file}" for number in range(shape[0])]
+
+
+def _image_of_set(place: str) -> bytes:
+    """Return one image as a .npy file.
+
+    Args:
+        place: Its path without `npy://`.
+
+    Raises:
+        OSError: the file is not there.
+        ValueError: it holds no such array.
+    """
+    member, _, file = place.partition("::")
+    key, _, number = member.rpartition("/")
+    images = _array_of_set(file, key or None, os.stat(file).st_mtime_ns)
+    content = BytesIO()
+    np.save(content, images[int(number)], allow_pickle=False)
+    return content.getvalue()
+
+
+@lru_cache(maxsize=8)
+def _array_of_set(file: str, key: str | None, version: int) -> np.ndarray:
+    """The array of a file, opened once as long as the file stays the same; a .npy is mapped."""
+    if file.lower().endswith(".npy"):
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    with open(file, "rb") as opened:
+        return load_array(opened, key)
+
+
+def load_array(file: Any, key: str | None) -> np.ndarray:
+    """Return the array of an open .npy or .npz file.
+
+    Args:
+        file: The file.
+        key: Name of the array in a .npz; None for its only one.
+
+    Raises:
+        Unreadable: several arrays and no key, or none of that name.
+    """
+    found = np.load(file, allow_pickle=False)
+    if isinstance(found, np.ndarray):
+        return found
+    with found:
+        names = list(found)
+        if key is None and len(names) != 1:
+            raise Unreadable(".npz files of several arrays", f"it holds the arrays {names}: name one by --array_key.")
+        if key is not None and key not in names:
+            raise Unreadable(
+                f".npz files without {key!r}", f"it holds the arrays {names} and no {key!r} (--array_key)."
+            )
+        return found[names[0] if key is None else key]

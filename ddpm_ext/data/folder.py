@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from .decoding import NO_IMAGES, is_image
 from .files import archive_kind, archive_members
+from .formats import NO_IMAGES, is_image
 
 __all__ = [
     "ARRAYS",

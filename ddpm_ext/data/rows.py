@@ -19,7 +19,8 @@ import numpy as np
 from filelock import FileLock
 
 from .cells import Cell, Rows, encoded_image, file_bytes, image_name
-from .decoding import UNREADABLE, ImageFormat, Seen, decode_image, probe, reason
+from .decoding import ImageFormat, Seen, decode_image, probe, reason
+from .formats import UNREADABLE
 from .spec import DataSpec
 
 __all__ = [

@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from .files import Unreadable, load_array
+
 __all__ = [
     "TURNS",
     "Samples",
     "Stored",
-    "Unreadable",
     "array_samples",
     "deep_samples",
     "is_array",
     "is_tiff",
-    "load_array",
     "reads_all",
     "stored",
 ]
@@ -41,18 +41,6 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _MODES = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
-
-
-class Unreadable(ValueError):
-    """An image that has no values of the form asked for.
-
-    Attributes:
-        kind: Why, in words that are the same for alike files, so that they can be counted.
-    """
-
-    def __init__(self, kind: str, message: str | None = None) -> None:
-        super().__init__(message or f"{kind}.")
-        self.kind = kind
 
 
 class Samples(NamedTuple):
@@ -168,30 +156,6 @@ def array_samples(source: Any, channel_axis: int = -1, key: str | None = None) -
         return Samples(values.astype(np.uint8), "L" if values.shape[2] == 1 else None, 1)
     values = values.astype(values.dtype.newbyteorder("="), copy=False)
     return Samples(values, "L" if values.shape[2] == 1 else None, _bits_of_type(values.dtype))
-
-
-def load_array(file: Any, key: str | None) -> np.ndarray:
-    """Return the array of an open .npy or .npz file.
-
-    Args:
-        file: The file.
-        key: Name of the array in a .npz; None for its only one.
-
-    Raises:
-        Unreadable: several arrays and no key, or none of that name.
-    """
-    found = np.load(file, allow_pickle=False)
-    if isinstance(found, np.ndarray):
-        return found
-    with found:
-        names = list(found)
-        if key is None and len(names) != 1:
-            raise Unreadable(".npz files of several arrays", f"it holds the arrays {names}: name one by --array_key.")
-        if key is not None and key not in names:
-            raise Unreadable(
-                f".npz files without {key!r}", f"it holds the arrays {names} and no {key!r} (--array_key)."
-            )
-        return found[names[0] if key is None else key]
 
 
 def _bits_of_type(dtype: np.dtype) -> int | None:

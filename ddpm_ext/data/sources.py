@@ -21,9 +21,8 @@ from datasets.table import InMemoryTable
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from .array_sets import paths_of_set
 from .cells import Source
-from .files import archive_kind
+from .files import archive_kind, paths_of_set
 from .folder import ARRAYS, SPLIT_FOLDERS, Entry, Listing, image_count, list_images, local_entries, split_prefix
 from .spec import DIGITS, DataSpec
 
