@@ -9,8 +9,8 @@ from typing import Any
 import diffusers.guiders
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, EulerDiscreteScheduler, UNet2DModel
-from networks import tiny_unet
+from diffusers import DDIMScheduler, DDPMPipeline, EulerDiscreteScheduler
+from mixture import CLASSES, Mixture, conditional_eps, guided_pipeline, network_with_classes, unconditional_eps
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -24,43 +24,6 @@ from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.pipelines.guidance import guided_prediction, make_guidance, rescaled
 from ddpm_ext.pipelines.sampling import sample_to_folder
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
-
-MEANS = torch.tensor([-0.6, 0.1, 0.7], dtype=torch.float64)  # one normal distribution per class, of deviation S
-S = 0.1
-CLASSES = len(MEANS)
-
-
-def conditional_eps(x: Tensor, alpha_bar: float, label: int) -> Tensor:
-    """-√(1-ᾱ) ∇ log N(x; √ᾱ m, ᾱ s² + 1 - ᾱ)."""
-    var = alpha_bar * S**2 + 1 - alpha_bar
-    return (1 - alpha_bar) ** 0.5 * (x - alpha_bar**0.5 * MEANS[label]) / var
-
-
-def unconditional_eps(x: Tensor, alpha_bar: float) -> Tensor:
-    """The same of the mixture with equal weights, pixel by pixel: -√(1-ᾱ) ∇ log Σ_c N(x; √ᾱ m_c, ·)/C."""
-    var = alpha_bar * S**2 + 1 - alpha_bar
-    distances = x[..., None] - alpha_bar**0.5 * MEANS
-    share = torch.softmax(-distances.square() / (2 * var), dim=-1)
-    return (1 - alpha_bar) ** 0.5 * (share * distances).sum(-1) / var
-
-
-class Mixture(torch.nn.Module):
-    """The perfect network of a prediction type; label CLASSES is the null label. Counts its calls."""
-
-    def __init__(self, scheduler: DDPMExtScheduler) -> None:
-        super().__init__()
-        self.scheduler, self.calls = scheduler, 0
-
-    def forward(self, x: Tensor, t: int, labels: Tensor) -> Tensor:
-        self.calls += 1
-        alpha_bar = self.scheduler.tables.alpha_bar[t].item()
-        eps = [
-            unconditional_eps(one, alpha_bar) if c == CLASSES else conditional_eps(one, alpha_bar, c)
-            for one, c in zip(x, labels.tolist(), strict=True)
-        ]
-        kind = self.scheduler.options.prediction_type
-        weights = eps_weights(self.scheduler.tables, torch.tensor(t), kind)
-        return (torch.stack(eps) - weights.of_x_t * x) / weights.of_output
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "posterior_mean"])
@@ -82,18 +45,6 @@ def test_the_guided_score_is_the_mixture_of_the_exact_scores(kind: Any, w: float
         without = torch.stack([unconditional_eps(one, alpha_bar) for one in x])
         assert_close(eps, (1 + w) * with_class - w * without, rtol=1e-9, atol=1e-9)
         assert network.calls == 1
-
-
-def network_with_classes(null: bool = True, heads: int = 1, **options: Any) -> UNet2DModel:
-    return tiny_unet(out_channels=heads, num_class_embeds=CLASSES + null, **options)
-
-
-def guided_pipeline(scheduler: Any = None, heads: int = 1, names: list[str] | None = None) -> DDPMExtPipeline:
-    unet = network_with_classes(heads=heads)
-    unet.register_to_config(**class_options(CLASSES, names, with_null_label=True))
-    pipeline = DDPMExtPipeline(unet, scheduler or DDPMExtScheduler())
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def draw(pipeline: DDPMExtPipeline, **options: Any) -> Tensor:

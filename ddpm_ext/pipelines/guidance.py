@@ -118,11 +118,11 @@ def guided_eps(guidance: Guidance, eps: Tensor, eps_without: Tensor, t: Tensor) 
         eps_without: ε̂(x_t, ∅), same shape.
         t: Steps, shape (B,).
     """
-    guided = rescaled(eps + guidance.scale * (eps - eps_without), eps, guidance.rescale)
+    guided = _mixed(guidance, eps, eps_without)
     if guidance.interval is None:
         return guided
     low, high = guidance.interval
-    return torch.where(per_image((low <= t) & (t <= high), eps), guided, eps)
+    return torch.where(per_image((low <= t) & (t <= high), eps, torch.bool), guided, eps)
 
 
 def guided_prediction(
@@ -152,14 +152,11 @@ def guided_prediction(
     conditional, head = output[: len(x_t), :channels], output[: len(x_t), channels:]
     without_class = output[len(x_t) :, :channels]
     if guider is None and not guidance.rescale:
-        guided = conditional + guidance.scale * (conditional - without_class)
+        guided = _mixed(guidance, conditional, without_class)
     else:
         of_x_t, of_output = _eps_weights(scheduler, t)
         eps, eps_without = (of_x_t * x_t + of_output * one for one in (conditional, without_class))
-        if guider is None:
-            mixed = rescaled(eps + guidance.scale * (eps - eps_without), eps, guidance.rescale)
-        else:
-            mixed = _ask(guider, eps, eps_without)
+        mixed = _mixed(guidance, eps, eps_without) if guider is None else _ask(guider, eps, eps_without)
         guided = (mixed - of_x_t * x_t) / of_output
     return torch.cat([guided, head], dim=1) if head.shape[1] else guided
 
@@ -177,6 +174,12 @@ def rescaled(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
     dtype, shape = compute_dtype(guided), (-1, *(1,) * (guided.ndim - 1))
     ratio = conditional.to(dtype).flatten(1).std(1) / guided.to(dtype).flatten(1).std(1)
     return guided * (share * ratio + (1 - share)).reshape(shape).to(guided.dtype)
+
+
+def _mixed(guidance: Guidance, conditional: Tensor, without_class: Tensor) -> Tensor:
+    """(1 + w) · conditional - w · without_class, rescaled where that was asked for."""
+    guided = conditional + guidance.scale * (conditional - without_class)
+    return rescaled(guided, conditional, guidance.rescale) if guidance.rescale else guided
 
 
 def _eps_weights(scheduler: Any, t: float) -> tuple[float, float]:
