@@ -6,18 +6,27 @@ The accelerator is the simulated one of tests/accelerator; without it every test
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers.guiders
 import pytest
 import torch
 from accelerator import Event, is_installed, watch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from networks import TINY_UNET, tiny_unet
 from training import forget_accelerator, options, run_here, weights
 
 from ddpm_ext.cli.arguments import parse_train_config
+from ddpm_ext.diffusion.solvers import Solver
 from ddpm_ext.distributed import make_accelerator
+from ddpm_ext.models.classes import class_options
+from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.run_dir import RunDir, RunError
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
+from ddpm_ext.schedulers.solver import DDPMExtSolverScheduler, solver_record
 from ddpm_ext.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason="needs the simulated accelerator: make test-device")
@@ -106,6 +115,73 @@ def test_a_warm_scheduler_never_makes_the_host_wait(prediction_type: str, varian
             assert not seen.blocking, (name, timestep)
 
 
+def fitted_solver(reference: Any, order: int, steps: Sequence[int], **config: Any) -> DDPMExtSolverScheduler:
+    """A solver of small random coefficients for each number of steps."""
+    base = DDPMExtScheduler(**config)
+    solvers = {}
+    for K in steps:
+        times = tuple(torch.linspace(999, 20, K).long().tolist())
+        solvers[K] = Solver(times, 0.1 * torch.randn(K, 2 * order - 1, dtype=torch.float64))
+    record = solver_record(reference, solvers, base, {})
+    return DDPMExtSolverScheduler.from_config(base.config, _ddpm_ext={"solver": record})
+
+
+@pytest.mark.parametrize("reference", ["clipped", "clipped_raw", "unclipped"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_fitted_solver_never_makes_the_host_wait(prediction_type: str, reference: str) -> None:
+    """A whole warm run, by timesteps of the device and by numbers, as a pipeline names them."""
+    scheduler = fitted_solver(reference, 3, [6], prediction_type=prediction_type)
+    x, output = torch.randn(2, 3, 2, 4, 4).to("sim").unbind()
+    scheduler.set_timesteps(6, device="sim")
+    for times in (list(scheduler.timesteps), scheduler.timesteps.tolist()):
+        for name in ("first", "warm"):
+            with watch() as seen:
+                for t in times:
+                    assert scheduler.step(output, t, x).prev_sample.shape == x.shape
+            assert not seen.blocking or name == "first"
+
+
+# Sampling -------------------------------------------------------------------------------------------------------------
+
+CLASSES = class_options(3, ("a", "b", "c"), with_null_label=True)
+GUIDANCE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "scale": {"guidance_scale": 2.0},
+    "interval": {"guidance_scale": 2.0, "guidance_interval": (200, 800)},
+    "rescaled": {"guidance_scale": 2.0, "guidance_rescale": 0.7},
+    "a guider": {"guider": diffusers.guiders.ClassifierFreeGuidance(guidance_scale=3.0)},
+}
+
+
+def waits_of_a_chain(scheduler: Any, steps: int, **more: Any) -> Counter[str]:
+    """What makes the host wait while a pipeline draws three images, by its place."""
+    pipeline = DDPMExtPipeline(tiny_unet(num_class_embeds=CLASSES["num_class_embeds"]).eval(), scheduler)
+    pipeline.unet.register_to_config(**CLASSES)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to("sim")
+    given = {"class_labels": [0, 1, 2], "output_type": "latent", "num_inference_steps": steps, **more}
+    generator = torch.Generator("sim").manual_seed(0)
+    pipeline(3, generator, **given)
+    with watch() as seen:
+        pipeline(3, generator, **given)
+    return Counter({f"{kind}, {where}": number for (kind, _, where), number in seen.blocking.items()})
+
+
+@pytest.mark.parametrize("name", GUIDANCE)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_longer_chain_makes_the_host_wait_no_more_often(name: str, prediction_type: str) -> None:
+    """A chain waits when it starts and when its images are looked at, whatever its steps are and their guidance."""
+    short, long = (
+        waits_of_a_chain(DDPMExtScheduler(prediction_type=prediction_type), steps, **GUIDANCE[name]) for steps in (4, 9)
+    )
+    assert short == long and sum(short.values()) <= 8
+
+
+def test_a_longer_chain_of_a_fitted_solver_makes_the_host_wait_no_more_often() -> None:
+    short, long = (waits_of_a_chain(fitted_solver("clipped", 3, [4, 9]), steps, class_labels=1) for steps in (4, 9))
+    assert short == long and sum(short.values()) <= 8
+
+
 # Training -------------------------------------------------------------------------------------------------------------
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -133,6 +209,27 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_warm_update_never_makes_the_host_wait(name: str, tmp_path: Path) -> None:
     assert not watched_update(make_trainer(tmp_path / "run", **SETTINGS[name]))
+
+
+FINE_TUNING: dict[str, dict[str, Any]] = {
+    "from a pipeline": {},
+    "frozen": {"freeze": ["down_blocks.*", "conv_in.*"]},
+    "adapters": {"lora_rank": 2},
+    "adapters, rising average": {"lora_rank": 2, "ema": "warmup"},
+}
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_a_warm_update_of_given_weights_never_makes_the_host_wait(name: str, tmp_path: Path) -> None:
+    if "lora_rank" in FINE_TUNING[name]:
+        pytest.importorskip("peft", reason="peft is not installed")
+    attention = {
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    }
+    DDPMPipeline(UNet2DModel(**{**TINY_UNET, **attention}), DDPMScheduler()).save_pretrained(tmp_path / "source")  # pyright: ignore
+    given = {"model_config_name_or_path": None, "init_from": tmp_path / "source", **FINE_TUNING[name]}
+    assert not watched_update(make_trainer(tmp_path / "run", **given))
 
 
 def test_loss_aware_sampling_exchanges_twice(tmp_path: Path) -> None:

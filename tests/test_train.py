@@ -90,7 +90,7 @@ def test_updates_are_those_of_a_loop_written_out_by_hand(tmp_path: Path) -> None
             s.copy_(p.detach() if update == 0 else 0.9 * s + 0.1 * p.detach())
         ours.update()
     for a, b in zip(ours.parameters, by_hand.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)  # float64; Adam divides by roots near 0
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=1e-9)  # float64; Adam divides by roots near 0
     for a, s in zip(ours.state.averages[0].shadow_params, average, strict=True):
         torch.testing.assert_close(a, s, rtol=0, atol=1e-9)
 
@@ -767,7 +767,7 @@ def test_switches_of_speed_and_memory_give_the_plain_runs_weights(switch: str, t
         plain.update()
         other.update()
     for a, b in zip(plain.parameters, other.parameters, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)  # float64; Adam divides by roots near 0
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=1e-9)  # float64; Adam divides by roots near 0
 
 
 @pytest.mark.slow
