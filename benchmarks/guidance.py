@@ -3,12 +3,14 @@
     python -m ddpm_ext train --preset digits-conditional
     python benchmarks/guidance.py --model runs/digits-conditional --output_dir docs/images/guidance
 
-The classifier takes the class of most of the three nearest training images in pixels; its own accuracy on the test
-images is printed. Fréchet distances are of pixels, class by class. Writes guidance.md, guidance.png and grid.png.
+The classifier takes the class of most of the three nearest training images in pixels. Fréchet distances are of pixels,
+class by class; beside them stand how much the images of a class differ and how far the nearest training image is, both
+for the test images, too. Writes guidance.md, guidance.png and grid.png.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +52,8 @@ class Row:
     scale: float
     accuracy: float  # share of images whose class the classifier sees
     frechet: dict[int, float]  # by class
+    spread: float  # deviation of a pixel among the images of a class, grey levels in [0, 1], mean of the classes
+    nearest: float  # distance to the nearest training image, mean of the images
 
     @property
     def mean(self) -> float:
@@ -63,6 +67,17 @@ def classify(images: Tensor, known: Tensor, labels: Tensor) -> Tensor:
     return labels[nearest].mode(dim=1).values
 
 
+def spread(images: Tensor, labels: Tensor) -> float:
+    """Return the deviation of a pixel among images of one class, root of the mean over pixels; mean of the classes."""
+    found = [images[labels == c].var(0).mean().sqrt() for c in labels.unique()]
+    return torch.stack(found).mean().item()
+
+
+def nearest(images: Tensor, known: Tensor) -> float:
+    """Return the mean distance of images to the nearest known one; all flat, (n, d)."""
+    return torch.cdist(images, known).amin(1).mean().item()
+
+
 def main(arguments: list[str]) -> None:
     """Measure every scale, then write."""
     options = parse_options(Options, "Class guidance against its scale.", arguments)
@@ -71,6 +86,7 @@ def main(arguments: list[str]) -> None:
     assert real_labels is not None and held_out_labels is not None  # the digits have classes
     real, held_out = (pixels.flatten(1).double() / 255 for pixels in (real, held_out))
     seen = (classify(held_out, real, real_labels) == held_out_labels).double().mean().item()
+    of_test = Row(math.nan, seen, {}, spread(held_out, held_out_labels), nearest(held_out, real))
 
     pipeline = load_pipeline(options.model)
     pipeline.scheduler = make_scheduler(pipeline.scheduler, "ddim")
@@ -93,14 +109,15 @@ def main(arguments: list[str]) -> None:
         fake = draw(labels, scale).flatten(1).double() / 255
         right = classify(fake, real, real_labels) == torch.tensor(labels)
         distances = frechet_distance_per_class(real, real_labels.tolist(), fake, labels)
-        rows.append(Row(scale, right.double().mean().item(), distances))
+        of_samples = spread(fake, torch.tensor(labels)), nearest(fake, real)
+        rows.append(Row(scale, right.double().mean().item(), distances, *of_samples))
         print(
             f"w = {scale:g}: accuracy {rows[-1].accuracy:.3f}, Fréchet distance per class {rows[-1].mean:.3f}",
             flush=True,
         )
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "guidance.md").write_text(table(rows, seen, options), encoding="utf-8")
+    (folder / "guidance.md").write_text(table(rows, of_test, options), encoding="utf-8")
     plot(rows, folder / "guidance.png")
     grid = draw([c for c in range(classes) for _ in range(8)], options.grid_scale).to(torch.uint8)
     save_png(make_rows(grid.permute(0, 2, 3, 1).numpy(), 8), folder / "grid.png")
@@ -114,18 +131,23 @@ def make_rows(images: np.ndarray, columns: int) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def table(rows: list[Row], seen: float, options: Options) -> str:
+def table(rows: list[Row], of_test: Row, options: Options) -> str:
     """Return the scores as Markdown."""
     classes = sorted(rows[0].frechet)
     lines = [
-        "| w | accuracy | Fréchet distance, mean of the classes | " + " | ".join(map(str, classes)) + " |",
-        "|" + "---|" * (3 + len(classes)),
+        "| w | accuracy | spread | nearest | Fréchet distance, mean of the classes | "
+        + " | ".join(map(str, classes))
+        + " |",
+        "|" + "---|" * (5 + len(classes)),
     ]
     for row in rows:
         numbers = [f"{row.frechet[c]:.2f}" for c in classes]
-        lines.append(f"| {row.scale:g} | {row.accuracy:.1%} | {row.mean:.3f} | " + " | ".join(numbers) + " |")
+        words = [f"{row.scale:g}", f"{row.accuracy:.1%}", f"{row.spread:.3f}", f"{row.nearest:.2f}", f"{row.mean:.3f}"]
+        lines.append("| " + " | ".join([*words, *numbers]) + " |")
+    test = [f"{of_test.accuracy:.1%}", f"{of_test.spread:.3f}", f"{of_test.nearest:.2f}"]
+    lines.append("| test images | " + " | ".join([*test, *[""] * (1 + len(classes))]) + " |")
     what = f"{options.num_samples:,} images of {options.num_inference_steps} steps of DDIM"
-    return "\n".join([*lines, "", f"{what}; the classifier is right on {seen:.1%} of the test images.", ""])
+    return "\n".join([*lines, "", f"{what}.", ""])
 
 
 def plot(rows: list[Row], path: Path) -> None:
