@@ -235,19 +235,26 @@ def test_merging_is_the_sum() -> None:
 def test_from_a_half_trained_network_the_digits_are_good_in_fewer_updates_than_from_scratch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fréchet distance 0.10 of 1,000 samples of 100 steps; about 6 minutes of one core."""
+    """From scratch 0.10 is not reached in 500 updates; from there in at most 200. About 4 minutes of one core."""
     monkeypatch.setattr("ddpm_ext.evaluation.features.reference.default_cache", lambda: tmp_path / "references")
-    measured = ["--eval_steps", "100", "--eval_samples", "1000", "--eval_num_inference_steps", "100"]
-    measured += ["--eval_max_images", "1500"]
+    measured = ["--eval_samples", "1000", "--eval_num_inference_steps", "100", "--eval_max_images", "1500"]
     small = ["--cpu", "--num_threads", "1", "--ddpm_num_inference_steps", "10", "--eval_batch_size", "4"]
 
-    def first_good(name: str, *words: str) -> int:
+    def distances(name: str, *words: str) -> tuple[int, list[float]]:
+        """Exit code, and the Fréchet distance of 1,000 samples of 100 steps at each evaluation."""
         forget_accelerator()
         folder = tmp_path / name
-        assert run_training(parse_train_config([*words, *small, "--output_dir", str(folder)])) == 0
+        code = run_training(parse_train_config([*words, *measured, *small, "--output_dir", str(folder)]))
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        return next((line["update"] for line in lines if line.get("eval/fid", 9) <= 0.10), 10_000)
+        return code, [line["eval/fid"] for line in lines if "eval/fid" in line]
 
-    first_good("half", "--max_train_steps", "600")
-    tuned = ["--init_from", str(tmp_path / "half"), "--learning_rate", "1e-3", "--lr_warmup_steps", "20"]
-    assert first_good("tuned", *tuned, "--max_train_steps", "400", *measured) < first_good("scratch", *measured)
+    with monkeypatch.context() as patched:  # half of 1200 updates would be good already, at the edge
+        stop_after(500, patched)
+        code, scratch = distances(
+            "scratch", "--preset", "digits", "--checkpointing_steps", "500", "--eval_steps", "500"
+        )
+    assert code == PREEMPTED and scratch[0] > 0.10
+    half = ["--init_from", str(tmp_path / "scratch" / "checkpoints" / "step-00000500"), "--train_batch_size", "128"]
+    rate = ["--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--lr_warmup_steps", "20", "--ema_max_decay", "0.99"]
+    code, tuned = distances("tuned", *half, *rate, "--max_train_steps", "200", "--eval_steps", "100")
+    assert code == 0 and min(tuned) <= 0.10
