@@ -33,7 +33,7 @@ from ddpm_ext.evaluation.bound.denoising_errors import drop_variance_head
 from ddpm_ext.evaluation.features.extractors import extract, make_extractor
 from ddpm_ext.evaluation.features.metrics import feature_statistics, frechet_distance
 from ddpm_ext.evaluation.plots import plot_against_steps
-from ddpm_ext.evaluation.samplers import SamplerSetting, make_scheduler
+from ddpm_ext.evaluation.samplers import SamplerSetting, ancestral
 from ddpm_ext.evaluation.sharded import run_shards
 from ddpm_ext.evaluation.solvers.few_steps import (
     FewStepScore,
@@ -152,7 +152,7 @@ class Bench:
         self.accelerator = Accelerator(cpu=config.cpu or not torch.accelerator.is_available())
         self.pipeline = DDPMExtPipeline.from_pretrained(config.model).to(self.accelerator.device)
         self.pipeline.set_progress_bar_config(disable=True)
-        self.scheduler = make_scheduler(self.pipeline.scheduler)
+        self.scheduler = ancestral(self.pipeline.scheduler)
         self.unet = self.pipeline.unet.eval()
         learned = self.scheduler.config["variance_type"] in LEARNED_VARIANCES
         self.slim = drop_variance_head(self.unet) if learned else self.unet
@@ -304,7 +304,7 @@ class Comparison:
     @property
     def chain(self) -> Any:
         """The model's own T-step chain of fixed_small."""
-        return make_scheduler(self.bench.scheduler, "ddpm", "fixed_small")
+        return ancestral(self.bench.scheduler, "fixed_small")
 
 
 def write(
@@ -339,7 +339,7 @@ def write(
     chosen = [K for K in (4, 5, 10) if K in config.steps]
     grids = [make_grid(bench.images_of(fitted, K)) for K in chosen]
     if any(score.kind == "chain" for score in scores):
-        small = make_scheduler(bench.scheduler, "ddpm", "fixed_small")
+        small = ancestral(bench.scheduler, "fixed_small")
         grids.append(make_grid(bench.images_of(small, len(small))))
     if grids:
         gap = torch.full((grids[0].shape[0], 12, grids[0].shape[2]), 255, dtype=torch.uint8).numpy()

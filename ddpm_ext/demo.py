@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from torch import Tensor
 
@@ -152,7 +153,7 @@ class Studio:
 
 def with_own_scheduler(pipeline: DDPMExtPipeline, sampler: Shown) -> DDPMExtPipeline:
     """Return the same network under a scheduler of its own, so that two chains at once do not disturb each other."""
-    own = DDPMExtPipeline(pipeline.unet, make_scheduler(pipeline.scheduler, sampler))
+    own = DDPMExtPipeline(pipeline.unet, cast(SchedulerMixin, make_scheduler(pipeline.scheduler, sampler)))
     own.set_progress_bar_config(disable=True)
     return own
 

@@ -22,7 +22,7 @@ from ddpm_ext.diffusion.images import to_uint8, to_x_0
 from ddpm_ext.diffusion.process import q_sample
 from ddpm_ext.diffusion.schedules import make_tables
 from ddpm_ext.diffusion.tables import Tables
-from ddpm_ext.evaluation.samplers import make_scheduler
+from ddpm_ext.evaluation.samplers import ancestral
 from ddpm_ext.models.classes import number_of_classes
 from ddpm_ext.options import option
 from ddpm_ext.pipelines.ddpm import load_pipeline
@@ -72,7 +72,7 @@ def main(options: Options) -> None:
     if spec is None:
         print(f"forward.png is not drawn: nothing says on which images {options.model} was trained.")
     else:
-        draw_forward(spec.load(), make_scheduler(pipe.scheduler).tables, steps, options)
+        draw_forward(spec.load(), ancestral(pipe.scheduler).tables, steps, options)
     classes = number_of_classes(pipe.unet.config)
     labels = None if classes is None else [i % classes for i in range(options.rows)]
     chain = {"num_inference_steps": T, "class_labels": labels, "at": steps}

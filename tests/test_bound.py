@@ -29,18 +29,10 @@ from torch.testing import assert_close
 from ddpm_ext.data.dataset import load_images
 from ddpm_ext.diffusion.images import to_x_0
 from ddpm_ext.diffusion.schedules import respaced_timesteps
-from ddpm_ext.evaluation.bound.bits_per_dim import (
-    PILOT_FLOOR,
-    BitsPerDim,
-    BoundOptions,
-    bits_per_dim,
-    full_sweep,
-    make_bound,
-    pilot_distribution,
-    rate_distortion,
-    sampled_bound,
-)
+from ddpm_ext.evaluation.bound.bits_per_dim import BitsPerDim, bits_per_dim, rate_distortion
 from ddpm_ext.evaluation.bound.checks import grid_images
+from ddpm_ext.evaluation.bound.sampled import PILOT_FLOOR, pilot_distribution, sampled_bound
+from ddpm_ext.evaluation.bound.terms import BoundOptions, full_sweep, make_bound
 from ddpm_ext.evaluation.features.extractors import make_extractor
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 from ddpm_ext.training.validation import Validation

@@ -19,9 +19,10 @@ from training import TORCHRUN, finish, start
 from ddpm_ext.data.dataset import load_images
 from ddpm_ext.diffusion.analytic import optimal_trajectory
 from ddpm_ext.evaluation import calibrate as module
-from ddpm_ext.evaluation.bound.bits_per_dim import BoundOptions, bits_per_dim, make_bound
+from ddpm_ext.evaluation.bound.bits_per_dim import bits_per_dim
 from ddpm_ext.evaluation.bound.checks import grid_images
 from ddpm_ext.evaluation.bound.denoising_errors import denoising_errors, drop_variance_head
+from ddpm_ext.evaluation.bound.terms import BoundOptions, make_bound
 from ddpm_ext.evaluation.calibrate import calibrate
 from ddpm_ext.evaluation.config import CalibrateConfig
 from ddpm_ext.evaluation.features import metrics

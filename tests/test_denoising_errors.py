@@ -13,9 +13,10 @@ from torch.testing import assert_close
 from ddpm_ext.diffusion.analytic import optimal_trajectory
 from ddpm_ext.diffusion.schedules import make_tables, respaced_timesteps
 from ddpm_ext.diffusion.words import PredictionType
-from ddpm_ext.evaluation.bound.bits_per_dim import BitsPerDim, BoundOptions, bits_per_dim, full_sweep, make_bound
+from ddpm_ext.evaluation.bound.bits_per_dim import BitsPerDim, bits_per_dim
 from ddpm_ext.evaluation.bound.denoising_errors import denoising_errors, drop_variance_head, mean_error
-from ddpm_ext.evaluation.runner import SetBound, is_fixed, under_fixed_variance
+from ddpm_ext.evaluation.bound.sets import SetBound, is_fixed, under_fixed_variance
+from ddpm_ext.evaluation.bound.terms import BoundOptions, full_sweep, make_bound
 from ddpm_ext.models.unet import build_unet
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 

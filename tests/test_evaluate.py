@@ -27,19 +27,19 @@ from training import ROOT, TORCHRUN, finish, start
 from ddpm_ext.cli.arguments import parse_options
 from ddpm_ext.data.dataset import load_images
 from ddpm_ext.errors import UserError
-from ddpm_ext.evaluation import runner
-from ddpm_ext.evaluation.bound.bits_per_dim import BoundOptions, bits_per_dim, make_bound, rate_distortion
+from ddpm_ext.evaluation.bound.bits_per_dim import bits_per_dim, rate_distortion
 from ddpm_ext.evaluation.bound.checks import grid_images
 from ddpm_ext.evaluation.bound.denoising_errors import denoising_errors, drop_variance_head, set_errors
+from ddpm_ext.evaluation.bound.sets import set_bound
+from ddpm_ext.evaluation.bound.terms import BoundOptions, make_bound
 from ddpm_ext.evaluation.calibrate import calibrate
 from ddpm_ext.evaluation.config import CalibrateConfig, EvalConfig
 from ddpm_ext.evaluation.evaluate import evaluate
-from ddpm_ext.evaluation.features import metrics
+from ddpm_ext.evaluation.features import metrics, samples
 from ddpm_ext.evaluation.features.extractors import Extractor, Features, make_extractor
 from ddpm_ext.evaluation.features.reference import load_reference, make_reference
 from ddpm_ext.evaluation.report import markdown as table_of
 from ddpm_ext.evaluation.results import Result, write_results
-from ddpm_ext.evaluation.runner import set_bound
 from ddpm_ext.evaluation.samplers import SAMPLERS, make_scheduler
 from ddpm_ext.evaluation.sharded import Shards, load_checked, run_shards, save_whole
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
@@ -377,7 +377,7 @@ def test_scores_of_other_extractors_are_those_of_their_formulas(
     metric: str, name: str, classes: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extractor = stand_in(name, classes)
-    monkeypatch.setattr(runner, "make_extractor", lambda *_, **__: extractor)
+    monkeypatch.setattr(samples, "make_extractor", lambda *_, **__: extractor)
     (figure,) = measured(small(model, tmp_path, metrics=metric, extractor=name, num_samples=20))
     assert figure["extractor"] == extractor.description
 

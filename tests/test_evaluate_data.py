@@ -26,10 +26,11 @@ from ddpm_ext.evaluation.bound.bits_per_dim import bits_per_dim
 from ddpm_ext.evaluation.calibrate import calibrate
 from ddpm_ext.evaluation.config import CalibrateConfig, EvalConfig
 from ddpm_ext.evaluation.evaluate import evaluate
+from ddpm_ext.evaluation.features import samples
 from ddpm_ext.evaluation.features.metrics import feature_statistics, frechet_distance, frechet_distance_per_class
+from ddpm_ext.evaluation.images import class_labels
 from ddpm_ext.evaluation.report import markdown
 from ddpm_ext.evaluation.results import Result, read_results, write_results
-from ddpm_ext.evaluation.runner import class_labels
 from ddpm_ext.models.values import value_options
 from ddpm_ext.signals import Stopped
 
@@ -316,7 +317,7 @@ def test_what_will_be_refused_is_refused_before_anything_is_computed(
             Image.fromarray(np.full((8, 8, 4), 9 * i, np.uint8), mode="RGBA").save(folder / split / f"{i}.png")
     spec = load_images(train_data_dir=str(folder), resolution=8, channels=4).spec
     run = save_run(tmp_path / "run", network(in_channels=4, out_channels=4), spec)
-    plain = module.Runner.extractor.func  # type: ignore[attr-defined]
+    plain = samples.SampleFeatures.extractor.func  # type: ignore[attr-defined]
 
     def stand_in(self: Any) -> Any:
         from ddpm_ext.evaluation.features.extractors import Extractor, Features, with_channels
@@ -328,7 +329,7 @@ def test_what_will_be_refused_is_refused_before_anything_is_computed(
         network = lambda x: Features(with_channels(x, channels).flatten(1), None)  # noqa: E731
         return Extractor(description, network, torch.device("cpu"))
 
-    monkeypatch.setattr(module.Runner, "extractor", property(stand_in))
+    monkeypatch.setattr(samples.SampleFeatures, "extractor", property(stand_in))
     with pytest.raises(ValueError, match=sentence):
         measure(run, **options)
     assert not (run / "eval.json").exists() and not (run / "eval_pieces").exists()

@@ -11,36 +11,42 @@ trajectory and number of steps. Long work is done in pieces (`sharded`): the sam
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
-from diffusers import UNet2DModel
 
-from ..data.dataset import ImageSet
 from ..diffusion.analytic import optimal_trajectories
 from ..diffusion.words import EXTENSION_KEY, LEARNED_VARIANCES, ReferenceKind, Trajectory
 from ..errors import UserError
 from ..hub import upload
 from ..pipelines.config import guidance_conditions
+from ..pipelines.ddpm import load_pipeline
 from ..pipelines.guidance import make_guidance
 from ..run_dir import write_atomically, write_json
 from ..schedulers.ddpm import DDPMExtScheduler
 from ..schedulers.solver import DDPMExtSolverScheduler, fitted_record
 from ..signals import interruptible
-from .bound.bits_per_dim import BoundOptions
 from .bound.denoising_errors import drop_variance_head, mean_error, set_errors
+from .bound.sets import SetBound, bits_of, check_bound, set_bound, under_fixed_variance
+from .bound.terms import BoundOptions
 from .config import CalibrateConfig
 from .features.extractors import extract
-from .features.metrics import feature_statistics, frechet_distance
+from .features.metrics import FeatureStatistics, feature_statistics, frechet_distance
+from .features.samples import Drawing, SampleFeatures
 from .plots import draw_results, figure_class
 from .report import markdown
 from .results import Result
-from .runner import Runner, SetBound, bits_of, under_fixed_variance
-from .samplers import SamplerSetting, chain_conditions, make_scheduler
+from .runner import Runner
+from .samplers import SamplerSetting, ancestral, chain_conditions
 from .solvers.few_steps import FEW_STEPS, few_step_results
 from .solvers.fit import FitOptions, FittedNetwork, candidate_references, fitted_scheduler
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
+    from ..data.dataset import ImageSet
+    from ..schedulers.contract import Scheduler
 
 __all__ = ["Calibration", "calibrate"]
 
@@ -58,7 +64,7 @@ class Calibration(NamedTuple):
     trajectories: dict[str, list[int]]  # K -> ascending code indices
     guidance: dict[str, Any]  # under which all of this was measured; {} for none
 
-    def scheduler(self, loaded: Any, variance_type: str, trajectory: str, eta: float = 1.0) -> DDPMExtScheduler:
+    def scheduler(self, loaded: Scheduler, variance_type: str, trajectory: str, eta: float = 1.0) -> DDPMExtScheduler:
         """Return a model's scheduler, calibrated, sampling one way.
 
         Args:
@@ -116,8 +122,9 @@ class _Calibration:
         if config.plots:
             figure_class()
         self.config = config
-        self.runner = runner = Runner(config, config.folder / "calibration_pieces")
-        self.scheduler: DDPMExtScheduler = make_scheduler(runner.scheduler)
+        self.runner = runner = Runner(config, load_pipeline(config.model), config.folder / "calibration_pieces")
+        self.features = SampleFeatures(runner)
+        self.scheduler = ancestral(runner.scheduler)
         T = len(self.scheduler)
         wrong = [K for K in [*config.steps, *config.fid_steps] if not 2 <= K <= T]
         needs_images = config.steps or config.scores
@@ -129,23 +136,23 @@ class _Calibration:
         make_guidance(runner.unet.config, **(config.guidance or {}))  # can it be guided at all
         self.guidance = guidance_conditions(config.guidance)
         self.without_head = drop_variance_head(runner.unet) if self.learned else runner.unet
-        self.training: Any = runner.images(config.split, "split") if needs_images else None  # a solver needs none
+        self.training: Any = runner.images.load(config.split, "split") if needs_images else None  # a solver needs none
         if config.steps:
             self.count = min(config.num_images, len(self.training))
-            runner.check_bound(self.scheduler, self.training, BoundOptions())
+            check_bound(runner.unet, self.scheduler, self.training, BoundOptions())
         self.fits = self._fits() if config.fitted_steps else None
         self.solver: DDPMExtSolverScheduler | None = None
         self.of_solver: dict[str, Any] = {}
-        self.test = runner.images(config.test_split, "test_split") if "bpd" in config.scores else None
+        self.test = runner.images.load(config.test_split, "test_split") if "bpd" in config.scores else None
         if "fid" in config.scores:
-            runner.check_extractor(self.training, {"fid": 2})
+            self.features.check(self.training, {"fid": 2})
 
     # -- measuring --------------------------------------------------------------------------------------------------
 
     def measure(self) -> tuple[Calibration, dict[str, Any]]:
         """Measure the network's errors on training images; return them with trajectories, and how they were made."""
         runner, config = self.runner, self.config
-        runner.started = time.perf_counter()
+        runner.start_clock()
         errors = set_errors(
             runner.unet,
             self.scheduler,
@@ -161,7 +168,7 @@ class _Calibration:
         paths = optimal_trajectories(self.scheduler.tables, mse_eps, config.steps) if config.steps else {}
         stored = {str(K): path for K, path in paths.items() if K < len(self.scheduler)}
         found = Calibration(rounded[0], rounded[2], rounded[1], rounded[3], stored, self.guidance)
-        dataset = runner.dataset(self.training, self.count)
+        dataset = runner.images.describe(self.training, self.count)
         made = runner.result("errors", value=mse.mean.mean().item(), dataset=dataset, seed=config.seed).to_json()
         return found, {name: value for name, value in made.items() if name not in ("value", "num_inference_steps")}
 
@@ -198,11 +205,11 @@ class _Calibration:
             return kinds[0], "the model does not clip", {}
         if "fid" not in config.scores:
             return "clipped", "no extractor: as the model's own steps have it, which mix x_t and the clipped x̂_0", {}
-        real = self.runner.reference(self.training).statistics
+        real = self.features.reference(self.training).statistics
         scores: dict[ReferenceKind, float] = {}
         for kind in kinds:
             images = (fits.reference(kind).states[-1] / 2 + 0.5).clamp(0, 1)
-            features = extract(self.runner.extractor, images.split(config.batch_size), config.quantization).features
+            features = extract(self.features.extractor, images.split(config.batch_size), config.quantization).features
             scores[kind] = frechet_distance(real, feature_statistics(features))
         good = (1 + TIE) * min(scores.values())  # of those that few images cannot tell apart, the first
         best: ReferenceKind = next(kind for kind in kinds if scores[kind] <= good)
@@ -275,16 +282,10 @@ class _Calibration:
         few = sorted({*config.fitted_steps, *(K for K in config.fid_steps if K <= FEW_STEPS)})
         if few:
             yield from few_step_results(
-                self.runner,
-                self.training,
-                self.solver,
-                few,
-                config.num_samples,
-                config.num_seeds,
-                guidance=config.guidance,
+                self.features, self.training, self.solver, few, config.num_samples, config.num_seeds
             )
         if config.full_chain and found is None:
-            chain = make_scheduler(self.scheduler, variance_type="fixed_small")
+            chain = ancestral(self.scheduler, "fixed_small")
             yield self.distance(SamplerSetting("fixed_small", lambda _: chain), len(self.scheduler))
 
     def bits(self, found: Calibration, test: ImageSet) -> Iterator[Result]:
@@ -294,13 +295,21 @@ class _Calibration:
         """
         runner, steps = self.runner, self.config.steps
         count = min(self.config.max_bpd_images or len(test), len(test))
-        conditions = {"dataset": runner.dataset(test, count), "seed": self.config.seed}
+        conditions = {"dataset": runner.images.describe(test, count), "seed": self.config.seed}
 
-        def bound(unet: UNet2DModel, scheduler: Any, K: int | None) -> SetBound:
-            return runner.bound(scheduler, test, count, BoundOptions(num_inference_steps=K), unet)
+        def bound(unet: UNet2DModel, scheduler: DDPMExtScheduler, K: int | None) -> SetBound:
+            return set_bound(
+                unet,
+                scheduler,
+                test,
+                num_images=count,
+                seed=self.config.seed,
+                options=BoundOptions(num_inference_steps=K),
+                shards=runner.shards(scheduler),
+            )
 
-        runner.started = time.perf_counter()
-        plain = make_scheduler(self.scheduler, variance_type="fixed_small")
+        runner.start_clock()
+        plain = ancestral(self.scheduler, "fixed_small")
         plain.register_to_config(**{EXTENSION_KEY: {}})
         swept = bound(self.without_head, plain, None)
         if self.loaded["eta"] == 1:  # the bound is DDPM's
@@ -315,11 +324,11 @@ class _Calibration:
             for trajectory in get_args(Trajectory):
                 setting = self.setting(found, variance, trajectory)
                 for K in steps:
-                    runner.started = time.perf_counter()
+                    runner.start_clock()
                     if variance in LEARNED_VARIANCES:
                         score = bound(runner.unet, self.same_chain(setting, K), K)
                     else:
-                        scheduler = setting.make(None)
+                        scheduler = found.scheduler(self.scheduler, variance, trajectory)
                         scheduler.set_timesteps(K)
                         score = under_fixed_variance(swept, scheduler, scheduler.timesteps.tolist())
                     yield self.result("bpd", setting, K, **bits_of(score), **conditions)
@@ -335,8 +344,8 @@ class _Calibration:
 
     def distance(self, setting: SamplerSetting, K: int) -> Result:
         """Measure the Fréchet distance of one setting."""
-        reference = self.runner.reference(self.training)
-        self.runner.started = time.perf_counter()
+        reference = self.features.reference(self.training)
+        self.runner.start_clock()
         values = self.distances(setting, K, reference.statistics)
         spread = torch.tensor(values, dtype=torch.float64)
         return self.result(
@@ -346,32 +355,25 @@ class _Calibration:
             value=spread.mean().item(),
             values=values,
             std=spread.std().item() if len(values) > 1 else None,
-            **self.runner.of_samples(self.training, len(reference.features), self.config.num_samples),
+            **self.features.conditions(self.training, len(reference.features), self.config.num_samples),
         )
 
-    def distances(self, setting: SamplerSetting, K: int, reference: Any) -> list[float]:
+    def distances(self, setting: SamplerSetting, K: int, reference: FeatureStatistics) -> list[float]:
         """Return the Fréchet distances of each set of samples of one setting."""
         config, scheduler = self.config, self.same_chain(setting, K)
         keeps_head = scheduler.config.get("variance_type") in LEARNED_VARIANCES
         unet, found = (self.runner.unet if keeps_head else self.without_head), []
         for number in range(config.num_seeds):
             seed = config.seed + number * config.num_samples
-            samples = self.runner.samples(
-                scheduler,
-                self.training,
-                num_samples=config.num_samples,
-                steps=K,
-                seed=seed,
-                unet=unet,
-                guidance=config.guidance,
-            )
+            drawing = Drawing(num_samples=config.num_samples, steps=K, seed=seed)
+            samples = self.features.draw(scheduler, self.training, drawing, unet)
             found.append(frechet_distance(reference, feature_statistics(samples.features.features)))
         return found
 
     def result(self, metric: str, setting: SamplerSetting, K: int, **more: Any) -> Result:
         """Make one entry of calibration.json."""
         scheduler = setting.make(self.runner.scheduler)
-        chain = {"variance_type": scheduler.config.get("variance_type"), **chain_conditions(scheduler), **self.guidance}
+        chain = {"variance_type": scheduler.config.get("variance_type"), **chain_conditions(scheduler)}
         return self.runner.result(
             metric, sampler=setting.name, when=setting.when, num_inference_steps=K, **chain, **more
         )

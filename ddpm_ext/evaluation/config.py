@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 from ..diffusion.words import SPACINGS, Cdf, DecoderVariance, ReferenceKind, Trajectory, VarianceType
 from ..errors import UserError, check_word
@@ -231,7 +231,7 @@ def split_words(text: str | None) -> list[str]:
     return list(dict.fromkeys(word.strip() for word in (text or "").split(",") if word.strip()))
 
 
-def recorded(config: MeasureConfig) -> dict[str, Any]:
+def recorded(config: MeasureConfig) -> dict[str, object]:
     """Return the options as they are written to files: all but the token."""
     return {name: value for name, value in asdict(config).items() if name != "hub_token"}
 

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.dataset import ImageSet
 from ..diffusion.images import to_uint8, to_x_0
 from ..errors import UserError
 from ..models.classes import number_of_classes
-from ..pipelines.ddpm import DDPMExtPipeline
-from .bound.bits_per_dim import Sweep, rate_distortion_rows
+from .bound.records import Sweep, rate_distortion_rows
 from .features.metrics import nearest
-from .features.reference import Reference
+from .images import images_and_labels
 from .report import groups_of_scores, of_newest_weights, row_words
 from .results import Result
-from .runner import Samples, images_and_labels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..data.dataset import ImageSet
+    from ..pipelines.ddpm import DDPMExtPipeline
+    from .features.reference import Reference
+    from .features.samples import Samples
 
 __all__ = [
     "draw_bound",
@@ -43,7 +48,7 @@ __all__ = [
 _AMONG = 32  # training images of which the interpolation takes the two farthest apart
 
 
-def figure_class() -> Any:
+def figure_class() -> type[Figure]:
     """matplotlib's Figure, which needs neither a display nor pyplot's global state."""
     try:
         from matplotlib.figure import Figure
@@ -52,7 +57,7 @@ def figure_class() -> Any:
     return Figure
 
 
-def save_figure(figure: Any, path: Path | str) -> Path:
+def save_figure(figure: Figure, path: Path | str) -> Path:
     """Write a figure as the kind of file its name says."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,8 +215,9 @@ def draw_shared_latents(
     chain = {"num_inference_steps": T, "at": times, "class_labels": label}
     for view in list(pipeline.progressive(1, torch.Generator().manual_seed(seed), **chain)):
         generators = [torch.Generator().manual_seed(seed + 1 + i) for i in range(num_samples)]
-        options: dict[str, Any] = {"output_type": "latent", "class_labels": label}
-        found = pipeline.continue_from(view.x_t, view.t, num_samples, generators, **options)
+        found = pipeline.continue_from(
+            view.x_t, view.t, num_samples, generators, output_type="latent", class_labels=label
+        )
         rows.append(_as_pixels(found.images))  # pyright: ignore[reportArgumentType]
     return plot_images(rows, path, row_labels=[f"share x_t, t = {t}" for t in sorted(times, reverse=True)])
 
@@ -238,11 +244,12 @@ def draw_interpolation(
     weights = [k / 8 for k in range(9)]
     times = list(times or (round((T - 1) * share) for share in (0.125, 0.25, 0.5, 0.75)))
     labels = None if classes is None else [int(classes[round(weight)]) for weight in weights]
-    options: dict[str, Any] = {"output_type": "latent", "class_labels": labels}
     rows = []
     for t in times:
         generator = torch.Generator().manual_seed(seed)
-        found = pipeline.interpolate(images[0], images[1], t, weights, generator, **options)
+        found = pipeline.interpolate(
+            images[0], images[1], t, weights, generator, output_type="latent", class_labels=labels
+        )
         rows.append(_as_pixels(found.images))  # pyright: ignore[reportArgumentType]
     columns = [f"λ = {weight:g}" for weight in weights]
     return plot_images(rows, path, row_labels=[f"mixed at t = {t}" for t in times], column_labels=columns)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 from .results import Dataset, Result
 from .words import Sampler
@@ -157,7 +157,7 @@ def _chosen_by(result: Result) -> str:
     return "" if result.timestep_spacing is None else f"{result.timestep_spacing} spacing"
 
 
-def _condition_words(name: str, value: Any) -> str:
+def _condition_words(name: str, value: object) -> str:
     """Return one condition as it stands in a row."""
     if value is None or value == []:
         return ""

@@ -9,15 +9,16 @@ of generated pixels the "hand_off".
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypedDict, get_args
 
 from ..errors import UserError
 from ..run_dir import read_json, write_json
 from .words import Sampler
 
-__all__ = ["Dataset", "Provenance", "Result", "read_results", "write_results"]
+__all__ = ["Dataset", "Outcome", "Provenance", "Result", "read_results", "write_results"]
 
 _KEYS = {"provenance": "certificate", "quantization": "hand_off"}  # field -> its key in the file
 _OUTCOME = ("value", "values", "std", "standard_error", "parts", "rows", "note", "certificate", "model")
@@ -31,8 +32,8 @@ class Provenance:
     command: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     commit: str | None = None
-    hardware: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
+    hardware: dict[str, object] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
     num_processes: int = 1
     device: str = ""
     wall_time_s: float = 0.0
@@ -104,7 +105,7 @@ class Result:
     cdf: str | None = None
     num_samples: int | None = None
     seed: int | None = None
-    extractor: dict[str, Any] | None = None
+    extractor: Mapping[str, str | None] | None = None
     quantization: str | None = None
     reference: Dataset | None = None
     class_labels: str | None = None
@@ -125,7 +126,7 @@ class Result:
         if not math.isfinite(self.value):
             raise UserError(f"{self.metric} came out as {self.value}: look at the weights and at the extractor.")
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the entry of eval.json: no number that JSON does not know, no field that does not apply."""
         chain = self.sampler is not None or self.timestep_spacing is not None or self.trajectory is not None
         setting = self.sampler is not None and self.sampler not in get_args(Sampler)
@@ -133,9 +134,8 @@ class Result:
         null |= {"averaged", *(_CHAIN if chain else ()), *(["num_timesteps_sampled"] if self.cdf else [])}
         record = {name: value for name, value in asdict(self).items() if value is not None or name in null}
         for name in ("dataset", "reference"):
-            part: dict[str, Any] | None = record.get(name)
-            if part is not None:
-                record[name] = {key: value for key, value in part.items() if value is not None}
+            if name in record:
+                record[name] = {key: some for key, some in asdict(getattr(self, name)).items() if some is not None}
         return _finite({_KEYS.get(name, name): value for name, value in record.items()})
 
     @classmethod
@@ -148,6 +148,19 @@ class Result:
                 words = {f.name for f in fields(kind)}
                 known[name] = kind(**{key: value for key, value in known[name].items() if key in words})
         return cls(**known)
+
+
+class Outcome(TypedDict, total=False):
+    """What a measurement found: fields of a `Result`."""
+
+    value: float
+    std: float | None
+    standard_error: float | None
+    parts: dict[str, float]
+    rows: list[dict[str, float]]
+    note: str | None
+    kid_subsets: int
+    kid_subset_size: int
 
 
 def read_results(path: Path | str) -> list[Result]:
@@ -173,18 +186,18 @@ def write_results(path: Path, results: list[Result]) -> list[Result]:
     return [Result.from_json(entry) for entry in kept + new]
 
 
-def _identity(entry: dict[str, Any]) -> dict[str, Any]:
+def _identity(entry: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in entry.items() if name not in _OUTCOME}
 
 
-def _agrees(former: Any, new: Any) -> bool:
+def _agrees(former: object, new: object) -> bool:
     """Return whether all that a former entry says is said by a new one, too."""
     if isinstance(former, dict) and isinstance(new, dict):
         return all(_agrees(value, new.get(name)) for name, value in former.items())
     return former == new
 
 
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
+def _finite(record: dict[str, object]) -> dict[str, object]:
     """Return a record without the numbers that JSON does not know, such as the error of a mean of one image."""
     kept = {name: value for name, value in record.items() if not isinstance(value, float) or math.isfinite(value)}
     return {name: _finite(value) if isinstance(value, dict) else value for name, value in kept.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast, get_args
 
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
@@ -15,7 +15,10 @@ from ..schedulers.ddpm import DDPMExtScheduler
 from ..schedulers.solver import DDPMExtSolverScheduler
 from .words import Sampler
 
-__all__ = ["SAMPLERS", "STOCK_SETTINGS", "SamplerSetting", "chain_conditions", "make_scheduler"]
+if TYPE_CHECKING:
+    from ..schedulers.contract import Scheduler
+
+__all__ = ["SAMPLERS", "STOCK_SETTINGS", "SamplerSetting", "ancestral", "chain_conditions", "make_scheduler"]
 
 LAMBDA_MIN_OF_COSINE = -5.1  # log SNR / 2 from which a cosine schedule is started: before it the network's errors rule
 
@@ -31,14 +34,14 @@ class SamplerSetting:
     """
 
     name: str
-    make: Callable[[Any], Any]
+    make: Callable[[Scheduler], Scheduler]
     when: str | None = None
 
 
 class _Stock(NamedTuple):
     """A stock solver: its class, its options, and whether x̂_0 is clipped (None: as the model clips it)."""
 
-    cls: Any
+    cls: type[DDIMScheduler | DPMSolverMultistepScheduler | UniPCMultistepScheduler]
     options: dict[str, Any]
     clips: bool | None = None
 
@@ -56,9 +59,25 @@ _SOLVERS = {
 SAMPLERS = get_args(Sampler)
 
 
+def ancestral(
+    scheduler: Scheduler, variance_type: str | None = None, timestep_spacing: str | None = None
+) -> DDPMExtScheduler:
+    """Return the chain of DDPM itself with the noise schedule of a network's own scheduler.
+
+    Args:
+        scheduler: The pipeline's own.
+        variance_type: Reverse variance; None for the scheduler's own.
+        timestep_spacing: In place of the scheduler's own, and of a stored trajectory; None for those.
+    """
+    config = _config_of(scheduler, timestep_spacing)
+    if variance_type is not None:
+        config["variance_type"] = variance_type
+    return DDPMExtScheduler.from_config(config)
+
+
 def make_scheduler(
-    scheduler: Any, sampler: str = "ddpm", variance_type: str | None = None, timestep_spacing: str | None = None
-) -> Any:
+    scheduler: Scheduler, sampler: str = "ddpm", variance_type: str | None = None, timestep_spacing: str | None = None
+) -> Scheduler:
     """Make the scheduler of a sampler with the noise schedule of a network's own.
 
     Stock solvers clip x̂_0 where the model does ("dpm++"), always ("dpm++3", "unipc") or never ("-plain", "-lu"), and
@@ -75,18 +94,13 @@ def make_scheduler(
         UserError: an unknown word, or an option that the sampler does not have.
     """
     check_word("sampler", sampler, SAMPLERS)
-    # Diffusers forgets values that were given by position: it notes them as defaults, and `from_config` drops those.
-    config: dict[str, Any] = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
-    if timestep_spacing is not None:
-        config["timestep_spacing"] = timestep_spacing
-        config[EXTENSION_KEY] = {k: v for k, v in (config.get(EXTENSION_KEY) or {}).items() if k != "trajectory"}
     if sampler == "ddpm":
-        changes: dict[str, Any] = {} if variance_type is None else {"variance_type": variance_type}
-        return DDPMExtScheduler.from_config(config, **changes)
+        return ancestral(scheduler, variance_type, timestep_spacing)
     if variance_type is not None:
         raise UserError(
             f'variance_type is an option of the sampler "ddpm"; "{sampler}" has none, got {variance_type!r}.'
         )
+    config = _config_of(scheduler, timestep_spacing)
     if sampler == "solver":
         if timestep_spacing is not None:
             raise UserError(
@@ -98,7 +112,18 @@ def make_scheduler(
     for name in ("variance_type", EXTENSION_KEY):  # of the ancestral chain; without a variance the head is dropped
         config.pop(name, None)
     solver = _SOLVERS[sampler]
-    return solver.cls.from_config({**config, **solver.options, **_changes(solver, config, sampler)})
+    made = solver.cls.from_config({**config, **solver.options, **_changes(solver, config, sampler)})
+    return cast("Scheduler", made)
+
+
+def _config_of(scheduler: Scheduler, timestep_spacing: str | None) -> dict[str, Any]:
+    """Return a scheduler's options, under another spacing where one is given."""
+    # Diffusers forgets values that were given by position: it notes them as defaults, and `from_config` drops those.
+    config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+    if timestep_spacing is not None:
+        config["timestep_spacing"] = timestep_spacing
+        config[EXTENSION_KEY] = {k: v for k, v in (config.get(EXTENSION_KEY) or {}).items() if k != "trajectory"}
+    return config
 
 
 def _changes(solver: _Stock, config: dict[str, Any], sampler: str) -> dict[str, Any]:
@@ -137,13 +162,21 @@ STOCK_SETTINGS = (
 )
 
 
-def chain_conditions(scheduler: Any) -> dict[str, Any]:
-    """Return how a scheduler chooses its steps, by spacing or by trajectory, and its η, which is 1 for DDPM."""
-    spacing = {"timestep_spacing": scheduler.config.timestep_spacing, "trajectory": None, "eta": None}
+class ChainConditions(TypedDict):
+    """How a scheduler chooses its steps, by spacing or by trajectory, and its η: fields of a result."""
+
+    timestep_spacing: str | None
+    trajectory: str | None
+    eta: float | None
+
+
+def chain_conditions(scheduler: Scheduler) -> ChainConditions:
+    """Return how a scheduler chooses its steps, and its η, which is 1 for DDPM."""
+    spacing = scheduler.config["timestep_spacing"]
     if isinstance(scheduler, DDPMExtSolverScheduler):
         return {"timestep_spacing": None, "trajectory": "fitted", "eta": 0.0}
     if not isinstance(scheduler, DDPMExtScheduler):
-        return spacing
+        return {"timestep_spacing": spacing, "trajectory": None, "eta": None}
     extra = extension(scheduler.config)
-    chosen = {} if extra.trajectory is None else {"timestep_spacing": None, "trajectory": extra.trajectory}
-    return {**spacing, **chosen, "eta": extra.eta}
+    by_spacing = spacing if extra.trajectory is None else None
+    return {"timestep_spacing": by_spacing, "trajectory": extra.trajectory, "eta": extra.eta}

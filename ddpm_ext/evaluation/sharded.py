@@ -9,10 +9,9 @@ several machines need a folder that all of them see.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,10 +24,10 @@ from ..errors import UserError
 from ..pipelines.identity import key_hash, key_text
 from ..run_dir import whole_file
 
-__all__ = ["SWEEP_SHARD", "Shards", "load_checked", "run_shards", "save_whole"]
+__all__ = ["Shards", "load_checked", "run_shards", "save_whole"]
 
 Work = Callable[[range], dict[str, Tensor]]
-SWEEP_SHARD = 32  # images of a piece in which every step is taken
+Key = Mapping[str, object]  # JSON values
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,10 @@ class Shards:
     """
 
     folder: Path
-    key: dict[str, Any]
+    key: Key
     accelerator: Accelerator
 
-    def run(self, label: str, key: dict[str, Any], count: int, shard_size: int, work: Work) -> dict[str, Tensor]:
+    def run(self, label: str, key: Key, count: int, shard_size: int, work: Work) -> dict[str, Tensor]:
         """Run `run_shards` under the model's key and that of the measurement.
 
         Args:
@@ -59,7 +58,7 @@ class Shards:
 
 
 def run_shards(
-    folder: Path, label: str, key: dict[str, Any], count: int, shard_size: int, work: Work, accelerator: Accelerator
+    folder: Path, label: str, key: Key, count: int, shard_size: int, work: Work, accelerator: Accelerator
 ) -> dict[str, Tensor]:
     """Return the results of `work` on items 0..count-1, concatenated; pieces that are on disk are not done again.
 
@@ -100,7 +99,7 @@ def _shard_path(place: Path, piece: range) -> Path:
     return place / f"{piece.start:06d}-{piece.stop:06d}.safetensors"
 
 
-def save_whole(tensors: dict[str, Tensor], path: Path, key: dict[str, Any]) -> None:
+def save_whole(tensors: dict[str, Tensor], path: Path, key: Key) -> None:
     """Write a file whole or not at all, with its key inside.
 
     Args:
@@ -114,7 +113,7 @@ def save_whole(tensors: dict[str, Tensor], path: Path, key: dict[str, Any]) -> N
         save_file(tensors, temporary, metadata={"key": key_text(key)})
 
 
-def load_checked(path: Path, key: dict[str, Any]) -> dict[str, Tensor]:
+def load_checked(path: Path, key: Key) -> dict[str, Tensor]:
     """Load the tensors of a file that was made for this key.
 
     Raises:

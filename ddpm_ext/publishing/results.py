@@ -117,7 +117,7 @@ def _provenance_line(result: Result, made: Provenance) -> str:
         hardware.get("gpu") or (f"{hardware['processor']}{cores}" if hardware.get("processor") else None),
         (made.date or "")[:10],
     )
-    return ", ".join(part for part in parts if part)
+    return ", ".join(str(part) for part in parts if part)
 
 
 def command_words(words: Sequence[str]) -> str:

@@ -22,20 +22,13 @@ from accelerate.utils import gather_object
 from ..data.dataset import ImageSet
 from ..data.spec import DataSpec
 from ..errors import UserError
-from ..evaluation.bound.bits_per_dim import (
-    PILOT_IMAGES,
-    Bound,
-    BoundOptions,
-    full_sweep,
-    make_bound,
-    pilot_distribution,
-    sampled_bound,
-)
 from ..evaluation.bound.checks import grid_images
+from ..evaluation.bound.sampled import PILOT_IMAGES, pilot_distribution, sampled_bound
+from ..evaluation.bound.terms import Bound, BoundOptions, full_sweep, make_bound
 from ..evaluation.features.extractors import Extractor, extract, make_extractor
 from ..evaluation.features.metrics import feature_statistics, frechet_distance
 from ..evaluation.features.reference import make_reference
-from ..evaluation.runner import class_labels, images_and_labels
+from ..evaluation.images import class_labels, images_and_labels
 from ..evaluation.words import Quantization
 from ..models.classes import number_of_classes
 from ..pipelines.ddpm import DDPMExtPipeline

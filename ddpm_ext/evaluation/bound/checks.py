@@ -1,4 +1,4 @@
-"""What callers hand to the bound: images, network, classes and scheduler, checked before they are used."""
+"""What callers hand to the bound: images, network and classes, checked before they are used."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from ...diffusion.images import half_range
 from ...errors import UserError
 from ...models.classes import ClassLabels, check_labels
 from ...models.unet import check_resolution
-from ...schedulers.ddpm import DDPMExtScheduler
 
-__all__ = ["as_ours", "check_network", "checked_labels", "grid_images"]
+__all__ = ["check_network", "checked_labels", "grid_images"]
 
 
 def grid_images(images: Tensor, bits: int = 8) -> Tensor:
@@ -55,33 +54,20 @@ def grid_images(images: Tensor, bits: int = 8) -> Tensor:
     return level.round() / half - 1
 
 
-def as_ours(scheduler: Any) -> DDPMExtScheduler:
-    """Return the scheduler itself, or ours with the noise schedule of a stock one."""
-    if type(scheduler) is DDPMExtScheduler:
-        return scheduler
-    config = getattr(scheduler, "config", None)
-    if not isinstance(config, Mapping) or not {"num_train_timesteps", "beta_schedule"} <= set(config):
-        raise UserError(
-            "scheduler must be a DDPMExtScheduler or a stock one with a beta schedule, as DDPM's and DDIM's are, got "
-            f"{type(scheduler).__name__}: the bound is that of a chain of betas."
-        )
-    return DDPMExtScheduler.from_config(config)
-
-
-def network_config(model: Any) -> Mapping[str, Any]:
+def _network_config(model: object) -> Mapping[str, Any]:
     """Return a network's configuration, empty where it has none."""
     config = getattr(model, "config", None)
     return config if isinstance(config, Mapping) else {}
 
 
-def check_network(model: Any, images: Tensor) -> None:
+def check_network(model: object, images: Tensor) -> None:
     """Raise a UserError unless the network is one, and takes images of this shape by what its configuration says."""
     if isinstance(model, DiffusionPipeline) or not callable(model):
         raise UserError(
             f"model must be a network or a callable (x_t, t) -> tensor, got {type(model).__name__}. Of a pipeline, "
             "pass its unet."
         )
-    config, (channels, *size) = network_config(model), images.shape[1:]
+    config, (channels, *size) = _network_config(model), images.shape[1:]
     in_channels, expected = config.get("in_channels") or channels, config.get("sample_size") or size
     expected = [expected] * 2 if isinstance(expected, int) else list(expected)
     if (channels, size) != (in_channels, expected):
@@ -93,7 +79,7 @@ def check_network(model: Any, images: Tensor) -> None:
         check_resolution(config, (size[0], size[1]))
 
 
-def checked_labels(model: Any, class_labels: ClassLabels, count: int) -> Tensor | None:
+def checked_labels(model: object, class_labels: ClassLabels, count: int) -> Tensor | None:
     """Return one class per image, int64, where the network asks for them.
 
     Args:
@@ -104,7 +90,7 @@ def checked_labels(model: Any, class_labels: ClassLabels, count: int) -> Tensor 
     Raises:
         UserError: they are missing or too many, or are none of the network's classes.
     """
-    config = network_config(model)
+    config = _network_config(model)
     if config or class_labels is None:
         return check_labels(class_labels, count, config)
     labels = torch.as_tensor(class_labels)  # of a callable that names no classes every whole number is taken

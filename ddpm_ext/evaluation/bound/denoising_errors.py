@@ -9,13 +9,12 @@ One fresh noise per (image, t), ε̂ of whatever the network predicts, x̂_0 not
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from ...data.dataset import ImageSet
 from ...diffusion.likelihood import mean_over_dims
 from ...diffusion.process import eps_weights, per_image
 from ...diffusion.reverse import split_output
@@ -23,10 +22,14 @@ from ...errors import UserError
 from ...pipelines.config import GuidanceOptions, guidance_conditions
 from ...pipelines.guidance import Guidance, guided_eps, make_guidance
 from ...schedulers.checks import Generators, check_generators
-from ..runner import images_and_labels
-from ..sharded import SWEEP_SHARD, Shards
-from .bits_per_dim import Bound, BoundOptions, evaluating, make_bound
+from ..images import images_and_labels
 from .checks import grid_images
+from .terms import SWEEP_SHARD, Bound, BoundOptions, evaluating, make_bound
+
+if TYPE_CHECKING:
+    from ...data.dataset import ImageSet
+    from ...schedulers.ddpm import DDPMExtScheduler
+    from ..sharded import Shards
 
 __all__ = ["DenoisingErrors", "MeanError", "denoising_errors", "drop_variance_head", "mean_error", "set_errors"]
 
@@ -96,7 +99,7 @@ def denoising_errors(
 
 def set_errors(
     unet: UNet2DModel,
-    scheduler: Any,
+    scheduler: DDPMExtScheduler,
     images: ImageSet,
     *,
     num_images: int,
@@ -147,7 +150,7 @@ def drop_variance_head(unet: UNet2DModel) -> UNet2DModel:
             f"A network with a variance head has out_channels = 2 * in_channels, got {unet.config['out_channels']} "
             f"and {channels}: there is none to drop."
         )
-    slim: Any = UNet2DModel.from_config(unet.config, out_channels=channels)
+    slim = cast(UNet2DModel, UNet2DModel.from_config(unet.config, out_channels=channels))
     weights = unet.state_dict()
     slim.load_state_dict(
         {**weights, **{f"conv_out.{name}": weights[f"conv_out.{name}"][:channels] for name in ("weight", "bias")}}

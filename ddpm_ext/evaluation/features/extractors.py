@@ -12,9 +12,9 @@ codes round to 8 bits or do not, and scores differ by it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from torch.nn.functional import interpolate, normalize
 from ...errors import UserError, check_word
 from ...pipelines.identity import weights_hash
 from ..words import Quantization
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 __all__ = [
     "HUB_NAMES",
@@ -59,7 +62,7 @@ class Extractor:
         quantizations: Which kinds of images it takes.
     """
 
-    description: dict[str, Any]
+    description: Mapping[str, str | None]
     forward: Callable[[Tensor], Features]
     device: torch.device
     quantizations: tuple[str, ...] = get_args(Quantization)
@@ -195,7 +198,7 @@ def transformers_extractor(name: str, device: torch.device, size: int | None) ->
     base = getattr(network, getattr(network, "base_model_prefix", ""), network)
 
     def forward(images: Tensor) -> Features:
-        kept: list[Any] = []
+        kept: list[object] = []
         handle = base.register_forward_hook(lambda module, inputs, output: kept.append(output))
         try:
             output = network(pixel_values=prepare.apply(images))
@@ -207,7 +210,7 @@ def transformers_extractor(name: str, device: torch.device, size: int | None) ->
     return Extractor(description, forward, device)
 
 
-def load_transformers(name: str) -> tuple[torch.nn.Module, Any]:
+def load_transformers(name: str) -> tuple[torch.nn.Module, PretrainedConfig]:
     """A vision model and its config, from a folder or the Hub."""
     import transformers
 
@@ -225,7 +228,7 @@ def load_transformers(name: str) -> tuple[torch.nn.Module, Any]:
         ) from error
 
 
-def pooled(output: Any, base_output: Any, name: str) -> Tensor:
+def pooled(output: object, base_output: object, name: str) -> Tensor:
     """(B, d): the embedding of unit length, the pooled output, or the class token, whichever the model has.
 
     Args:
@@ -233,12 +236,14 @@ def pooled(output: Any, base_output: Any, name: str) -> Tensor:
         base_output: What the model below its head returned.
         name: The model's, for messages.
     """
-    if getattr(output, "image_embeds", None) is not None:
-        return normalize(output.image_embeds.float(), dim=-1)
-    if getattr(base_output, "pooler_output", None) is not None:
-        return base_output.pooler_output.flatten(1)
-    if getattr(base_output, "last_hidden_state", None) is not None and base_output.last_hidden_state.ndim == 3:
-        return base_output.last_hidden_state[:, 0]
+    embedding = getattr(output, "image_embeds", None)
+    if embedding is not None:
+        return normalize(embedding.float(), dim=-1)
+    of_base, tokens = getattr(base_output, "pooler_output", None), getattr(base_output, "last_hidden_state", None)
+    if of_base is not None:
+        return of_base.flatten(1)
+    if tokens is not None and tokens.ndim == 3:
+        return tokens[:, 0]
     raise UserError(f'The model "{name}" has no pooled output: it cannot serve as an extractor.')
 
 
@@ -266,7 +271,7 @@ class Preprocessing:
         return (images - mean) / std
 
 
-def preprocessing(name: str, config: Any, size: int | None) -> Preprocessing:
+def preprocessing(name: str, config: PretrainedConfig, size: int | None) -> Preprocessing:
     """What a model's preprocessor_config.json says; without one, the model's size, and values in [-1, 1]."""
     from transformers.image_processing_base import ImageProcessingMixin
 
@@ -285,14 +290,14 @@ def preprocessing(name: str, config: Any, size: int | None) -> Preprocessing:
     )
 
 
-def sides(size: Any) -> tuple[int, int] | None:
+def sides(size: int | Sequence[int] | Mapping[str, int] | None) -> tuple[int, int] | None:
     """(height, width) of the ways in which `transformers` writes a size."""
-    if isinstance(size, dict):
+    if isinstance(size, Mapping):
         shortest = size.get("shortest_edge")
-        size = (size.get("height", shortest), size.get("width", shortest))
-    if isinstance(size, int):
-        size = (size, size)
-    return None if size is None or None in size else (int(size[0]), int(size[1]))
+        height, width = size.get("height", shortest), size.get("width", shortest)
+    else:
+        height, width = (size, size) if isinstance(size, int) or size is None else size
+    return None if height is None or width is None else (int(height), int(width))
 
 
 # Shared ---------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ in float64. `real` is the reference, `fake` the generated set. What grows with N
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ __all__ = [
     "rbf_mmd",
 ]
 
+Array = Tensor | np.ndarray
 BLOCK_ELEMENTS = 2**24  # of an N x N matrix this many numbers are in memory at once
 
 
@@ -63,13 +64,13 @@ class PrecisionRecall(NamedTuple):
     coverage: float
 
 
-def check_count(name: str, value: Any, at_least: int = 1) -> None:
+def check_count(name: str, value: int, at_least: int = 1) -> None:
     """Raise a ValueError unless a number is an int of at least so much."""
     if not is_whole(value) or value < at_least:
         raise UserError(f"{name} must be an int of at least {at_least}, got {value!r}.")
 
 
-def as_features(features: Any, name: str = "features", at_least: int = 2) -> Tensor:
+def as_features(features: Array, name: str = "features", at_least: int = 2) -> Tensor:
     """A float64 matrix (N, d) of finite numbers, or a ValueError that says what came instead."""
     x = features if isinstance(features, Tensor) else torch.from_numpy(np.asarray(features))
     if x.ndim != 2 or x.shape[1] == 0 or x.is_complex():
@@ -82,7 +83,7 @@ def as_features(features: Any, name: str = "features", at_least: int = 2) -> Ten
     return x
 
 
-def feature_statistics(features: Any) -> FeatureStatistics:
+def feature_statistics(features: Array) -> FeatureStatistics:
     """Mean and covariance (divided by N - 1) of a feature set of at least 2 images."""
     x = as_features(features)
     mean = x.mean(0)
@@ -120,7 +121,7 @@ def frechet_distance(real: FeatureStatistics, fake: FeatureStatistics) -> float:
 
 
 def frechet_distance_per_class(
-    real: Any, real_labels: Sequence[int], fake: Any, fake_labels: Sequence[int] | None
+    real: Array, real_labels: Sequence[int], fake: Array, fake_labels: Sequence[int] | None
 ) -> dict[int, float]:
     """Return the Fréchet distance of the images of each class that both sets have.
 
@@ -143,7 +144,7 @@ def frechet_distance_per_class(
 
 
 def kernel_distance(
-    real: Any, fake: Any, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
+    real: Array, fake: Array, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> KernelDistance:
     r"""Kernel distance with the polynomial kernel, unbiased; KID when the features are Inception's.
 
@@ -186,7 +187,7 @@ def polynomial_mmd(x: Tensor, y: Tensor) -> float:
     return (within_x + within_y - 2 * xy.mean()).item()
 
 
-def rbf_mmd(real: Any, fake: Any, *, sigma: float = 10.0, scale: float = 1000.0, unbiased: bool = False) -> float:
+def rbf_mmd(real: Array, fake: Array, *, sigma: float = 10.0, scale: float = 1000.0, unbiased: bool = False) -> float:
     r"""Squared MMD with the Gaussian kernel; CMMD when the features are CLIP's embeddings of unit length.
 
         k(x, y) = exp(-‖x - y‖² / (2σ²))      scale · [mean k(x_i, x_j) + mean k(y_i, y_j) - 2 mean k(x_i, y_j)]
@@ -216,7 +217,7 @@ def rbf_mmd(real: Any, fake: Any, *, sigma: float = 10.0, scale: float = 1000.0,
     return scale * (within - 2 * mean_kernel(x, y, False))
 
 
-def inception_score(logits: Any, *, splits: int = 10) -> InceptionScore:
+def inception_score(logits: Array, *, splits: int = 10) -> InceptionScore:
     r"""Inception score of a classifier's logits, shape (N, classes).
 
         IS = exp( mean_i KL(p(y | x_i) ‖ p(y)) ),  p(y) = mean_i p(y | x_i), over consecutive splits
@@ -240,7 +241,7 @@ def inception_score(logits: Any, *, splits: int = 10) -> InceptionScore:
     return InceptionScore(float(np.mean(scores)), float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0)
 
 
-def precision_recall(real: Any, fake: Any, *, k: int = 3, density_k: int = 5) -> PrecisionRecall:
+def precision_recall(real: Array, fake: Array, *, k: int = 3, density_k: int = 5) -> PrecisionRecall:
     r"""Improved precision and recall, density and coverage from balls around every image.
 
     The ball of an image reaches to its k-th nearest neighbour in its own set (itself left out), border included.
@@ -285,7 +286,7 @@ def precision_recall(real: Any, fake: Any, *, k: int = 3, density_k: int = 5) ->
     )
 
 
-def nearest(query: Any, reference: Any, k: int = 1) -> tuple[Tensor, Tensor]:
+def nearest(query: Array, reference: Array, k: int = 1) -> tuple[Tensor, Tensor]:
     """Distances and indices, each (N, k), of the k nearest reference rows of every query row, nearest first.
 
     Args:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from datasets.config import HF_DATASETS_CACHE
 from torch import Tensor
 
-from ...data.dataset import ImageSet
 from ...diffusion.images import to_unit
 from ...errors import UserError
 from ...pipelines.identity import key_hash
@@ -23,6 +21,11 @@ from ..sharded import load_checked, run_shards, save_whole
 from ..words import Quantization
 from .extractors import Extractor, Features, check_quantization, extract
 from .metrics import FeatureStatistics, feature_statistics
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ...data.dataset import ImageSet
 
 __all__ = ["Reference", "as_features", "as_tensors", "load_reference", "make_reference"]
 
@@ -35,10 +38,10 @@ class Reference(NamedTuple):
     features: Tensor  # (N, d), float32
     logits: Tensor | None  # (N, classes), where the extractor is a classifier
     statistics: FeatureStatistics
-    key: dict[str, Any]
+    key: dict[str, object]
 
 
-def reference_key(images: ImageSet, extractor: Extractor, kind: Quantization, num_images: int) -> dict[str, Any]:
+def reference_key(images: ImageSet, extractor: Extractor, kind: Quantization, num_images: int) -> dict[str, object]:
     """Everything that reference features depend on."""
     check_quantization(extractor, kind)
     return {
@@ -91,7 +94,7 @@ def make_reference(
 
         def work(piece: range) -> dict[str, Tensor]:
             starts = range(0, len(piece), batch_size)
-            found = (images.batch(list(piece[i : i + batch_size])).pixels for i in starts)
+            found = (images.batch(piece[i : i + batch_size]).pixels for i in starts)
             batches = (to_unit(pixels, images.spec.bits) for pixels in found)
             return as_tensors(extract(extractor, batches, kind))
 
@@ -104,7 +107,7 @@ def make_reference(
     return load_reference(path, key)
 
 
-def load_reference(path: Path | str, key: dict[str, Any]) -> Reference:
+def load_reference(path: Path | str, key: dict[str, object]) -> Reference:
     """A reference from its file, when it is the one that `key` describes.
 
     Raises:

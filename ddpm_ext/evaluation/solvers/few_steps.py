@@ -10,21 +10,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ...data.dataset import ImageSet
 from ...errors import UserError
-from ...pipelines.config import GuidanceOptions, guidance_conditions
 from ...schedulers.solver import DDPMExtSolverScheduler, fitted_solvers
 from ..features.metrics import FeatureStatistics, feature_statistics, frechet_distance
+from ..features.samples import Drawing
 from ..report import table
 from ..results import Result
-from ..runner import Runner
 from ..samplers import STOCK_SETTINGS, SamplerSetting, make_scheduler
 from .fit import REFERENCE_WORDS, reference_scheduler
+
+if TYPE_CHECKING:
+    from ...data.dataset import ImageSet
+    from ..features.samples import SampleFeatures
 
 __all__ = [
     "FEW_STEPS",
@@ -159,33 +161,29 @@ def compare(
 
 
 def few_step_results(
-    runner: Runner,
+    features: SampleFeatures,
     images: ImageSet,
     fitted: Any,
     steps: Sequence[int],
     num_samples: int,
     num_seeds: int = 1,
-    with_fitted: bool = True,
-    guidance: GuidanceOptions | None = None,
 ) -> Iterator[Result]:
     """Measure the rows that belong beside samplers of a few steps: the fitted solver, its reference, every stock one.
 
     Args:
-        runner: The model and its features.
+        features: The model, its reference and its samples.
         images: What samples are compared with.
         fitted: A DDPMExtSolverScheduler with solvers; None where none are fitted.
         steps: Numbers of calls of the stock rows; a fitted row has those of them that were fitted.
         num_samples: Samples of a set.
         num_seeds: Sets of a cell.
-        with_fitted: Whether the fitted rows are wanted; otherwise they stand elsewhere.
-        guidance: Class guidance of every row; None for none.
     """
-    real, base = runner.reference(images), make_scheduler(runner.scheduler)
+    runner = features.runner
+    real, base = features.reference(images), make_scheduler(runner.scheduler)
 
     def draw(scheduler: Any, K: int, number: int) -> Tensor:
-        seed = runner.config.seed + number * num_samples
-        options: dict[str, Any] = {"num_samples": num_samples, "steps": K, "seed": seed, "guidance": guidance}
-        return runner.samples(scheduler, images, **options).features.features
+        drawing = Drawing(num_samples=num_samples, steps=K, seed=runner.config.seed + number * num_samples)
+        return features.draw(scheduler, images, drawing).features.features
 
     plan: list[tuple[str, SamplerSetting, Sequence[int]]] = []
     near = None
@@ -194,13 +192,12 @@ def few_step_results(
         calls = int(known.setting.get("reference_steps", 200))
         row = reference_setting(known.reference, reference_scheduler(base, known.reference, calls), calls)
         near = (row, calls)
-        if with_fitted:
-            there = [K for K in steps if K in known.solvers]
-            plan.append(("fitted", fitted_setting(known.reference, fitted), there))
+        there = [K for K in steps if K in known.solvers]
+        plan.append(("fitted", fitted_setting(known.reference, fitted), there))
         plan.append(("reference", row, [calls]))
     plan += [("stock", setting, list(steps)) for setting in stock_settings()]
     left_out: dict[str, str] = {}
-    of_samples = runner.of_samples(images, len(real.features), num_samples)
+    of_samples = features.conditions(images, len(real.features), num_samples)
     for score in compare(draw, real.statistics, base, plan, num_seeds, near, left_out):
         distance = score.squared_distance
         yield runner.result(
@@ -213,7 +210,6 @@ def few_step_results(
             std=score.std,
             parts=None if distance is None else {"squared_distance": distance},
             **of_samples,
-            **guidance_conditions(guidance),
         )
     for name, reason in left_out.items():
         if runner.is_main:
