@@ -34,7 +34,7 @@ from ddpm_ext.evaluation.features.extractors import extract, make_extractor
 from ddpm_ext.evaluation.features.metrics import feature_statistics, frechet_distance
 from ddpm_ext.evaluation.plots import plot_against_steps
 from ddpm_ext.evaluation.samplers import SamplerSetting, ancestral
-from ddpm_ext.evaluation.sharded import run_shards
+from ddpm_ext.evaluation.sharded import Shards
 from ddpm_ext.evaluation.solvers.few_steps import (
     FewStepScore,
     best_stock,
@@ -181,7 +181,7 @@ class Bench:
 
     def run(self, label: str, key: dict[str, Any], count: int, shard_size: int, work: Any) -> dict[str, torch.Tensor]:
         """Do work in pieces that go to disk."""
-        return run_shards(self.folder / "pieces", label, {**self.key, **key}, count, shard_size, work, self.accelerator)
+        return Shards(self.folder / "pieces", self.key, self.accelerator).run(label, key, count, shard_size, work)
 
     def real(self) -> torch.Tensor:
         """Return the features of the images that samples are compared with."""

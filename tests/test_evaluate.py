@@ -41,7 +41,7 @@ from ddpm_ext.evaluation.features.reference import load_reference, make_referenc
 from ddpm_ext.evaluation.report import markdown as table_of
 from ddpm_ext.evaluation.results import Result, write_results
 from ddpm_ext.evaluation.samplers import SAMPLERS, make_scheduler
-from ddpm_ext.evaluation.sharded import Shards, load_checked, run_shards, save_whole
+from ddpm_ext.evaluation.sharded import Shards, load_checked, save_whole
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.pipelines.identity import network_hash, scheduler_options, weights_hash
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
@@ -579,7 +579,7 @@ def test_pieces_over_processes_are_done_once_and_in_order(world: int, tmp_path: 
         return squares(piece)
 
     def run(index: int) -> None:
-        results[index] = run_shards(tmp_path, "x", {"a": 1}, 23, 4, work, Process(index, barrier))  # type: ignore[arg-type]
+        results[index] = Shards(tmp_path, {}, Process(index, barrier)).run("x", {"a": 1}, 23, 4, work)  # type: ignore[arg-type]
 
     threads = [threading.Thread(target=run, args=(index,)) for index in range(world)]
     for thread in threads:
@@ -601,16 +601,16 @@ def test_a_kill_costs_the_piece_at_hand_alone(tmp_path: Path) -> None:
         return squares(piece)
 
     with pytest.raises(KeyboardInterrupt):
-        run_shards(tmp_path, "x", {"a": 1}, 23, 4, killed, alone)  # type: ignore[arg-type]
+        Shards(tmp_path, {}, alone).run("x", {"a": 1}, 23, 4, killed)  # type: ignore[arg-type]
 
     def work(piece: range) -> dict[str, torch.Tensor]:
         done.append(piece.start)
         return squares(piece)
 
-    found = run_shards(tmp_path, "x", {"a": 1}, 23, 4, work, alone)  # type: ignore[arg-type]
+    found = Shards(tmp_path, {}, alone).run("x", {"a": 1}, 23, 4, work)  # type: ignore[arg-type]
     assert found["square"].tolist() == [i * i for i in range(23)]
     assert done == [8, 12, 16, 20]
-    run_shards(tmp_path, "x", {"a": 2}, 23, 4, work, alone)  # type: ignore[arg-type]
+    Shards(tmp_path, {}, alone).run("x", {"a": 2}, 23, 4, work)  # type: ignore[arg-type]
     assert len(done) == 10  # another key shares nothing
 
 

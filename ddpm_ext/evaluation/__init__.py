@@ -13,14 +13,7 @@ __all__ = ["BitsPerDim", "CalibrateConfig", "EvalConfig", "RateDistortion", "rat
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "bound.bits_per_dim": (
-            "BitsPerDim",
-            "RateDistortion",
-            "rate_distortion",
-        ),
-        "config": (
-            "CalibrateConfig",
-            "EvalConfig",
-        ),
+        "bound.bits_per_dim": ("BitsPerDim", "RateDistortion", "rate_distortion"),
+        "config": ("CalibrateConfig", "EvalConfig"),
     },
 )

@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..pipelines.identity import key_hash, key_text
 from ..run_dir import whole_file
 
-__all__ = ["Shards", "load_checked", "run_shards", "save_whole"]
+__all__ = ["Shards", "load_checked", "save_whole"]
 
 Work = Callable[[range], dict[str, Tensor]]
 Key = Mapping[str, object]  # JSON values
@@ -32,11 +32,11 @@ Key = Mapping[str, object]  # JSON values
 
 @dataclass(frozen=True)
 class Shards:
-    """Where the pieces of measurements of one model go, and what tells the model from others.
+    """Where the pieces of measurements go.
 
     Attributes:
         folder: Where the pieces' folders lie.
-        key: Everything about the model that results depend on.
+        key: What all measurements depend on that go there, such as the model.
         accelerator: Knows the processes.
     """
 
@@ -45,53 +45,39 @@ class Shards:
     accelerator: Accelerator
 
     def run(self, label: str, key: Key, count: int, shard_size: int, work: Work) -> dict[str, Tensor]:
-        """Run `run_shards` under the model's key and that of the measurement.
+        """Return the results of `work` on items 0..count-1, concatenated; pieces that are on disk are not done again.
+
+        Every process must call it. All get the whole result.
 
         Args:
-            label: What the progress bar says.
-            key: What the measurement depends on.
-            count: Number of images.
-            shard_size: Images of a piece.
-            work: What computes a piece.
+            label: A word for the folder's name and the progress bar.
+            key: Everything the result depends on but count and the key of all; another key has another folder.
+            count: Number of items.
+            shard_size: Items of a piece; part of the key.
+            work: Items of a piece -> CPU tensors, each with one row per item or any number of rows.
         """
-        return run_shards(self.folder, label, {**self.key, **key}, count, shard_size, work, self.accelerator)
+        key, accelerator = {**self.key, **key, "shard_size": shard_size}, self.accelerator
+        place = self.place(label, key)
+        place.mkdir(parents=True, exist_ok=True)
+        pieces = [range(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
 
+        accelerator.wait_for_everyone()
+        missing = [piece for piece in pieces if not _shard_path(place, piece).exists()]
+        accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        silent = not accelerator.is_main_process or not mine
+        with tqdm(total=sum(map(len, mine)), desc=label, unit="image", disable=silent) as bar:
+            for piece in mine:
+                save_whole(work(piece), _shard_path(place, piece), key)
+                bar.update(len(piece))
+        accelerator.wait_for_everyone()
 
-def run_shards(
-    folder: Path, label: str, key: Key, count: int, shard_size: int, work: Work, accelerator: Accelerator
-) -> dict[str, Tensor]:
-    """Return the results of `work` on items 0..count-1, concatenated; pieces that are on disk are not done again.
+        parts = [load_checked(_shard_path(place, piece), key) for piece in pieces]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    Every process must call it. All get the whole result.
-
-    Args:
-        folder: Where the pieces' folder lies.
-        label: A word for the folder's name and the progress bar.
-        key: Everything the result depends on but count; another key has another folder.
-        count: Number of items.
-        shard_size: Items of a piece; part of the key.
-        work: Items of a piece -> CPU tensors, each with one row per item or any number of rows.
-        accelerator: Knows the processes.
-    """
-    key = {**key, "shard_size": shard_size}
-    place = Path(folder) / f"{label}-{key_hash(key)}"
-    place.mkdir(parents=True, exist_ok=True)
-    pieces = [range(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
-
-    accelerator.wait_for_everyone()
-    missing = [piece for piece in pieces if not _shard_path(place, piece).exists()]
-    accelerator.wait_for_everyone()  # nobody writes before everybody has looked
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
-    with tqdm(
-        total=sum(map(len, mine)), desc=label, unit="image", disable=not accelerator.is_main_process or not mine
-    ) as bar:
-        for piece in mine:
-            save_whole(work(piece), _shard_path(place, piece), key)
-            bar.update(len(piece))
-    accelerator.wait_for_everyone()
-
-    parts = [load_checked(_shard_path(place, piece), key) for piece in pieces]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    def place(self, label: str, key: Key) -> Path:
+        """Return the folder of one measurement by its whole key."""
+        return self.folder / f"{label}-{key_hash(key)}"
 
 
 def _shard_path(place: Path, piece: range) -> Path:

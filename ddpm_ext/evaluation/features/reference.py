@@ -17,7 +17,7 @@ from torch import Tensor
 from ...diffusion.images import to_unit
 from ...errors import UserError
 from ...pipelines.identity import key_hash
-from ..sharded import load_checked, run_shards, save_whole
+from ..sharded import Shards, load_checked, save_whole
 from ..words import Quantization
 from .extractors import Extractor, Features, check_quantization, extract
 from .metrics import FeatureStatistics, feature_statistics
@@ -98,11 +98,12 @@ def make_reference(
             batches = (to_unit(pixels, images.spec.bits) for pixels in found)
             return as_tensors(extract(extractor, batches, kind))
 
-        tensors = run_shards(folder, "reference", key, count, SHARD_SIZE, work, accelerator)
+        pieces = Shards(folder, key, accelerator)
+        tensors = pieces.run("reference", {}, count, SHARD_SIZE, work)
         if accelerator.is_main_process:
             statistics = feature_statistics(tensors["features"])
             save_whole({**tensors, "mean": statistics.mean, "covariance": statistics.covariance}, path, key)
-            shutil.rmtree(folder / f"reference-{key_hash({**key, 'shard_size': SHARD_SIZE})}", ignore_errors=True)
+            shutil.rmtree(pieces.place("reference", {**key, "shard_size": SHARD_SIZE}), ignore_errors=True)
         accelerator.wait_for_everyone()
     return load_reference(path, key)
 
