@@ -19,14 +19,8 @@ from training import TORCHRUN, finish, forget_accelerator, run_here, start, weig
 from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 from ddpm_ext.cli.arguments import parse_options
 from ddpm_ext.errors import UserError
-from ddpm_ext.pipelines.sampling import (
-    SampleConfig,
-    make_grid,
-    sample_images,
-    sample_to_folder,
-    save_png,
-)
-from ddpm_ext.pipelines.seeds import SamplingStopped
+from ddpm_ext.pipelines.sampling import SampleConfig, make_grid, sample_to_folder, save_png
+from ddpm_ext.pipelines.seeds import SamplingStopped, sample_images
 from ddpm_ext.signals import Stopped
 from ddpm_ext.training.export import ReconstructConfig, reconstruct
 

@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from .config import SampleConfig
     from .ddpm import DDPMExtPipeline, load_pipeline
     from .locate import find_pipeline
-    from .sampling import sample_images, sample_to_folder
+    from .sampling import sample_to_folder
+    from .seeds import sample_images
 
 __all__ = ["DDPMExtPipeline", "SampleConfig", "find_pipeline", "load_pipeline", "sample_images", "sample_to_folder"]
 
@@ -21,9 +22,7 @@ __getattr__, __dir__ = lazy_names(
             "load_pipeline",
         ),
         "locate": ("find_pipeline",),
-        "sampling": (
-            "sample_images",
-            "sample_to_folder",
-        ),
+        "sampling": ("sample_to_folder",),
+        "seeds": ("sample_images",),
     },
 )

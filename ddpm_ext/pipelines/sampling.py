@@ -21,14 +21,13 @@ from ..models.values import values_of
 from ..run_dir import read_json, whole_file, write_json
 from ..signals import die_with_launcher, exit_process, interruptible
 from .config import SampleConfig
-from .ddpm import DDPMExtPipeline, load_pipeline
+from .ddpm import load_pipeline
 from .identity import identity
-from .seeds import images_from_seeds
+from .seeds import sample_images
 
 __all__ = [
     "SampleConfig",
     "make_grid",
-    "sample_images",
     "sample_to_folder",
     "save_png",
     "shown_bands",
@@ -37,15 +36,6 @@ __all__ = [
 # Options that change no image, or stand in the record as they come out.
 _FREE = ("model", "output_dir", "num_samples", "batch_size", "cpu", "bits", "rgb_bands")
 _IN_GRID = 64
-
-
-def sample_images(
-    pipeline: DDPMExtPipeline, seeds: Sequence[int], *, bits: int = 8, **options: Any
-) -> Iterator[np.ndarray]:
-    """Draw images in batches as levels of 8 or 16 bits, shape (b, H, W, C); arguments as for `images_from_seeds`."""
-    top, dtype = 2**bits - 1, np.uint8 if bits == 8 else np.uint16
-    for images in images_from_seeds(pipeline, seeds, **options):
-        yield (images.float() * top).round().permute(0, 2, 3, 1).cpu().numpy().astype(dtype)
 
 
 def make_grid(images: np.ndarray, min_side: int = 48) -> np.ndarray:

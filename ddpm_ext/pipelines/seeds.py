@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from .config import GuidanceOptions
     from .ddpm import DDPMExtPipeline
 
-__all__ = ["POLL_EVERY", "SamplingStopped", "images_from_seeds"]
+__all__ = ["POLL_EVERY", "SamplingStopped", "images_from_seeds", "sample_images"]
 
 Poll = Callable[[], bool]
 POLL_EVERY = 10  # denoising steps between two looks at the stop flag: with several processes a look is an all-reduce
@@ -71,3 +72,12 @@ def images_from_seeds(
             **(guidance or {}),
         )
         yield images
+
+
+def sample_images(
+    pipeline: DDPMExtPipeline, seeds: Sequence[int], *, bits: int = 8, **options: Any
+) -> Iterator[np.ndarray]:
+    """Draw images in batches as levels of 8 or 16 bits, shape (b, H, W, C); arguments as for `images_from_seeds`."""
+    top, dtype = 2**bits - 1, np.uint8 if bits == 8 else np.uint16
+    for images in images_from_seeds(pipeline, seeds, **options):
+        yield (images.float() * top).round().permute(0, 2, 3, 1).cpu().numpy().astype(dtype)

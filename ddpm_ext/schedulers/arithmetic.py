@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -10,7 +12,7 @@ from .checks import Generators, check_generators
 
 __all__ = ["Weight", "add_to_noise", "draw_noise", "mix"]
 
-Weight = float | Tensor
+Weight = Any  # a float, or a tensor (B, 1, 1, 1); which of the two decides what is done
 
 
 def draw_noise(sample: Tensor, generator: Generators) -> Tensor:

@@ -18,6 +18,7 @@ from ..diffusion.schedules import respaced_timesteps
 from ..diffusion.tables import Tables
 from ..diffusion.words import LEARNED_VARIANCES, Trajectory
 from ..errors import UserError, check_word
+from .arithmetic import Weight
 from .config import SchedulerOptions
 
 __all__ = [
@@ -34,15 +35,15 @@ __all__ = [
 class Weights(NamedTuple):
     """What one reverse step needs, as floats for one t or as (B, 1, 1, 1) tensors for one t per image."""
 
-    of_x_t: Any  # x̂_0 = of_x_t · x_t + of_output · output
-    of_output: Any
-    c1: Any  # mean = c1 · x̂_0 + c2 · x_t + c3 · output
-    c2: Any
-    c3: Any  # 0 but for the DDIM family
-    std: Any  # σ of the fixed and analytic variances; 0 at the last jump
-    log_small: Any  # log β̃ with the decoder's rule
-    log_large: Any  # log b
-    noisy: Any  # 1 where noise is added, 0 at the last jump
+    of_x_t: Weight  # x̂_0 = of_x_t · x_t + of_output · output
+    of_output: Weight
+    c1: Weight  # mean = c1 · x̂_0 + c2 · x_t + c3 · output
+    c2: Weight
+    c3: Weight  # 0 but for the DDIM family
+    std: Weight  # σ of the fixed and analytic variances; 0 at the last jump
+    log_small: Weight  # log β̃ with the decoder's rule
+    log_large: Weight  # log b
+    noisy: Weight  # 1 where noise is added, 0 at the last jump
 
 
 class Rows(NamedTuple):

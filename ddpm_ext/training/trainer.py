@@ -25,8 +25,8 @@ from ..diffusion.words import EXTENSION_KEY, LEARNED_VARIANCES
 from ..distributed import full_tensor, move, set_numerics, take_dynamo, tell_deepspeed
 from ..models.classes import classes_of, number_of_classes
 from ..pipelines.ddpm import DDPMExtPipeline
-from ..pipelines.sampling import make_grid, sample_images, save_png, shown_bands
-from ..pipelines.seeds import SamplingStopped
+from ..pipelines.sampling import make_grid, save_png, shown_bands
+from ..pipelines.seeds import SamplingStopped, sample_images
 from ..publishing.publisher import Publisher
 from ..run_dir import RunDir, RunError, package_versions, read_json, write_json
 from ..signals import PREEMPTED, StopRequest
