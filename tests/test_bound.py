@@ -544,8 +544,21 @@ def test_the_record_is_the_same_for_tensor_and_sample_and_float64_weights_run_in
     plain = bits_per_dim(lambda x, t: SimpleNamespace(sample=unet(x, t)[0]), scheduler, images, generator=seeded())
     assert equal(wrapped, plain)
     assert wrapped.total.dtype == torch.float64
-    double = bits_per_dim(unet.double(), scheduler, images, generator=seeded())
-    assert torch.isfinite(double.total).all()
+    asked: list[torch.dtype] = []
+    unet.double().register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0].dtype))
+    # Images that are float64 already: both networks see the same noise, the one rounded to float32.
+    noise = [torch.randn(images.shape, generator=seeded(), dtype=torch.float64).numpy() for _ in range(1)]
+    double = bits_per_dim(unet, scheduler, float64_images(images), generator=seeded(), timesteps=[7])
+    assert set(asked) == {torch.float64}
+    with torch.no_grad():
+        prior, _, decoder = oracles.bound_in_bits(
+            lambda x, t: unet(torch.from_numpy(x), t).sample.numpy(),
+            np.linspace(1e-3, 0.6, 20),
+            float64_images(images).numpy(),
+            [7],
+            noise,
+        )
+    assert_close(double.total, torch.from_numpy(prior + decoder), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.gpu
@@ -660,8 +673,18 @@ def test_images_that_are_not_the_networks_are_refused(call: Callable[..., Any], 
 def test_a_network_that_names_no_size_takes_those_it_can_halve() -> None:
     unet, scheduler = tiny_unet(), DDPMExtScheduler(**SHORT)
     unet.register_to_config(sample_size=None)
-    wide = bits_per_dim(unet, scheduler, pictures(2, 1, 8, 4), num_inference_steps=3)
-    assert torch.isfinite(wide.total).all()
+    images, kept, source = pictures(2, 1, 8, 4), [12, 6, 0], seeded()
+    wide = bits_per_dim(unet, scheduler, images, timesteps=kept, generator=seeded())
+    noise = [torch.randn(images.shape, generator=source).double().numpy() for _ in kept]
+
+    def plain(x_t: np.ndarray, t: int) -> np.ndarray:
+        with torch.no_grad():
+            return unet(torch.from_numpy(x_t).float(), t).sample.double().numpy()
+
+    beta = np.linspace(1e-3, 0.6, 20)
+    prior, steps, decoder = oracles.bound_in_bits(plain, beta, float64_images(images).numpy(), kept, noise)
+    expected = torch.from_numpy(prior + steps.sum(1) + decoder)
+    assert_close(wide.total, expected, rtol=1e-4, atol=0)  # the network's float32
     with pytest.raises(ValueError, match="must be multiples of 2"):
         bits_per_dim(unet, scheduler, pictures(2, 1, 7, 7), num_inference_steps=3)
 

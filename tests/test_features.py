@@ -176,8 +176,11 @@ def test_clip_gives_embeddings_of_unit_length(tmp_path: Path, monkeypatch: pytes
     model.save_pretrained(tmp_path)
     whole.save_pretrained(tmp_path)  # a CLIP repository carries the config of both towers
     monkeypatch.setitem(extractors.HUB_NAMES, "clip", str(tmp_path))
-    found = extract(make_extractor("clip"), [images(size=16)]).features
-    assert found.shape == (6, 6)
+    x = images(size=16)
+    found = extract(make_extractor("clip"), [x], "float").features
+    with torch.no_grad():
+        embeddings = model(x * 2 - 1).image_embeds  # without a preprocessor_config: own size, values in [-1, 1]
+    assert_close(found, embeddings / embeddings.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
     assert_close(found.norm(dim=1), torch.ones(6))
 
 
