@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -385,3 +387,217 @@ def test_more_than_one_per_cent_unreadable_stops(tmp_path: Path, broken: int, st
             asked = load_images(**options, memory_bytes=0, mapped_bytes=0)
             asked.batch(range(100))
     assert len(load_images(**options, max_unreadable=0.02)) == 100 - broken
+
+
+# What is more than one image, or no depth that is read ---------------------------------------------------------------
+
+
+def saved(kind: str, *frames: Image.Image, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    more: dict[str, Any] = {"save_all": True, "append_images": list(frames[1:])} if len(frames) > 1 else {}
+    frames[0].save(buffer, format=kind, **more, **options)
+    return buffer.getvalue()
+
+
+def frames_of(count: int) -> list[Image.Image]:
+    return [Image.fromarray(values_of((8, 8, 3), np.uint8)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF", "MPO"])
+def test_frames_are_refused_by_number_and_one_is_read(kind: str) -> None:
+    with pytest.raises(Unreadable, match="it holds 3 images and one is read of a file: split it") as refused:
+        decode_image(saved(kind, *frames_of(3)), form(8, 8, 3, bits=8))
+    assert refused.value.kind == f"{kind} files of several images"
+    assert decode_image(saved(kind, *frames_of(1)), form(8, 8, 3, bits=8)).shape == (3, 8, 8)
+
+
+def test_sizes_of_an_icon_are_refused_and_a_preview_of_a_camera_is_none() -> None:
+    icon = Image.new("RGB", (64, 64), "red")
+    with pytest.raises(Unreadable, match="it holds 2 images"):
+        decode_image(saved("ICO", icon, sizes=[(16, 16), (32, 32)]), form(32, 32, 3, bits=8))
+    assert decode_image(saved("ICO", icon, sizes=[(16, 16)]), form(16, 16, 3, bits=8)).shape == (3, 16, 16)
+    photo = frames_of(1)[0]
+    whole = decode_image(saved("MPO", photo, photo.resize((4, 4))), form(8, 8, 3, bits=8))
+    assert np.array_equal(whole, decode_image(saved("JPEG", photo), form(8, 8, 3, bits=8)))
+
+
+def test_a_folder_of_animations_counts_them(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.gif").write_bytes(saved("GIF", *frames_of(2)))
+    with pytest.raises(ValueError, match=r"3 of 3: GIF files of several images\. The first: .*0\.gif"):
+        load_images(train_data_dir=str(tmp_path))
+
+
+def sgi(values: np.ndarray) -> bytes:
+    """An uncompressed SGI, by its specification: 512 bytes of header, band by band from the lowest row up."""
+    height, width, bands = values.shape
+    head = struct.pack(">hBBHHHHll", 474, 0, values.itemsize, 3 if bands > 1 else 2, width, height, bands, 0, 65535)
+    return head.ljust(512, b"\0") + np.moveaxis(values[::-1], -1, 0).astype(f">u{values.itemsize}").tobytes()
+
+
+@pytest.mark.parametrize("bands", [1, 3, 4])
+def test_a_deep_sgi_is_refused_at_16_bits_and_its_high_bytes_are_read_at_8(bands: int) -> None:
+    values, seen = values_of((6, 5, bands)), Seen()
+    with pytest.raises(Unreadable, match="stores 16 bits and would be read at 8"):
+        decode_image(sgi(values), form(6, 5, bands))
+    assert np.array_equal(
+        decode_image(sgi(values), form(6, 5, bands, bits=8), seen=seen), np.moveaxis(values >> 8, -1, 0)
+    )
+    assert seen.cut == 1
+    shallow = values_of((6, 5, bands), np.uint8)
+    assert np.array_equal(decode_image(sgi(shallow), form(6, 5, bands)), np.moveaxis(shallow.astype(int) * 257, -1, 0))
+
+
+def dds(masks: tuple[int, ...], payload: bytes, faces: int = 0) -> bytes:
+    """A DDS of 4 x 4 without compression, by its specification."""
+    head = struct.pack("<4s7I44x", b"DDS ", 124, 0x1007, 4, 4, 0, 0, 0)
+    head += struct.pack("<8I", 32, 0x40, 0, 32, *masks, 0) + struct.pack("<5I", 0x1000, faces, 0, 0, 0)
+    return head + payload
+
+
+def test_textures_of_ten_bits_or_of_six_faces_are_refused() -> None:
+    ten, eight = (1023, 1023 << 10, 1023 << 20), (255, 255 << 8, 255 << 16)
+    with pytest.raises(Unreadable, match="stores 10 bits"):
+        decode_image(dds(ten, bytes(64)), form(4, 4, 3))
+    with pytest.raises(Unreadable, match="it holds 6 images"):
+        decode_image(dds(eight, bytes(64 * 6), faces=0xFE00), form(4, 4, 3, bits=8))
+    assert decode_image(dds(eight, bytes(64)), form(4, 4, 3, bits=8)).shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("head", "what"),
+    [
+        (b"#?RADIANCE\n", "Radiance HDR"),
+        (b"v/1\x01", "OpenEXR"),
+        (b"\0" * 128 + b"DICM", "DICOM"),
+        (b"PF\n1 1\n-1.0\n" + bytes(12), "colour PFM"),
+        (b"\xff\xd8\xff\xc0\x00\x0b\x0c" + bytes(20), "12-bit JPEG"),
+    ],
+)
+def test_what_is_not_read_is_called_by_its_name(head: bytes, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        decode_image(head, form(1, 1, 1))
+
+
+def test_a_cube_of_fits_is_refused(tmp_path: Path) -> None:
+    cards = ["SIMPLE  = T", "BITPIX  = 8", "NAXIS   = 3", "NAXIS1  = 4", "NAXIS2  = 4", "NAXIS3  = 2", "END"]
+    head = "".join(card.ljust(80) for card in cards).ljust(2880).encode()
+    with pytest.raises(Unreadable, match="further planes of FITS"):
+        decode_image(head + bytes(2880), form(4, 4, 1, bits=8))
+
+
+def png_of(values: np.ndarray, clear: np.ndarray) -> bytes:
+    """A PNG of 16 bits with one colour that stands for clear (tRNS), by its specification."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    height, width, bands = values.shape
+    head = struct.pack(">IIBBBBB", width, height, 16, 0 if bands == 1 else 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = chunk(b"tRNS", clear.astype(">u2").tobytes()) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + parts
+
+
+@pytest.mark.parametrize("bands", [1, 3])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_clear_colour_of_sixteen_bits_is_alpha(bands: int, bits: int) -> None:
+    if bands == 3:
+        pytest.importorskip("imagecodecs")
+    values = values_of((4, 4, bands))
+    stored = png_of(values, values[1, 2])
+    alpha = np.full((4, 4), 2**bits - 1)
+    alpha[1, 2] = 0
+    assert np.array_equal(decode_image(stored, form(4, 4, bands + 1, bits=bits))[-1], alpha)
+    assert (decode_image(stored, form(4, 4, bands, bits=bits))[:, 1, 2] == 2**bits - 1).all()  # laid on white
+
+
+@pytest.mark.parametrize("kind", ["jp2", "j2k"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16])
+def test_four_bands_of_jpeg_2000_are_alpha_where_it_is_defined_and_signs_are_kept(kind: str, dtype: Any) -> None:
+    codecs = pytest.importorskip("imagecodecs")
+    values = values_of((8, 8, 4), dtype)
+    stored = codecs.jpeg2k_encode(values, level=0, codecformat=kind)
+    signed = np.dtype(dtype).kind == "i"
+    limits = {"value_range": (-32768.0, 32767.0)} if signed else {}
+    scale = 257 if dtype == np.uint8 else 1
+    found = decode_image(stored, form(8, 8, 4, **limits))
+    assert np.array_equal(found, np.moveaxis(values.astype(int) * scale + 32768 * signed, -1, 0))
+    with pytest.raises(Unreadable, match="4 bands of shape"):
+        decode_image(stored, form(8, 8, 3, **limits))
+    with pytest.raises(Unreadable, match="no stated range" if signed else "4 bands of shape"):
+        decode_image(stored, form(8, 8, 3))
+    alpha = saved("JPEG2000", Image.fromarray(values_of((8, 8, 4), np.uint8)))
+    assert decode_image(alpha, form(8, 8, 3, bits=8)).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"photometric": "palette", "colormap": np.zeros((3, 65536), np.uint16)}, "palette indices"),
+        ({"photometric": "miniswhite", "dtype": np.float32}, "count from white"),
+        ({"photometric": "minisblack", "pages": 3, "imagej": True, "truncate": True, "metadata": {}}, "one header"),
+        ({"photometric": "minisblack", "pages": 3, "metadata": {}, "truncate": True}, "one header"),
+    ],
+    ids=["palette", "white", "imagej", "shaped"],
+)
+def test_a_tiff_whose_values_mean_something_else_or_more_is_refused(options: dict[str, Any], reason: str) -> None:
+    options = dict(options)
+    shape = (options.pop("pages"), 6, 5) if "pages" in options else (6, 5)
+    values = values_of(shape).astype(options.pop("dtype", np.uint16))
+    with pytest.raises(Unreadable, match=reason):
+        decode_image(tiff(values, **options), form(6, 5, 1))
+
+
+def test_the_lowest_value_of_a_tiff_may_be_white() -> None:
+    for dtype in (np.uint8, np.uint16):
+        values = values_of((6, 5), dtype)
+        stored, scale = tiff(values, photometric="miniswhite"), 257 if dtype == np.uint8 else 1
+        assert np.array_equal(decode_image(stored, form(6, 5, 1))[0], 65535 - values.astype(int) * scale)
+        shallow = decode_image(stored, form(6, 5, 1, bits=8))[0]
+        assert np.array_equal(shallow, np.rint((65535 - values.astype(int) * scale) / 257))
+
+
+@pytest.mark.parametrize(
+    "options", [{"imagej": True, "metadata": {"axes": "ZYX"}}, {"ome": True, "metadata": {"axes": "CYX"}}]
+)
+def test_the_pages_of_hyperstacks_are_bands(options: dict[str, Any]) -> None:
+    values = values_of((5, 6, 7))
+    found = decode_image(tiff(values, photometric="minisblack", **options), form(6, 7, 5))
+    assert np.array_equal(found, values)
+    with pytest.raises(Unreadable, match="5 bands"):
+        decode_image(tiff(values, photometric="minisblack", **options), form(6, 7, 4))
+
+
+@pytest.mark.parametrize("extra", [0, 1, 2])
+@pytest.mark.parametrize("bands", [2, 4])
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_extra_samples_are_alpha_by_their_tag_alone(extra: int, bands: int, planar: str) -> None:
+    values = values_of((6, 5, bands))
+    if extra == 1:  # premultiplied: no colour is above its alpha
+        values[..., :-1] = np.minimum(values[..., :-1], values[..., -1:])
+    stored = values if planar == "contig" else np.moveaxis(values, -1, 0)
+    photometric = "minisblack" if bands == 2 else "rgb"
+    file = tiff(stored, photometric=photometric, planarconfig=planar, extrasamples=[extra])
+    found = decode_image(file, form(6, 5, bands))
+    alpha = values[..., -1:].astype(float)
+    colour = values[..., :-1] * 65535.0 / np.where(alpha > 0, alpha, 1) if extra == 1 else values[..., :-1]
+    assert np.array_equal(found, np.moveaxis(np.concatenate([np.rint(colour), alpha], axis=2), -1, 0))
+    if extra == 0:
+        with pytest.raises(Unreadable, match=f"{bands} bands"):
+            decode_image(file, form(6, 5, bands - 1))
+    else:
+        assert decode_image(file, form(6, 5, bands - 1)).shape == (bands - 1, 6, 5)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib", "lzw", "packbits", "zstd"])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("tile", [None, (16, 16)])
+def test_every_way_to_store_a_tiff_of_sixteen_bits(compression: str | None, order: str, tile: Any) -> None:
+    for bands in (1, 3, 4):
+        values = values_of((6, 5, bands))
+        more = {} if bands == 1 else {"planarconfig": "contig"}
+        stored = values[..., 0] if bands == 1 else values
+        photometric = "rgb" if bands == 3 else "minisblack"
+        file = tiff(stored, photometric=photometric, compression=compression, byteorder=order, tile=tile, **more)
+        assert np.array_equal(decode_image(file, form(6, 5, bands)), np.moveaxis(values, -1, 0))

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .files import Unreadable
-from .formats import UNREADABLE, opened
-from .samples import TURNS, Samples, array_samples, deep_samples, is_array, is_tiff, reads_all, stored
+from .formats import NO_IMAGES, UNREADABLE, alpha_is_stated, is_tiff, opened, reads_all, refuse_more, stored, unknown
+from .samples import TURNS, Samples, array_samples, deep_samples, is_array
 
 __all__ = ["Encoded", "ImageFormat", "Seen", "decode_image", "probe", "reason"]
 
@@ -61,7 +61,6 @@ class Seen:
         self.cut = 0  # images whose stored bits are more than what was read
         self.cut_bits = 0  # the most bits stored
         self.largest: dict[int, int] = {}  # stored bits -> largest integer value met
-        self.films = 0  # animations, of which the first frame is read
         self.enlarged = 0  # images smaller than what was asked for
         self.smallest: tuple[int, int] | None = None  # (height, width) of the smallest of them
 
@@ -88,8 +87,7 @@ def reason(error: BaseException) -> str:
         return error.kind
     if isinstance(error, FileNotFoundError):
         return "the file is not there"
-    text = str(error).split(" <")[0].split(" '")[0].strip() or type(error).__name__
-    return "no image format that Pillow knows" if "cannot identify image file" in text else text
+    return str(error).split(" <")[0].split(" '")[0].strip() or type(error).__name__
 
 
 # Opening --------------------------------------------------------------------------------------------------------------
@@ -125,6 +123,7 @@ def probe(encoded: Encoded, array_key: str | None = None, channel_axis: int = -1
             width, height = image.size
             turned = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)  # Pillow turns a TIFF's itself
             channels = 1 if _plain_mode(image) in ("L", "LA") else 3
+            channels = channels if alpha_is_stated(image) else len(image.getbands())
             return (width, height, channels) if turned else (height, width, channels)
 
 
@@ -135,7 +134,10 @@ def _pillow(file: IO[bytes]) -> Image.Image | None:
     except Image.UnidentifiedImageError:
         if is_tiff(file):
             return None
-        raise
+        raise unknown(file) or Unreadable("no image format that Pillow knows") from None
+    if image.format in NO_IMAGES:
+        raise Unreadable(f"{image.format} files, which are no images")
+    refuse_more(image)
     return image if reads_all(image) else None
 
 
@@ -318,9 +320,10 @@ def decode_image(encoded: Encoded, form: ImageFormat, place: float = 0.5, seen: 
             pages, depth = getattr(image, "n_frames", 1), stored(image)
             if pages > 1 and image.format == "TIFF":
                 return _decode_samples(deep_samples(file, image), form, place, seen)
-            seen.films += pages > 1 and image.format != "MPO"  # a camera's preview is no second frame
             # Pillow brings every depth to 8 bits but that of grey in 16, where it keeps the values.
             fits = depth.integer and (depth.bits <= 8 or depth.bits == 16 or not image.mode.startswith("I"))
+            fits = fits and (image.mode not in ("LA", "RGBA") or alpha_is_stated(image))
+            fits = fits and (depth.bits <= 8 or "transparency" not in image.info)  # a colour of 16 bits that is clear
             if form.value_range is None and form.bits == 8 and fits:
                 return _decode_8_bits(image, form, place, seen)
             samples = deep_samples(file, image)

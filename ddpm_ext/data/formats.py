@@ -1,20 +1,40 @@
-"""Which files are images: the formats that Pillow tells by their first bytes, and what it raises for broken ones."""
+"""What an image file is by its first bytes and its header: its format, depth, bands and number of images.
+
+Pillow opens it; what it would cut, or give other values than the file says, is told here.
+"""
 
 from __future__ import annotations
 
 import io
+import math
+import re
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
-from typing import IO
+from typing import IO, NamedTuple
 
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from .files import Unreadable, read_bytes
 
-__all__ = ["NO_IMAGES", "UNREADABLE", "image_formats", "is_image", "opened"]
+__all__ = [
+    "ALPHA",
+    "NO_IMAGES",
+    "UNREADABLE",
+    "Stored",
+    "alpha_is_stated",
+    "image_formats",
+    "is_image",
+    "is_tiff",
+    "opened",
+    "reads_all",
+    "refuse_more",
+    "stored",
+    "tag",
+    "unknown",
+]
 
 # Pillow lists these as images, but they are stubs, films, pages of text or lists of bytes.
 NO_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF", "IPTC", "XVTHUMB"}
@@ -23,6 +43,24 @@ UNREADABLE = (
     *(OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError),
     *(TypeError, IndexError, KeyError, OverflowError, struct.error, zlib.error),  # its parsers, on damaged headers
 )
+ALPHA = (1, 2)  # ExtraSamples of a TIFF: premultiplied, not premultiplied; 0 is anything
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_FOREIGN = {
+    b"\xff\xd8\xff": "damaged or 12-bit JPEG",
+    b"#?RADIANCE": "Radiance HDR",
+    b"v/1\x01": "OpenEXR",
+    b"PF": "colour PFM",
+    b"P7": "16-bit PAM",
+    b"\x1f\x8b": "gzip (NIfTI?)",
+}
+_TAGS = {"bits": 258, "description": 270, "photometric": 262, "bands": 277, "extra": 338, "format": 339}
+
+
+class Stored(NamedTuple):
+    """What the header of a file says of its samples."""
+
+    bits: int
+    integer: bool  # unsigned, so that their range is 0 … 2^bits - 1
 
 
 @contextmanager
@@ -53,3 +91,174 @@ def image_formats() -> list[str]:
     """The formats that Pillow tells by their first bytes."""
     Image.init()
     return [name for name, (_, accept) in Image.OPEN.items() if accept is not None and name not in NO_IMAGES]
+
+
+def is_tiff(file: IO[bytes]) -> bool:
+    """Whether an open file is a TIFF."""
+    return _head(file, 4) in _TIFF_MAGIC
+
+
+def unknown(file: IO[bytes]) -> Unreadable | None:
+    """Return why a file that Pillow does not know cannot be read; None where its first bytes tell nothing."""
+    head = _head(file, 132)
+    found = (
+        "DICOM" if head[128:] == b"DICM" else next((what for m, what in _FOREIGN.items() if head.startswith(m)), None)
+    )
+    return (
+        None
+        if found is None
+        else Unreadable(f"{found} files", f"it is {found}, which is not read: store PNG, TIFF or .npy.")
+    )
+
+
+def _head(file: IO[bytes] | None, count: int) -> bytes:
+    """The first bytes of a file, which stays where it is."""
+    if file is None:
+        return b""
+    place = file.tell()
+    file.seek(0)
+    head = file.read(count)
+    file.seek(place)
+    return head
+
+
+# Depth ----------------------------------------------------------------------------------------------------------------
+
+
+def stored(image: Image.Image) -> Stored:
+    """Return the depth in which a file holds its samples; of an image that is not loaded yet."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return Stored(max(tag(image, "bits", (1,))), set(tag(image, "format", (1,))) == {1})
+    if image.format in ("JPEG2000", "AVIF"):
+        return _stored_in_stream(image)
+    if image.mode == "F":
+        return Stored(32, False)
+    tile = getattr(image, "tile", None)
+    decoder, arguments = tile[0][::3] if tile else ("", tile)
+    if image.format == "SGI":
+        return Stored(16 if decoder == "SGI16" or (decoder == "sgi_rle" and arguments[2] == 2) else 8, True)
+    if image.format == "DDS":
+        return _stored_in_dds(decoder, arguments)
+    rawmode = str(arguments)
+    maxval = re.search(r"(\d+)\)$", rawmode) if image.format == "PPM" else None
+    if ";16S" in rawmode:
+        return Stored(16, False)
+    if ";16" in rawmode or image.mode.startswith("I;16") or (maxval and int(maxval[1]) > 255):
+        return Stored(16, True)
+    if image.mode == "I":
+        return Stored(16, True) if image.format in ("PPM", "PNG") else Stored(32, False)
+    return Stored(8, True)
+
+
+def _stored_in_dds(decoder: str, arguments: tuple[object, ...]) -> Stored:
+    """The depth of a DDS: that of its widest mask, or half precision in BC6H."""
+    if decoder == "bcn" and str(arguments[1]).startswith("BC6H"):
+        return Stored(16, False)
+    if decoder == "dds_rgb":
+        masks = arguments[1]
+        assert isinstance(masks, tuple)
+        return Stored(max(8, *(int(mask).bit_count() for mask in masks)), True)
+    return Stored(8, True)
+
+
+def _stored_in_stream(image: Image.Image) -> Stored:
+    """The depth of JPEG 2000 and AVIF, which Pillow decodes at 8 bits whatever they are."""
+    head = _head(getattr(image, "fp", None), 1 << 16)
+    if image.format == "AVIF":
+        at = head.find(b"av1C")
+        flags = head[at + 6] if at >= 0 and len(head) > at + 6 else 0
+        return Stored((12 if flags & 0x20 else 10) if flags & 0x40 else 8, True)
+    at = head.find(b"\xff\x4f\xff\x51")  # SOC, SIZ: 38 bytes later the first component's sign and depth less one
+    depth = head[at + 42] if at >= 0 and len(head) > at + 42 else 7
+    return Stored((depth & 0x7F) + 1, depth < 0x80)
+
+
+# Bands ----------------------------------------------------------------------------------------------------------------
+
+
+def tag(image: TiffImagePlugin.TiffImageFile, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a tag of a TIFF.
+
+    Args:
+        image: The TIFF.
+        name: One of bits, photometric, bands, extra, format.
+        default: What its absence means.
+    """
+    value = image.tag_v2.get(_TAGS[name], default)
+    return value if isinstance(value, tuple) else (value,)
+
+
+def reads_all(image: Image.Image) -> bool:
+    """Whether Pillow reads every band and page of a file as they are, and calls only that alpha which the file does."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return True
+    bands, extra = tag(image, "bands", (1,))[0], tag(image, "extra", ())
+    if tag(image, "photometric", (1,))[0] == 0 and stored(image) != (8, True) and max(tag(image, "bits", (1,))) >= 8:
+        return False  # the lowest value is white, which Pillow heeds at 8 bits alone
+    if _pages_described(image, bands) > getattr(image, "n_frames", 1):
+        return False
+    names = image.getbands()
+    return len(names) == bands and (names[-1].lower() != "a" or (bool(extra) and extra[0] in ALPHA))
+
+
+def _pages_described(image: TiffImagePlugin.TiffImageFile, bands: int) -> int:
+    """Pages that a description by ImageJ or tifffile names: they may lie under one header, where Pillow sees one."""
+    text = str(image.tag_v2.get(_TAGS["description"], ""))
+    if text.startswith("ImageJ=") and (images := re.search(r"^images=(\d+)", text, re.MULTILINE)):
+        return int(images[1])
+    if shape := re.match(r'\{"shape": \[([\d, ]+)\]', text):
+        return math.prod(map(int, shape[1].split(","))) // (math.prod(image.size) * bands)
+    return 1
+
+
+def alpha_is_stated(image: Image.Image) -> bool:
+    """Whether the last band of a JPEG 2000 is alpha by its channel definition; for other formats Pillow knows."""
+    return image.format != "JPEG2000" or b"cdef" in _head(getattr(image, "fp", None), 1 << 12)
+
+
+# Number ---------------------------------------------------------------------------------------------------------------
+
+
+def refuse_more(image: Image.Image) -> None:
+    """Refuse a file that holds more than the one image that is read of it. Pages of a TIFF are bands and not counted.
+
+    Raises:
+        Unreadable: it holds frames, pages, sizes, faces or bands beside it.
+    """
+    name = str(image.format)
+    if name == "FITS":
+        raise Unreadable("FITS files", "Pillow ignores the scale, the sign and the further planes of FITS: store .npy.")
+    if name == "PSD":  # its first image is all layers merged
+        bands, head = len(image.getbands()), _head(getattr(image, "fp", None), 14)
+        if int.from_bytes(head[12:14], "big") > bands:
+            raise Unreadable(
+                "PSD files of further channels",
+                f"it holds {int.from_bytes(head[12:14], 'big')} channels, of which {bands} would be read: store TIFF.",
+            )
+        return
+    count = 1 if name == "TIFF" else _images_in(image)
+    if count > 1:
+        raise Unreadable(
+            f"{name} files of several images", f"it holds {count} images and one is read of a file: split it."
+        )
+
+
+def _images_in(image: Image.Image) -> int:
+    """Number of frames, pages, sizes of an icon, or faces of a texture."""
+    if image.format in ("ICO", "ICNS"):
+        return len(set(image.info.get("sizes", ())))
+    if image.format == "DDS":
+        head = _head(getattr(image, "fp", None), 148).ljust(148, b"\0")
+        volume = int.from_bytes(head[24:28], "little") if head[114] & 0x20 else 1
+        array = int.from_bytes(head[140:144], "little") if head[84:88] == b"DX10" else 1
+        return (6 if head[113] & 0xFE else 1) * max(volume, array, 1)
+    frames = int(getattr(image, "n_frames", 1))
+    if image.format == "MPO" and frames > 1:  # a camera's smaller preview or gain map is no second image
+        size, same = image.size, 1
+        with suppress(OSError, EOFError, ValueError, SyntaxError):
+            for number in range(1, frames):
+                image.seek(number)
+                same += image.size == size
+        image.seek(0)
+        return same
+    return frames

@@ -314,8 +314,6 @@ class Decoder:
                 f"{seen.enlarged:,} images are smaller than {form.height} x {form.width} and are enlarged, the "
                 f"smallest from {small}: --resolution {'x'.join(map(str, seen.smallest))} would keep its size."
             )
-        if seen.films:
-            say_once(f"{seen.films:,} images are animations: the first frame of each is read.")
 
 
 def tell_of(rows: Cells, form: ImageFormat, reading: Reading) -> None:

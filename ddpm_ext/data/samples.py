@@ -14,22 +14,16 @@ import numpy as np
 from PIL import Image
 
 from .files import Unreadable, load_array
+from .formats import ALPHA, Stored, alpha_is_stated, stored, tag
 
 __all__ = [
     "TURNS",
     "Samples",
-    "Stored",
     "array_samples",
     "deep_samples",
     "is_array",
-    "is_tiff",
-    "reads_all",
-    "stored",
 ]
 
-_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_TAGS = {"bits": 258, "photometric": 262, "bands": 277, "extra": 338, "format": 339}
-_ALPHA = (1, 2)  # ExtraSamples: premultiplied, not premultiplied; 0 is anything
 # EXIF orientation -> how the image is turned upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,6 +34,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_INDIRECT = {3: "palette indices", 6: "YCbCr", 8: "CIELab", 9: "ICCLab", 10: "ITULab"}  # photometric: no grey, no RGB
 _MODES = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
 
 
@@ -57,75 +52,11 @@ class Samples(NamedTuple):
         return self._replace(values=np.stack([np.asarray(band.transpose(turn)) for band in bands], axis=2))
 
 
-class Stored(NamedTuple):
-    """What the header of a file says of its samples."""
-
-    bits: int
-    integer: bool
-
-
 def is_array(file: Any) -> bool:
     """Whether an open file is a .npy or .npz."""
     magic = file.read(6)
     file.seek(0)
     return magic == b"\x93NUMPY" or magic[:4] == b"PK\x03\x04"
-
-
-def is_tiff(file: Any) -> bool:
-    """Whether an open file is a TIFF."""
-    file.seek(0)
-    magic = file.read(4)
-    file.seek(0)
-    return magic in _TIFF_MAGIC
-
-
-# Headers --------------------------------------------------------------------------------------------------------------
-
-
-def stored(image: Any) -> Stored:
-    """Return the depth in which a file holds its samples, whatever Pillow makes of it."""
-    if image.format == "TIFF":
-        bits = max(_tag(image, "bits", (1,)))
-        return Stored(bits, set(_tag(image, "format", (1,))) == {1})
-    if image.mode == "F":
-        return Stored(32, False)
-    rawmode = str(image.tile[0][3]) if image.tile else ""
-    maxval = re.search(r"(\d+)\)$", rawmode) if image.format == "PPM" else None
-    if ";16" in rawmode or image.mode.startswith("I;16") or (maxval and int(maxval[1]) > 255):
-        return Stored(16, True)
-    if image.mode == "I":
-        return Stored(16 if image.format in ("PPM", "PNG") else 32, True)
-    return Stored(_bits_of_code_stream(image), True)
-
-
-def reads_all(image: Any) -> bool:
-    """Whether Pillow reads every band of a file, and calls only that alpha which the file calls alpha."""
-    if image.format != "TIFF":
-        return True
-    bands, extra = _tag(image, "bands", (1,))[0], _tag(image, "extra", ())
-    names = image.getbands()
-    return len(names) == bands and (names[-1].lower() != "a" or (bool(extra) and extra[0] in _ALPHA))
-
-
-def _tag(image: Any, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-    value = image.tag_v2.get(_TAGS[name], default)
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _bits_of_code_stream(image: Any) -> int:
-    """Bits per sample of JPEG 2000 and AVIF, which Pillow decodes at 8 whatever they are."""
-    if image.format not in ("JPEG2000", "AVIF") or image.fp is None:
-        return 8
-    place = image.fp.tell()
-    image.fp.seek(0)
-    head = image.fp.read(1 << 16)
-    image.fp.seek(place)
-    if image.format == "AVIF":
-        at = head.find(b"av1C")
-        flags = head[at + 6] if at >= 0 and len(head) > at + 6 else 0
-        return (12 if flags & 0x20 else 10) if flags & 0x40 else 8
-    at = head.find(b"\xff\x4f\xff\x51")  # SOC, SIZ: 38 bytes later the first component's depth less one
-    return (head[at + 42] & 0x7F) + 1 if at >= 0 and len(head) > at + 42 else 8
 
 
 # Samples --------------------------------------------------------------------------------------------------------------
@@ -179,16 +110,21 @@ def deep_samples(file: Any, image: Any) -> Samples:
         return _tiff_samples(file)
     if image.mode == "F":
         return Samples(np.asarray(image)[..., None], "L", None, upright)
-    if image.mode.startswith("I"):
+    if image.mode.startswith("I") and (depth.integer or image.format != "JPEG2000"):
         values, bits = np.asarray(image)[..., None], depth.bits if depth.integer and depth.bits <= 16 else None
-        return Samples(values if bits is None else values.astype(np.uint16), "L", bits, upright)
-    if depth.bits > 8:
+        if bits is None:
+            return Samples(values, "L", None, upright)
+        if "transparency" in image.info:  # one value that stands for clear
+            values = np.concatenate([values, (values != image.info["transparency"]) * ((1 << bits) - 1)], axis=2)
+        return Samples(values.astype(np.uint16), "L" if values.shape[2] == 1 else "LA", bits, upright)
+    if depth.bits > 8 or not depth.integer:
         return _code_samples(file, image, depth.bits)
     mode = {"1": "L", "La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)
     if image.mode in ("P", "PA") or "transparency" in image.info:
         mode = "RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB"
-    values = np.asarray(image.convert(mode if mode in _MODES else "RGB"))
-    return Samples(np.atleast_3d(values), mode if mode in _MODES else "RGB", 8, upright)
+    mode = mode if mode in _MODES else "RGB"
+    values = np.atleast_3d(np.asarray(image.convert(mode)))
+    return Samples(values, mode if mode in ("L", "RGB") or alpha_is_stated(image) else None, 8, upright)
 
 
 def _pillow_keeps(image: Any, depth: Stored) -> bool:
@@ -197,7 +133,7 @@ def _pillow_keeps(image: Any, depth: Stored) -> bool:
         return False
     if image.mode == "F":
         return depth.bits == 32
-    signed = set(_tag(image, "format", (1,))) == {2}
+    signed = set(tag(image, "format", (1,))) == {2}
     if image.mode.startswith("I"):
         return depth.bits <= 16 or signed
     return depth.bits <= 8 and not signed
@@ -235,7 +171,10 @@ def _code_samples(file: Any, image: Any, bits: int) -> Samples:
     except RuntimeError as error:  # the base of imagecodecs' own
         raise OSError(f"damaged {image.format}: {error}") from error
     mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[values.shape[2]]
-    return Samples(values, mode, bits, False)
+    unsigned = values.dtype.kind == "u"
+    return Samples(
+        values, mode if mode in ("L", "RGB") or alpha_is_stated(image) else None, bits if unsigned else None, False
+    )
 
 
 def _tiff_samples(file: Any) -> Samples:
@@ -246,6 +185,11 @@ def _tiff_samples(file: Any) -> Samples:
         with tifffile.TiffFile(file) as tiff:
             pages = [page for page in tiff.pages if not page.is_reduced]
             first = pages[0]
+            if any(series.is_truncated for series in tiff.series):
+                raise Unreadable(
+                    "TIFF stacks whose pages have no headers",
+                    f"it holds a stack of shape {tiff.series[0].shape} under one header: split it, or store .npy.",
+                )
             parts = [_page_values(page) for page in pages]
     except (tifffile.TiffFileError, RuntimeError, AttributeError, IndexError) as error:
         if isinstance(error, Unreadable):
@@ -257,7 +201,12 @@ def _tiff_samples(file: Any) -> Samples:
     bits = None
     if (depth := _bits_of_type(values.dtype)) is not None:
         bits = min(depth, max(first.bitspersample if isinstance(first.bitspersample, tuple) else [first.bitspersample]))
-    if first.photometric == 0 and bits is not None:  # the lowest value is white
+    if first.photometric == 0:  # the lowest value is white
+        if bits is None:
+            raise Unreadable(
+                "TIFF whose lowest value is white, without a range",
+                f"its {values.dtype} values count from white, and no range says to where: store black as the lowest.",
+            )
         values = ((1 << bits) - 1 - values).astype(values.dtype)
     mode = _tiff_mode(first, values.shape[2])
     if mode in ("LA", "RGBA") and first.extrasamples[0] == 1 and bits is not None:  # premultiplied
@@ -273,6 +222,11 @@ def _tiff_samples(file: Any) -> Samples:
 
 def _page_values(page: Any) -> np.ndarray:
     """The values of one page, (H, W, S)."""
+    if (colours := _INDIRECT.get(int(page.photometric))) is not None:
+        raise Unreadable(
+            f"TIFF of {colours} with several pages or more than 8 bits",
+            f"it stores {colours}, in several pages or more than 8 bits: store it as grey, RGB or bands.",
+        )
     values = page.asarray()
     if page.axes == "YX":
         return values[..., None]
@@ -289,4 +243,4 @@ def _tiff_mode(page: Any, bands: int) -> str | None:
     extra = bands - len(base)
     if extra == 0:
         return base
-    return f"{base}A" if extra == 1 and page.extrasamples and page.extrasamples[0] in _ALPHA else None
+    return f"{base}A" if extra == 1 and page.extrasamples and page.extrasamples[0] in ALPHA else None
