@@ -10,12 +10,12 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import IO, NamedTuple
 
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from .files import Unreadable, read_bytes
 
@@ -133,13 +133,13 @@ def stored(image: Image.Image) -> Stored:
         return _stored_in_stream(image)
     if image.mode == "F":
         return Stored(32, False)
-    tile = getattr(image, "tile", None)
-    decoder, arguments = tile[0][::3] if tile else ("", tile)
+    tile = image.tile[0] if isinstance(image, ImageFile.ImageFile) and image.tile else None
+    decoder, rawmode = ("", "") if tile is None else (tile.codec_name, str(tile.args))
+    arguments: Sequence[object] = tile.args if tile is not None and isinstance(tile.args, tuple) else ()
     if image.format == "SGI":
-        return Stored(16 if decoder == "SGI16" or (decoder == "sgi_rle" and arguments[2] == 2) else 8, True)
+        return Stored(16 if decoder == "SGI16" or (decoder == "sgi_rle" and arguments[-1] == 2) else 8, True)
     if image.format == "DDS":
         return _stored_in_dds(decoder, arguments)
-    rawmode = str(arguments)
     maxval = re.search(r"(\d+)\)$", rawmode) if image.format == "PPM" else None
     if ";16S" in rawmode:
         return Stored(16, False)
@@ -150,7 +150,7 @@ def stored(image: Image.Image) -> Stored:
     return Stored(8, True)
 
 
-def _stored_in_dds(decoder: str, arguments: tuple[object, ...]) -> Stored:
+def _stored_in_dds(decoder: str, arguments: Sequence[object]) -> Stored:
     """The depth of a DDS: that of its widest mask, or half precision in BC6H."""
     if decoder == "bcn" and str(arguments[1]).startswith("BC6H"):
         return Stored(16, False)
