@@ -151,6 +151,32 @@ def test_files_import_each_other_without_a_circle() -> None:
     assert circles(graph) == []
 
 
+LONGEST_CHAIN = 10  # modules that are imported one by the other, from the highest to the lowest
+
+
+def longest_chain(graph: dict[str, set[str]]) -> list[str]:
+    """The longest way down a graph without circles, by its modules."""
+    ways: dict[str, list[str]] = {}
+
+    def way(node: str) -> list[str]:
+        if node not in ways:
+            ways[node] = [node, *max((way(other) for other in graph.get(node, ())), key=len, default=[])]
+        return ways[node]
+
+    return max((way(node) for node in graph), key=len)
+
+
+def test_no_chain_of_imports_is_longer_than_ten() -> None:
+    """Who opens a file knows after few others what it rests on. What functions import when called does not count."""
+    graph = {
+        module: imported(module, path.read_text(encoding="utf-8"), at_import=True) - {module}
+        for module, path in MODULES.items()
+    }
+    chain = longest_chain(graph)
+    assert len(chain) <= LONGEST_CHAIN, " > ".join(chain)
+    assert longest_chain({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if m.startswith("diffusion")))
 def test_diffusion_imports_torch_and_numpy_only(module: str) -> None:
     assert impure(MODULES[module].read_text(encoding="utf-8")) == set()

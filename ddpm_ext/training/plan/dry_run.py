@@ -6,14 +6,17 @@ import resource
 import shutil
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
 from ...run_dir import RunError
 from ..state import checkpoint
 from ..state.resume import on_main
-from ..trainer import Trainer
 from .summary import describe, plural
+
+if TYPE_CHECKING:
+    from ..trainer import Trainer
 
 __all__ = ["dry_run"]
 

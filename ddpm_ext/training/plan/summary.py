@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from ..builders import default_network
-from ..trainer import Trainer
+
+if TYPE_CHECKING:
+    from ..trainer import Trainer
 
 __all__ = ["describe", "plural"]
 
