@@ -137,7 +137,7 @@ def stored(image: Image.Image) -> Stored:
     decoder, rawmode = ("", "") if tile is None else (tile.codec_name, str(tile.args))
     arguments: Sequence[object] = tile.args if tile is not None and isinstance(tile.args, tuple) else ()
     if image.format == "SGI":
-        return Stored(16 if decoder == "SGI16" or (decoder == "sgi_rle" and arguments[-1] == 2) else 8, True)
+        return Stored(16 if decoder == "SGI16" or (decoder == "sgi_rle" and rawmode.endswith(", 2)")) else 8, True)
     if image.format == "DDS":
         return _stored_in_dds(decoder, arguments)
     maxval = re.search(r"(\d+)\)$", rawmode) if image.format == "PPM" else None
