@@ -284,6 +284,8 @@ class _Handler(BaseHTTPRequestHandler):
         errors = [] if front else [{"message": "the card has no front matter"}]
         if license and license[1] not in LICENSES:
             errors.append({"message": f'"license" must be one of {sorted(LICENSES)}'})
+        if errors and self.headers.get("Accept") == "text/plain":  # as ModelCard.validate asks
+            return 400, "\n".join(error["message"] for error in errors).encode(), {}
         return 400 if errors else 200, {"errors": errors, "warnings": []}, {}
 
     def _preupload(self, repo_id: str, revision: str) -> tuple[int, Any, dict[str, str]]:

@@ -415,6 +415,63 @@ def publish_and_pull_card(folder: str, repo_id: str, **options: Any) -> str:
     return told or str(ModelCard.load(repo_id, token="tok-alice").data.get("license"))
 
 
+def start_publisher(folder: str, repo_id: str, base: str, origin: dict[str, Any]) -> str:
+    """What `Publisher` says at the start of a training, or the licence that its card will have."""
+    from ddpm_ext.errors import HubError
+    from ddpm_ext.publishing.publisher import Publisher
+    from ddpm_ext.publishing.training_record import base_model
+
+    try:
+        began = base_model({"init_from": {"source": base, "base_model": base, **origin}})
+        return str(Publisher(folder, repo_id, token="tok-alice", base=began).license)
+    except HubError as error:
+        return str(error)
+
+
+def test_a_training_that_pushes_asks_for_the_licence_of_its_base_before_anything_is_made(
+    hub: Hub, client: Client, tmp_path: Path
+) -> None:
+    (tmp_path / "new").mkdir()
+    hub.create("bob/base")
+    hub.commit("bob/base", "refs/heads/main", "card", {"README.md": b"---\ntags: [ddpm]\n---\n"})
+    told = client(start_publisher, str(tmp_path / "new"), "alice/tuned", "bob/base", {})
+    assert "fine-tuned from bob/base, whose card names no licence" in told and "alice/tuned" not in hub.repos
+    hub.commit("bob/base", "refs/heads/main", "card", {"README.md": b"---\nlicense: mit\n---\n"})
+    told = client(start_publisher, str(tmp_path / "new"), "alice/tuned", "bob/base", {})
+    assert "license='mit'" in told and "alice/tuned" in hub.repos
+
+
+def test_the_licence_and_the_base_come_through_a_chain_of_fine_tunes(
+    hub: Hub, client: Client, run: Path, tmp_path: Path
+) -> None:
+    """bob/base, of a licence of its own -> a run that was never pushed -> this run."""
+    hub.create("bob/base")
+    card = b"---\nlicense: other\nlicense_name: fair-ai\nlicense_link: LICENSE.md\n---\n"
+    hub.commit("bob/base", "refs/heads/main", "card", {"README.md": card})
+    (run / "README.md").unlink()
+    before = [{"source": "bob/base", "base_model": "bob/base"}]
+    start = {"source": str(tmp_path / "gone"), "base_model": None, "new": [], "before": before}
+    (run / "config.json").write_text(json.dumps({"config": {}, "init_from": start}))
+    assert client(publish_and_pull_card, str(run), "alice/tuned") == "other"
+    pushed = hub.head("alice/tuned").files["README.md"].decode()
+    assert "license_name: fair-ai\n" in pushed and "base_model: bob/base\n" in pushed
+    assert f"license_link: {hub.url}/bob/base/blob/main/LICENSE.md\n" in pushed
+    assert "Fine-tuned from `gone`, which was made from bob/base." in pushed
+    assert client(publish_and_pull_card, str(run), "alice/tuned") == "other"  # again, from the run's own card
+    assert hub.head("alice/tuned").files["README.md"].decode() == pushed
+
+
+def test_a_licence_in_the_folder_of_a_base_is_asked_for(client: Client, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    card = "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n"
+    (tmp_path / "base" / "README.md").write_text(card)
+    (run / "README.md").unlink()
+    start = {"source": str(tmp_path / "base"), "base_model": None}
+    (run / "config.json").write_text(json.dumps({"config": {}, "init_from": start}))
+    told = client(publish_run, str(run), "alice/tuned")
+    assert "The licence own of the base model is the file LICENSE of its folder" in told and "--license_link" in told
+
+
 @pytest.mark.parametrize("where", ["Hub", "folder", "run"])
 def test_a_fine_tuned_model_keeps_the_licence_of_its_base(
     hub: Hub, client: Client, run: Path, tmp_path: Path, where: str

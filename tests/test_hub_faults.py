@@ -233,7 +233,7 @@ def test_a_card_that_the_hub_does_not_accept_stops_before_any_upload(hub: Hub, c
     (run / "README.md").write_text("---\nlicense: apache\n---\n")
     done = client(push, str(run), "alice/digits")
     assert "does not accept the card" in done["error"] and '"license" must be one of' in done["error"]
-    assert not hub.requests("PUT", "")
+    assert not hub.requests("PUT", "") and not hub.requests("POST", "/repos/create") and hub.repos == {}
 
 
 def test_waits_double_up_to_the_longest_and_end_with_the_tries(monkeypatch: pytest.MonkeyPatch) -> None:

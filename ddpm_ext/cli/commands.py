@@ -106,7 +106,11 @@ class PushOptions:
     commit_message: str | None = option(None, "First line of the commit.")
     tags: list[str] = option([], "Tags for the commit, as v1.0.")
     variant: str | None = option(None, "fp16 or bf16: weights of that precision, too.")
-    license: str | None = option(None, "Licence of the weights, by the Hub's name.")
+    license: str | None = option(
+        None, "Licence of the weights, by the Hub's name; none: that of the last card, or of the base model."
+    )
+    license_name: str | None = option(None, "With --license other: its name.")
+    license_link: str | None = option(None, "With --license other: the address of its text.")
     parent_commit: str | None = option(None, "Push only while the branch is at this commit.")
     card_dir: str | None = option(None, "Write the card and its images there; no upload.")
 
@@ -114,15 +118,17 @@ class PushOptions:
 def push(argv: list[str]) -> int:
     """Upload a finished run, or a saved pipeline, to the Hub in one checked commit, its card with it."""
     options = parse_options(PushOptions, str(push.__doc__), argv, "ddpm-ext push")
+    from ..publishing.licenses import as_license
     from ..publishing.model_card import export_card
     from ..publishing.publisher import publish
 
     run, name = Path(options.model), options.hub_model_id or Path(options.model).resolve().name
+    license = as_license(options.license, options.license_name, options.license_link)
     if options.card_dir is not None:
-        print(f"The card lies in {export_card(run, options.card_dir, name, options.license)}.")
+        print(f"The card lies in {export_card(run, options.card_dir, name, license)}.")
         return 0
-    names = ("revision", "create_pr", "commit_message", "tags", "variant", "license", "parent_commit")
-    more = {name: getattr(options, name) for name in names}
+    names = ("revision", "create_pr", "commit_message", "tags", "variant", "parent_commit")
+    more = {"license": license, **{name: getattr(options, name) for name in names}}
     done = publish(run, name, private=options.hub_private_repo, token=options.hub_token, **more)
     print(f"{done.repo_id}: {done.pull_request or done.url}" + ("" if done.changed else " (nothing has changed)"))
     return 0

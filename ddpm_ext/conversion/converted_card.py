@@ -13,7 +13,8 @@ from ..errors import HubError
 from ..hub.checksums import sha256
 from ..hub.files import RENDERED
 from ..pipelines.ddpm import DDPMExtPipeline
-from ..publishing.model_card import STOCK_CANNOT, license_of
+from ..publishing.licenses import License, license_of
+from ..publishing.model_card import STOCK_CANNOT
 from ..run_dir import write_atomically
 from .config import ConvertOptions
 
@@ -80,7 +81,7 @@ def fingerprint(pipeline: DDPMExtPipeline) -> dict[str, object]:
     return {"shape": shape, "t": t, "mean": float(mean), "std": float(std), "first": first, "labelled": bool(labels)}
 
 
-def _upstream_license(options: ConvertOptions) -> str | None:
+def _upstream_license(options: ConvertOptions) -> License | None:
     """Return the licence that the card of a converted pipeline's source names, None where it cannot be asked."""
     try:
         return license_of(options.checkpoint, options.token)
@@ -111,8 +112,9 @@ def write_converted_card(folder: Path, pipeline: DDPMExtPipeline, options: Conve
     rows |= {f"`--{name}`": value for name, value in said.items()}
     words = {pipeline.scheduler.config["prediction_type"], pipeline.scheduler.config["variance_type"]}
     own = seen["labelled"] or not words.isdisjoint(STOCK_CANNOT)  # else Diffusers alone can sample it
+    license = License(options.license) if options.license else (None if is_file else _upstream_license(options))
     data = ModelCardData(
-        license=options.license or (None if is_file else _upstream_license(options)),
+        **(license.entries() if license is not None else {}),
         base_model=name if is_on_hub else None,
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",

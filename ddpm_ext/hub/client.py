@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, ModelCard, constants
 
 from .. import __version__
 from ..errors import HubError
@@ -65,6 +65,15 @@ class Client:
                     f"at {operation.page}/settings, or leave the option out, then: {operation.command}"
                 )
         return operation
+
+    def check_card(self, files: Files) -> None:
+        """Ask the Hub whether it takes the front matter of a card, a licence among it: before anything is made there.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if (card := files.get("README.md")) is not None and self.repo_type == "model":
+            self.call(ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).validate)
 
     def text(self, repo_id: str, name: str, revision: str) -> str:
         """Return a small file of a repository."""

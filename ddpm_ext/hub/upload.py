@@ -122,6 +122,7 @@ def push_to_hub(
         files = _files(folder_or_pipeline, Path(staging), options.get("variant"))
         check_no_token(files, token)
         client = Client(token, retry)
+        client.check_card(files)
         operation = client.open(operation, options.get("private"))
         with hub_errors(operation):
             push = _Commit(client, operation, options).make(files, Path(staging))

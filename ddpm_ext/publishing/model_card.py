@@ -12,20 +12,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData, constants
+from huggingface_hub import ModelCard, ModelCardData
 
 from ..evaluation.report import markdown
-from ..hub.client import Client
 from ..hub.files import RENDERED, shown_images
-from ..hub.messages import Operation, hub_errors
 from ..hub.pipeline_files import INDEX
-from ..hub.retry import RetryPolicy
 from ..models.classes import number_of_classes
 from ..run_dir import read_json, write_atomically
+from .licenses import License, as_license, license_of
 from .results import TASK, model_index, provenance_lines, results_of
 from .training_record import Record, base_model, compute_cost, data_words, hub_datasets, summary, training_rows
 
-__all__ = ["MARK", "SHOWN", "STOCK_CANNOT", "export_card", "license_of", "render_card", "write_card"]
+__all__ = ["MARK", "SHOWN", "STOCK_CANNOT", "export_card", "render_card", "write_card"]
 
 MARK = f"{RENDERED}config.json and eval.json; without this line the card is yours and is kept. -->"
 _TEMPLATE = Path(__file__).with_name("template.md")
@@ -43,7 +41,7 @@ STOCK_CANNOT = {
 }
 
 
-def write_card(run: str | Path, repo_id: str | None = None, license: str | None = None) -> Path | None:
+def write_card(run: str | Path, repo_id: str | None = None, license: str | License | None = None) -> Path | None:
     """Write README.md into a run folder; None where the one there was written by hand, which is kept.
 
     Args:
@@ -59,30 +57,9 @@ def write_card(run: str | Path, repo_id: str | None = None, license: str | None 
     return path
 
 
-def license_of(model: str | Path, token: str | None = None, retry: RetryPolicy | None = None) -> str | None:
-    """Return the licence that the card of a run, a pipeline or a Hub repository names, None without one.
-
-    Args:
-        model: A folder, or "user/model"; of a pipeline in a run, the run's card counts.
-        token: For a private repository.
-        retry: How often and how long failing calls are retried.
-
-    Raises:
-        HubError: the Hub does not give the card.
-    """
-    folder = Path(model).expanduser()
-    if folder.exists():
-        cards = [path / "README.md" for path in (folder, *([folder.resolve().parent] * (folder.name == "pipeline")))]
-        texts = [card.read_text(encoding="utf-8") for card in cards if card.is_file()]
-    else:
-        operation = Operation(str(model), "pull", f"hf download {model} README.md", has_token=token is not None)
-        with hub_errors(operation):
-            texts = [Client(token, retry).text(str(model), "README.md", constants.DEFAULT_REVISION)]
-    found = (ModelCard(text, ignore_metadata_errors=True).data.get("license") for text in texts)
-    return next((word for word in found if word), None)
-
-
-def export_card(run: str | Path, folder: str | Path, repo_id: str | None = None, license: str | None = None) -> Path:
+def export_card(
+    run: str | Path, folder: str | Path, repo_id: str | None = None, license: str | License | None = None
+) -> Path:
     """Write the card, its images and the files that its numbers come from into a folder of their own.
 
     Args:
@@ -102,7 +79,7 @@ def export_card(run: str | Path, folder: str | Path, repo_id: str | None = None,
     return card
 
 
-def render_card(run: str | Path, repo_id: str | None = None, license: str | None = None) -> ModelCard:
+def render_card(run: str | Path, repo_id: str | None = None, license: str | License | None = None) -> ModelCard:
     """Return the card of a run folder.
 
     Args:
@@ -119,12 +96,12 @@ def render_card(run: str | Path, repo_id: str | None = None, license: str | None
     network = _network_config(pipeline)
     size, base, images = _size_words(network), base_model(record), _gallery(run)
     data = ModelCardData(
-        license=license,
+        **(named.entries() if (named := as_license(license)) else {}),
         library_name="diffusers",
         pipeline_tag=TASK,
         tags=["ddpm", TASK, "pytorch", "ddpm_ext"],
         datasets=hub_datasets(record),
-        base_model=base.name if base and base.is_on_hub else None,
+        base_model=base.on_hub if base else None,
         model_name=repo_id.split("/")[-1],
         eval_results=model_index(results),
         widget=[{"text": image["caption"], "output": {"url": image["path"]}} for image in images] or None,

@@ -7,7 +7,6 @@ publisher.finish()                        # the last push, awaited
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,20 @@ from ..errors import HubError
 from ..hub.retry import RetryPolicy
 from ..hub.upload import BackgroundPush, Push, PushOptions, full_name, open_repository, push_command, push_to_hub
 from ..run_dir import read_json
-from .model_card import SHOWN, license_of, write_card
-from .training_record import base_model
+from .licenses import License, as_license, license_of
+from .model_card import SHOWN, write_card
+from .training_record import BaseModel, base_model
 
 __all__ = ["Publisher", "publish"]
-logger = logging.getLogger(__name__)
 
 
 def publish(
-    run: str | os.PathLike[str], repo_id: str, *, license: str | None = None, token: str | None = None, **options: Any
+    run: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    license: str | License | None = None,
+    token: str | None = None,
+    **options: Any,
 ) -> Push:
     """Write the card of a run, unless one was written by hand, and push both.
 
@@ -41,12 +45,15 @@ def publish(
             known, and none is given.
     """
     told = {name: options[name] for name in options.keys() & PushOptions.__annotations__.keys()}
-    options.setdefault("command", push_command(run, repo_id, license=license, **told))
+    license = as_license(license)
+    named = license.entries() if license is not None else {}
+    options.setdefault("command", push_command(run, repo_id, **named, **told))
     card = Path(run) / "README.md"
     before = card.read_bytes() if Path(run).is_dir() and card.is_file() else None
     if (Path(run) / "config.json").is_file() and (Path(run) / "pipeline").is_dir():
         repo_id = full_name(repo_id, token, options.get("retry"))
-        license = license or license_of(Path(run)) or _inherited_license(Path(run), token, options.get("retry"))
+        base = base_model(read_json(Path(run) / "config.json"))
+        license = license or _known_license(Path(run), base, token, options.get("retry"))
         write_card(Path(run), repo_id, license)
     try:
         return push_to_hub(run, repo_id, token=token, **options)
@@ -58,22 +65,24 @@ def publish(
         raise
 
 
-def _inherited_license(run: Path, token: str | None, retry: RetryPolicy | None) -> str | None:
-    """Return the licence of the model that a run started from, None where it started from none.
+def _known_license(run: Path, base: BaseModel | None, token: str | None, retry: RetryPolicy | None) -> License | None:
+    """Return the licence of a run's last card, or of what it started from; None where it started from nothing.
 
     Raises:
-        HubError: it names none.
+        HubError: it started from a model, and no card on the way there names a licence.
     """
-    base = base_model(read_json(run / "config.json"))
-    if base is None:
-        return None
-    found = license_of(base.source, token, retry) if base.is_on_hub or Path(base.source).expanduser().exists() else None
-    if found is None:
-        raise HubError(
-            f"{run} was fine-tuned from {base.name}, whose card names no licence: look up under which one its weights "
-            "are shared, and give it with --license."
-        )
-    return found
+    found = license_of(run)
+    if found is not None or base is None:
+        return found
+    for source, is_on_hub in base.chain:
+        there = is_on_hub or Path(source).expanduser().exists()
+        if there and (found := license_of(source, token, retry)) is not None:
+            return found
+    raise HubError(
+        f"{run} was fine-tuned from {', from '.join(base.names)}, whose card names no licence: look up under which one "
+        "its weights are shared, and give it with --license (of a run that pushes while it trains: leave --push_to_hub "
+        "out, and push it afterwards)."
+    )
 
 
 class Publisher:
@@ -84,10 +93,12 @@ class Publisher:
         repo_id: "user/model", or "model" for the token's owner.
         license: As in `publish`.
         token: As there.
+        base: What the training starts from; None for random weights.
         **options: Further options of `push_to_hub`.
 
     Raises:
-        HubError: there is no token, or it may not write to the repository, which is made if it is missing.
+        HubError: there is no token, or it may not write to the repository, which is made if it is missing; or the
+            licence of what the training started from is not known.
     """
 
     def __init__(
@@ -95,19 +106,17 @@ class Publisher:
         run: str | os.PathLike[str],
         repo_id: str,
         *,
-        license: str | None = None,
+        license: str | License | None = None,
         token: str | None = None,
+        base: BaseModel | None = None,
         **options: Any,
     ) -> None:
-        self.run, self.license = Path(run), license
-        private = options.get("private")
+        self.run, self.license = Path(run), as_license(license)
+        if self.license is None:  # before anything is made on the Hub
+            self.license = _known_license(self.run, base, token, options.get("retry"))
+        named, private = self.license.entries() if self.license else {}, options.get("private")
         self.repo_id = open_repository(repo_id, private=private, token=token, retry=options.get("retry"))
-        options.setdefault("command", push_command(run, self.repo_id, private=private, license=license))
-        if license is None and (self.run / "config.json").is_file():
-            try:
-                self.license = license_of(self.run) or _inherited_license(self.run, token, options.get("retry"))
-            except (HubError, OSError) as error:  # the training goes on; its last card can still be given one
-                logger.warning("The card will name no licence: %s", error)
+        options.setdefault("command", push_command(run, self.repo_id, private=private, **named))
         self._background = BackgroundPush(self.repo_id, also=SHOWN, prepare=self._card, token=token, **options)
 
     def push(self, update: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +59,34 @@ class BaseModel:
         source: As `--init_from` was given: a Hub name, or a folder.
         is_on_hub: Whether it is a Hub name.
         changes: What the training changed, in words.
-        license: Its licence, None where it is not known.
+        before: What it was itself started or converted from, the nearest first; of each the source, and whether that
+            is a Hub name.
     """
 
     source: str
     is_on_hub: bool
     changes: list[str]
-    license: str | None = None
+    before: list[tuple[str, bool]] = field(default_factory=list)
+
+    @property
+    def chain(self) -> list[tuple[str, bool]]:
+        """Return it and what was before it: sources, and whether they are Hub names."""
+        return [(self.source, self.is_on_hub), *self.before]
+
+    @property
+    def names(self) -> list[str]:
+        """Return the Hub names of the chain, or those of the folders without their place on the machine."""
+        return [source if is_on_hub else Path(source).resolve().name for source, is_on_hub in self.chain]
 
     @property
     def name(self) -> str:
-        """Return the Hub name, or that of the folder without its place on the machine."""
-        return self.source if self.is_on_hub else Path(self.source).resolve().name
+        """Return the first of the names."""
+        return self.names[0]
+
+    @property
+    def on_hub(self) -> str | None:
+        """Return the nearest of the chain that is on the Hub, None where none is."""
+        return next((source for source, is_on_hub in self.chain if is_on_hub), None)
 
 
 def base_model(record: Record) -> BaseModel | None:
@@ -86,7 +102,8 @@ def base_model(record: Record) -> BaseModel | None:
         changes = [f"low-rank adapters of its attention (rank {config['lora_rank']}) were trained{on} and merged"]
     if start.get("new"):
         changes.append(f"begun anew: {', '.join(start['new'])}")
-    return BaseModel(str(start["source"]), start.get("base_model") is not None, changes)
+    before = [(str(one["source"]), one.get("base_model") is not None) for one in start.get("before") or ()]
+    return BaseModel(str(start["source"]), start.get("base_model") is not None, changes, before)
 
 
 def hub_datasets(record: Record) -> list[str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -13,8 +14,9 @@ from torch import Tensor
 from ..errors import HubError
 from ..pipelines.ddpm import DDPMExtPipeline, load_pipeline
 from ..publishing.publisher import Publisher
+from ..publishing.training_record import base_model
 from ..run_dir import RunDir, RunError, whole_file
-from .config import ReconstructConfig, TrainConfig
+from .config import ReconstructConfig, TrainConfig, recorded
 from .state.checkpoint import checkpoint_name
 from .state.ema import reconstruction_weights, weighted_sum
 
@@ -86,13 +88,20 @@ def read_mark(path: Path) -> tuple[int, float]:
     return int(mark["update"]), float(mark["sigma_rel"])
 
 
-def make_publisher(config: TrainConfig, run: RunDir) -> Publisher | None:
-    """Return the uploads that --push_to_hub asks for, or None. A missing token is told here, before the training."""
+def make_publisher(config: TrainConfig, run: RunDir, origin: dict[str, Any] | None) -> Publisher | None:
+    """Return the uploads that --push_to_hub asks for, or None. A missing token is told here, before the training.
+
+    Args:
+        config: The options.
+        run: The run folder.
+        origin: The record of what the run started from (--init_from), whose licence the uploads have.
+    """
     if not config.push_to_hub:
         return None
     name = config.hub_model_id or run.path.name
     try:
-        return Publisher(run.path, name, token=config.hub_token, private=config.hub_private_repo or None)
+        base = base_model({"config": recorded(config), "init_from": origin})
+        return Publisher(run.path, name, token=config.hub_token, base=base, private=config.hub_private_repo or None)
     except HubError as error:
         raise RunError(str(error)) from error
 

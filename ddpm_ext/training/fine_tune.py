@@ -22,7 +22,8 @@ from ..diffusion.words import EXTENSION_KEY, LEARNED_VARIANCES
 from ..errors import UserError
 from ..pipelines.ddpm import load_pipeline
 from ..pipelines.locate import find_pipeline
-from ..run_dir import RunError
+from ..publishing.licenses import base_of_card
+from ..run_dir import RunError, read_json
 from ..schedulers.ddpm import DDPMExtScheduler
 from .builders import build_scheduler
 from .config import OF_SCHEDULE, TrainConfig
@@ -79,8 +80,21 @@ def load_start(config: TrainConfig) -> Start:
         "base_model": None if path.exists() else name,
         "checkpoint": None if folder is None else folder.name,
         "weights_sha256": _digest(weights),
+        "before": [] if folder is None and not path.exists() else _before(path),
     }
     return Start(adopted, _arguments(adopted, network), _trainable(scheduler, adopted), record, weights)
+
+
+def _before(path: Path) -> list[dict[str, str | None]]:
+    """What the source itself was started or converted from, as its record or its card says, the nearest first."""
+    run = path.resolve()
+    run = run.parent.parent if run.parent.name == "checkpoints" else run.parent if run.name == "pipeline" else run
+    record = read_json(run / "config.json") if (run / "config.json").is_file() else {}
+    if (start := record.get("init_from")) is not None:
+        return [{name: start.get(name) for name in ("source", "base_model")}, *start.get("before", [])]
+    cards = [folder / "README.md" for folder in (path, run) if (folder / "README.md").is_file()]
+    named = [base_of_card(card.read_text(encoding="utf-8")) for card in cards]
+    return [{"source": name, "base_model": name} for name in named if name is not None][:1]
 
 
 def resumed_start(config: TrainConfig, state: Mapping[str, Any]) -> Start:

@@ -618,7 +618,7 @@ class Trainer:
 
     def open_publisher(self) -> None:
         """Open the repository of --push_to_hub, on the main process alone."""
-        self.publisher = make_publisher(self.config, self.run)
+        self.publisher = make_publisher(self.config, self.run, self.origin)
 
     def upload(self) -> None:
         """Upload the averaged weights as they are now to the Hub, in the background of the main process."""
