@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -113,8 +114,9 @@ def write_converted_card(folder: Path, pipeline: DDPMExtPipeline, options: Conve
     words = {pipeline.scheduler.config["prediction_type"], pipeline.scheduler.config["variance_type"]}
     own = seen["labelled"] or not words.isdisjoint(STOCK_CANNOT)  # else Diffusers alone can sample it
     license = License(options.license) if options.license else (None if is_file else _upstream_license(options))
+    of_license: dict[str, Any] = {} if license is None else license.entries()
     data = ModelCardData(
-        **(license.entries() if license is not None else {}),
+        **of_license,
         base_model=name if is_on_hub else None,
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",

@@ -95,8 +95,10 @@ def render_card(run: str | Path, repo_id: str | None = None, license: str | Lice
     is_on_hub = "/" in repo_id
     network = _network_config(pipeline)
     size, base, images = _size_words(network), base_model(record), _gallery(run)
+    named = as_license(license)
+    of_license: dict[str, Any] = {} if named is None else named.entries()
     data = ModelCardData(
-        **(named.entries() if (named := as_license(license)) else {}),
+        **of_license,
         library_name="diffusers",
         pipeline_tag=TASK,
         tags=["ddpm", TASK, "pytorch", "ddpm_ext"],

@@ -85,7 +85,7 @@ def load_start(config: TrainConfig) -> Start:
     return Start(adopted, _arguments(adopted, network), _trainable(scheduler, adopted), record, weights)
 
 
-def _before(path: Path) -> list[dict[str, str | None]]:
+def _before(path: Path) -> list[dict[str, Any]]:
     """What the source itself was started or converted from, as its record or its card says, the nearest first."""
     run = path.resolve()
     run = run.parent.parent if run.parent.name == "checkpoints" else run.parent if run.name == "pipeline" else run
