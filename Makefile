@@ -48,11 +48,15 @@ CORE_TESTS := test_schedules test_process test_reverse test_losses test_likeliho
 test-core: $(STAMP)
 	$(BIN)/python -m pytest $(CORE_TESTS:%=tests/%.py) $(ARGS)
 
-# In one process: the accelerator is built once (under a minute) and cached. The suites of a whole run on it are
-# DEVICE_TESTS="test_train test_resume …"; tests/accelerator/deselected.txt names what cannot run there, with the reason.
-DEVICE_TESTS ?= test_device test_scheduler test_scheduler_exactness
+# With the simulated accelerator as Accelerate's device. It is built once (under a minute) and cached; deselected.txt
+# beside it names what cannot run there, with the reason.
+DEVICE_TESTS ?= test_device test_bound test_train test_resume test_sample test_evaluate test_calibrate \
+	$(patsubst tests/%.py,%,$(wildcard tests/test_scheduler*.py tests/test_pipeline*.py))
+ON_DEVICE := PYTHONPATH=tests $(BIN)/python
 test-device: $(STAMP)
-	PYTHONPATH=tests $(BIN)/python -m pytest -p accelerator.plugin $(DEVICE_TESTS:%=tests/%.py) $(ARGS)
+	$(ON_DEVICE) -c "import accelerator; accelerator.install()"
+	$(ON_DEVICE) -m pytest -p accelerator.plugin -m "not slow and not hub" -n auto --dist loadfile \
+		$(DEVICE_TESTS:%=tests/%.py) $(ARGS)
 
 test-order: $(STAMP)
 	$(BIN)/python -m pytest tests/test_import_order.py

@@ -14,6 +14,7 @@ import oracles
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerator import device_at_hand
 from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
@@ -570,7 +571,7 @@ def test_on_an_accelerator_the_bound_is_that_of_the_cpu(n: int | None) -> None:
         DDPMExtScheduler(**SHORT),
     )
     here = bits_per_dim(unet, scheduler, images, generator=seeded(), num_timesteps_sampled=n)
-    there = bits_per_dim(unet.to("cuda"), scheduler, images, generator=seeded(), num_timesteps_sampled=n)
+    there = bits_per_dim(unet.to(device_at_hand()), scheduler, images, generator=seeded(), num_timesteps_sampled=n)
     assert_close(there.total.cpu(), here.total, rtol=1e-3, atol=0)  # the network's float32 sums
 
 

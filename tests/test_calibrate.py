@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerator import is_installed
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from networks import tiny_unet
 from training import TORCHRUN, finish, start
@@ -46,7 +47,7 @@ def small(model: Path, folder: Path, **options: Any) -> CalibrateConfig:
         "max_reference_images": 40,
         "reference_cache": str(folder / "references"),
         "output_dir": str(folder / "out"),
-        "cpu": True,
+        "cpu": not is_installed(),
         "dataset_name": "digits",
         "trajectory": "optimal",
     }

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerator import is_installed
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from evaluations import score, small
 from networks import tiny_scheduler, tiny_unet
@@ -486,7 +487,7 @@ def test_a_folder_that_is_no_pipeline_is_a_sentence(model: Path, tmp_path: Path)
     for folder, sentence in (("empty", "empty holds none"), ("broken", "config.json is missing")):
         with pytest.raises(ValueError, match=sentence):
             measured(small(tmp_path / folder, tmp_path))
-    config = CalibrateConfig(model=str(tmp_path / "empty"), extractor="pixels", cpu=True)
+    config = CalibrateConfig(model=str(tmp_path / "empty"), extractor="pixels", cpu=not is_installed())
     with pytest.raises(ValueError, match="A pipeline is a folder with model_index"):
         calibrate(config)
 
@@ -520,7 +521,7 @@ def test_too_small_a_reference_and_a_reference_without_logits_are_sentences(mode
         measured(small(model, tmp_path, metrics="fid", max_reference_images=1))
     test, pixels = load_images("digits", split="test"), make_extractor("pixels")
     with pytest.raises(ValueError, match="A reference needs at least 2 images for its covariance, got 1"):
-        make_reference(test, pixels, "uint8", Accelerator(cpu=True), cache_dir=tmp_path, num_images=1)
+        make_reference(test, pixels, "uint8", Accelerator(cpu=not is_installed()), cache_dir=tmp_path, num_images=1)
 
 
 def test_bits_and_errors_of_a_class_conditional_network_are_those_of_each_images_class(tmp_path: Path) -> None:
@@ -528,7 +529,7 @@ def test_bits_and_errors_of_a_class_conditional_network_are_those_of_each_images
     unet = UNet2DModel.from_config(tiny_unet().config, num_class_embeds=10)
     DDPMExtPipeline(unet, tiny_scheduler()).save_pretrained(tmp_path / "pipeline")
     (figure,) = measured(small(tmp_path / "pipeline", tmp_path, metrics="bpd"))
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=not is_installed())
     work: dict[str, Any] = {"seed": 0, "shards": Shards(tmp_path, {}, accelerator)}
     errors = set_errors(unet, tiny_scheduler(), load_images("digits", split="test"), num_images=6, **work)
 
@@ -662,7 +663,7 @@ def test_a_key_holds_every_option_that_matters_and_no_note() -> None:
 
 
 def test_a_reference_is_made_once_and_is_the_features_of_the_set(tmp_path: Path) -> None:
-    images, accelerator = load_images("digits", split="test"), Accelerator(cpu=True)
+    images, accelerator = load_images("digits", split="test"), Accelerator(cpu=not is_installed())
     extractor, calls = make_extractor("pixels"), []
     plain = extractor.forward
     object.__setattr__(extractor, "forward", lambda x: calls.append(len(x)) or plain(x))
@@ -681,7 +682,7 @@ def test_a_reference_is_made_once_and_is_the_features_of_the_set(tmp_path: Path)
 
 
 def test_a_reference_made_with_another_extractor_is_refused(tmp_path: Path) -> None:
-    images, accelerator = load_images("digits", split="test"), Accelerator(cpu=True)
+    images, accelerator = load_images("digits", split="test"), Accelerator(cpu=not is_installed())
     made = make_reference(images, make_extractor("pixels"), "uint8", accelerator, cache_dir=tmp_path)
     path = next(tmp_path.iterdir())
     assert load_reference(path, made.key).key == made.key
@@ -700,7 +701,7 @@ def test_a_small_evaluation_repeats_itself_and_follows_the_weights(tmp_path: Pat
         train,
         test,
         make_extractor("pixels"),
-        Accelerator(cpu=True),
+        Accelerator(cpu=not is_installed()),
         num_samples=10,
         num_inference_steps=4,
         num_held_out=5,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerator import is_installed
 from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
 from training import TORCHRUN, finish, forget_accelerator, run_here, start, weights
@@ -44,7 +45,7 @@ def drawn(pipeline: DDPMExtPipeline, seeds: list[int], batch_size: int) -> np.nd
 
 def sample(model: Path, folder: Path, **changes: Any) -> int:
     forget_accelerator()
-    given = {"num_samples": 5, "batch_size": 2, "num_inference_steps": 4, "cpu": True, **changes}
+    given = {"num_samples": 5, "batch_size": 2, "num_inference_steps": 4, "cpu": not is_installed(), **changes}
     return sample_to_folder(SampleConfig(model=str(model), output_dir=str(folder), **given))
 
 

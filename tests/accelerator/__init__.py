@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Event", "Events", "install", "is_installed", "watch"]
+__all__ = ["Event", "Events", "device_at_hand", "install", "is_installed", "never_waits", "watch"]
 
 NAME = "sim"
 OURS = ("ddpm_ext", "diffusers", "accelerate")  # whose line is named, the innermost
@@ -113,6 +113,26 @@ def watch() -> Iterator[Events]:
         yield seen
     finally:
         extension.listen(None)
+
+
+def device_at_hand() -> str:
+    """The device of the tests marked gpu: the simulated one where it is installed, else CUDA's."""
+    return NAME if is_installed() else "cuda"
+
+
+@contextmanager
+def never_waits() -> Iterator[None]:
+    """Fail when something inside makes the host wait for the device at hand."""
+    if is_installed():
+        with watch() as seen:
+            yield
+        assert not seen.blocking, seen.blocking
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def _line() -> str:
