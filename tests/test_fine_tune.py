@@ -249,7 +249,7 @@ def test_from_a_half_trained_network_the_digits_are_good_in_fewer_updates_than_f
         return code, [line["eval/fid"] for line in lines if "eval/fid" in line]
 
     with monkeypatch.context() as patched:  # half of 1200 updates would be good already, at the edge
-        stop_after(500, patched)
+        stop_after(501, patched)  # after the evaluation
         code, scratch = distances(
             "scratch", "--preset", "digits", "--checkpointing_steps", "500", "--eval_steps", "500"
         )

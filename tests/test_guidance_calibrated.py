@@ -179,9 +179,10 @@ def test_sampling_evaluation_bits_and_the_demo_warn_too(calibrated: Path, tmp_pa
 def test_stock_reads_none_of_it(calibrated: Path, tmp_path: Path) -> None:
     """A stock scheduler of the folder takes the step of one made by hand."""
     chain_of(calibrated, solver=False)[0].save_pretrained(tmp_path / "analytic")
-    found = DDPMScheduler.from_pretrained(tmp_path / "analytic", subfolder="scheduler")
+    found: Any = DDPMScheduler.from_pretrained(tmp_path / "analytic", subfolder="scheduler")
     by_hand = DDPMScheduler(num_train_timesteps=20, beta_start=1e-3, beta_end=0.6, variance_type="fixed_small")
     x_t, eps, steps = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), []
+    scheduler: Any
     for scheduler in (found, by_hand):
         scheduler.set_timesteps(4)
         seed = torch.Generator().manual_seed(0)
