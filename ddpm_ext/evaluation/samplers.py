@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast, get_args
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, cast, get_args
 
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
@@ -42,7 +42,7 @@ class _Stock(NamedTuple):
     """A stock solver: its class, its options, and whether x̂_0 is clipped (None: as the model clips it)."""
 
     cls: type[DDIMScheduler | DPMSolverMultistepScheduler | UniPCMultistepScheduler]
-    options: dict[str, Any]
+    options: dict[str, object]
     clips: bool | None = None
 
 
@@ -116,21 +116,21 @@ def make_scheduler(
     return cast("Scheduler", made)
 
 
-def _config_of(scheduler: Scheduler, timestep_spacing: str | None) -> dict[str, Any]:
+def _config_of(scheduler: Scheduler, timestep_spacing: str | None) -> dict[str, object]:
     """Return a scheduler's options, under another spacing where one is given."""
     # Diffusers forgets values that were given by position: it notes them as defaults, and `from_config` drops those.
     config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
-    if timestep_spacing is not None:
-        config["timestep_spacing"] = timestep_spacing
-        config[EXTENSION_KEY] = {k: v for k, v in (config.get(EXTENSION_KEY) or {}).items() if k != "trajectory"}
-    return config
+    if timestep_spacing is None:
+        return config
+    ours = {name: value for name, value in (config.get(EXTENSION_KEY) or {}).items() if name != "trajectory"}
+    return {**config, "timestep_spacing": timestep_spacing, EXTENSION_KEY: ours}
 
 
-def _changes(solver: _Stock, config: dict[str, Any], sampler: str) -> dict[str, Any]:
+def _changes(solver: _Stock, config: dict[str, object], sampler: str) -> dict[str, object]:
     """Return the options of a multistep solver that follow from the model's: clipping and the start of a cosine."""
     if solver.cls is DDIMScheduler:
         return {}  # clips as DDPM does
-    found: dict[str, Any] = {"thresholding": config.get("thresholding", False)} if solver.clips is None else {}
+    found: dict[str, object] = {"thresholding": config.get("thresholding", False)} if solver.clips is None else {}
     clips = config.get("clip_sample", False) and not found.get("thresholding") if solver.clips is None else solver.clips
     if clips and config.get("clip_sample_range", 1.0) != 1:
         raise UserError(

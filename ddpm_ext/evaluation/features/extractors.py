@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
@@ -156,7 +157,7 @@ def load_inception(weights: str | None = None) -> torch.nn.Module:
         from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]
             FeatureExtractorInceptionV3,
         )
-    except Exception as error:  # a torchvision that does not fit this torch raises more than ImportError
+    except (ImportError, AttributeError, RuntimeError, OSError) as error:  # as a torchvision of another torch raises
         raise UserError(
             'The extractor "inception" needs torch-fidelity and a torchvision that fits this torch: '
             f'pip install ddpm-ext[fid]. Importing it failed with: {error}. Without them, use "dinov2", "clip", '
@@ -164,7 +165,7 @@ def load_inception(weights: str | None = None) -> torch.nn.Module:
         ) from error
     try:
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], weights)
-    except Exception as error:
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
         raise UserError(
             f"The weights of Inception-v3 cannot be read or downloaded ({error}). Fetch "
             "weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases and name the file."

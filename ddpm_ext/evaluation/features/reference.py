@@ -36,7 +36,6 @@ class Reference(NamedTuple):
     """Features of the images of a data set, and what they are of."""
 
     features: Tensor  # (N, d), float32
-    logits: Tensor | None  # (N, classes), where the extractor is a classifier
     statistics: FeatureStatistics
     key: dict[str, object]
 
@@ -117,7 +116,7 @@ def load_reference(path: Path | str, key: dict[str, object]) -> Reference:
     tensors = load_checked(Path(path), key)
     mean, covariance = tensors.pop("mean"), tensors.pop("covariance")
     statistics = FeatureStatistics(mean, covariance, len(tensors["features"]))
-    return Reference(*as_features(tensors), statistics, key)
+    return Reference(tensors["features"], statistics, key)
 
 
 def as_tensors(found: Features) -> dict[str, Tensor]:
