@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pyarrow
 
+from ..errors import UserError
 from .files import read_bytes
 
 __all__ = [
@@ -51,7 +52,7 @@ def undecoded(table: Any, column: str, label_column: str | None = None) -> Any:
             return table
         return table.cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError, KeyError, pyarrow.ArrowException) as error:
-        raise ValueError(f"image_column {column!r} does not hold images: {table.features[column]}.") from error
+        raise UserError(f"image_column {column!r} does not hold images: {table.features[column]}.") from error
 
 
 def _array_type(feature: Any) -> str | None:

@@ -16,6 +16,7 @@ import torch
 from datasets.config import HF_DATASETS_CACHE
 from torch import Tensor
 
+from ..errors import UserError
 from .cells import Rows
 from .folder import classes_in_names
 from .order import Batch, as_tensor, positions_to_indices
@@ -90,13 +91,13 @@ class ImageSet:
         """Refuse a set whose classes cannot be learned or measured.
 
         Raises:
-            ValueError: it has no classes, or images without one.
+            UserError: it has no classes, or images without one.
         """
         if self._labels is None or not self.num_classes:
-            raise ValueError(f"The images of {self.spec.name} have no classes: name their label_column.{self._hint}")
+            raise UserError(f"The images of {self.spec.name} have no classes: name their label_column.{self._hint}")
         without = int((self._labels < 0).sum())
         if without:
-            raise ValueError(
+            raise UserError(
                 f"{without:,} of the {len(self):,} images of {self.spec.name} have no class (their label is empty or "
                 "below 0): classes cannot be asked for."
             )
@@ -105,7 +106,7 @@ class ImageSet:
         """Return the images of these numbers, each in [0, len(self))."""
         asked = np.asarray(indices, dtype=np.int64).reshape(-1)
         if asked.size and not (0 <= asked.min() and asked.max() < len(self)):
-            raise ValueError(f"indices must lie in [0, {len(self)}), got {asked.min()} to {asked.max()}.")
+            raise UserError(f"indices must lie in [0, {len(self)}), got {asked.min()} to {asked.max()}.")
         levels, used = self._read(asked)  # used: whose levels they are, where one stands in for another
         labels = None if self._labels is None else torch.from_numpy(self._labels[used])
         return Batch(as_tensor(levels), labels)
@@ -166,7 +167,7 @@ def load_images(
             memory_bytes, mapped_bytes.
 
     Raises:
-        ValueError: a set that cannot be opened or is empty, a missing column, images of several sizes without
+        UserError: a set that cannot be opened or is empty, a missing column, images of several sizes without
             `resolution`, too few readable images, or with `strict` an unreadable one.
 
     Example:
@@ -202,7 +203,7 @@ def open_images(spec: DataSpec, reading: Reading | None = None) -> ImageSet:
         table = table.select(range(min(reading.max_images, len(table))))
         source = source._replace(table=table, files=source.files and source.files[: reading.max_images])
     if len(table) == 0:
-        raise ValueError(f"The data set is empty: split {spec.split!r} of {spec.name} has no rows.")
+        raise UserError(f"The data set is empty: split {spec.split!r} of {spec.name} has no rows.")
     if source.note is not None:
         say_once(source.note)
     rows = Rows(source, find_image_column(table.features, spec.image_column))
@@ -210,7 +211,7 @@ def open_images(spec: DataSpec, reading: Reading | None = None) -> ImageSet:
     known = spec.class_names or _training_names(spec, table.features, column, reading.cache_dir)
     labels = read_labels(table, column, known)
     if labels is not None and spec.label_column is not None and labels.numbers.min() < 0:
-        raise ValueError(
+        raise UserError(
             f"label_column {spec.label_column!r} must hold classes from 0 upwards in every row, and "
             f"{int((labels.numbers < 0).sum()):,} of {len(rows):,} have none."
         )

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from ..errors import UserError
 from .files import archive_kind, archive_members
 from .formats import NO_IMAGES, is_image
 
@@ -110,7 +111,7 @@ def list_images(entries: Iterable[Entry], split: str, where: str) -> Listing:
         where: The folder's name in messages.
 
     Raises:
-        ValueError: it holds no images, or not that split, or splits where classes should be.
+        UserError: it holds no images, or not that split, or splits where classes should be.
     """
     files, left_out = _expanded(entries)
     total = len(files) + sum(map(len, left_out.values()))
@@ -141,7 +142,7 @@ def list_images(entries: Iterable[Entry], split: str, where: str) -> Listing:
     chosen = images or arrays
     note = _told(left_out)
     if not chosen:
-        raise ValueError(f"it holds no images{f' ({note})' if note else ': it is empty'}.")
+        raise UserError(f"it holds no images{f' ({note})' if note else ': it is empty'}.")
     chosen.sort()
     classes, names = _numbered([entry.name for entry in chosen], [entry.name for entry in visible], part, where)
     sentence = f"{where}: {len(chosen)} images of {total} files are read; left out: {note}." if note else None
@@ -152,7 +153,7 @@ def _numbered(chosen: list[str], names: list[str], part: str, where: str) -> tup
     """The class of each chosen image, and all classes in the order of their numbers: those of the training split.
 
     Raises:
-        ValueError: the split has a class that training has not.
+        UserError: the split has a class that training has not.
     """
     above = part.rstrip("/").rpartition("/")[0]
     for folder in (f"{above}/{name}/".lstrip("/") for name in ("train", "training")):
@@ -162,7 +163,7 @@ def _numbered(chosen: list[str], names: list[str], part: str, where: str) -> tup
         if known is None or not all(name.removeprefix(part).count("/") for name in chosen):
             continue
         if unknown := sorted(set(found) - set(known)):
-            raise ValueError(f"the classes {unknown} of {part} are none of {folder}, which has {sorted(set(known))}.")
+            raise UserError(f"the classes {unknown} of {part} are none of {folder}, which has {sorted(set(known))}.")
         return found, sorted(set(known))
     classes = _classes(chosen, where)
     return classes, None if classes is None else sorted(set(classes))
@@ -178,7 +179,7 @@ def split_prefix(names: list[str], split: str) -> str:
     """Return the sub-folder of a split with its "/", or "" where all of the folder is "train".
 
     Raises:
-        ValueError: the folder has other splits, or none and another than "train" is asked for.
+        UserError: the folder has other splits, or none and another than "train" is asked for.
     """
     above = ""
     while True:
@@ -195,7 +196,7 @@ def split_prefix(names: list[str], split: str) -> str:
         above = f"{above}{folders[0]}/"  # one folder that holds all, as data/ in many repositories
     if found or split != "train":
         has = f"the sub-folders {found}" if found else 'no sub-folder of a split\'s name, so that all of it is "train"'
-        raise ValueError(f"the folder has {has}. Ask for what is there, or make the sub-folder {split!r}.")
+        raise UserError(f"the folder has {has}. Ask for what is there, or make the sub-folder {split!r}.")
     return ""
 
 
@@ -290,7 +291,7 @@ def _classes(names: list[str], where: str) -> list[str] | None:
     splits = sorted({name for name in found if name.lower() in SPLIT_FOLDERS})
     if splits:
         some = next(path.parent.parent for path in paths if path.parent.name == splits[0])
-        raise ValueError(
+        raise UserError(
             f"the sub-folders {splits} of {where}{'' if str(some) == '.' else f'/{some}'} are named as splits and lie "
             "where classes would: give the folder above them, or move each split to one folder."
         )

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 __all__ = ["Batch", "as_tensor", "epoch_order", "positions_to_indices", "prefetch", "random_flip"]
 
 
@@ -45,7 +47,7 @@ def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
         epoch: Which pass, from 0.
     """
     if num_images < 1 or epoch < 0:
-        raise ValueError(f"epoch_order needs num_images >= 1 and epoch >= 0, got {num_images} and {epoch}.")
+        raise UserError(f"epoch_order needs num_images >= 1 and epoch >= 0, got {num_images} and {epoch}.")
     return _epoch_order(num_images, seed, epoch)
 
 
@@ -62,7 +64,7 @@ def positions_to_indices(positions: Sequence[int] | Tensor, num_images: int, see
     """
     asked = np.asarray(positions, dtype=np.int64).reshape(-1)
     if asked.size and asked.min() < 0:
-        raise ValueError(f"positions count from 0, got {asked.min()}.")
+        raise UserError(f"positions count from 0, got {asked.min()}.")
     indices = np.empty_like(asked)
     for epoch in np.unique(asked // num_images):
         mine = asked // num_images == epoch
@@ -78,7 +80,7 @@ def random_flip(pixels: Tensor, mask: Tensor) -> Tensor:
         mask: bool, shape (B,), drawn by the caller from (seed, update, place in the global batch).
     """
     if mask.dtype != torch.bool or mask.shape != pixels.shape[:1]:
-        raise ValueError(f"mask must be bool of shape ({len(pixels)},), got {mask.dtype} of shape {tuple(mask.shape)}.")
+        raise UserError(f"mask must be bool of shape ({len(pixels)},), got {mask.dtype} of shape {tuple(mask.shape)}.")
     return torch.where(mask.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
 
 

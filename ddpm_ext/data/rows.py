@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from filelock import FileLock
 
+from ..errors import UserError
 from .cells import Cell, Rows, encoded_image, file_bytes, image_name
 from .decoding import ImageFormat, Seen, decode_image, probe, reason
 from .formats import UNREADABLE
@@ -104,13 +105,13 @@ def image_format(rows: Cells, spec: DataSpec) -> ImageFormat:
     """Complete size, channels and depth of a set; what the spec does not say is read from the images.
 
     Raises:
-        ValueError: images of several sizes and no resolution, none that can be read, or a number out of range.
+        UserError: images of several sizes and no resolution, none that can be read, or a number out of range.
     """
     size, channels = spec.resolution, spec.channels
     if size is not None and (len(size) != 2 or min(size) < 1):
-        raise ValueError(f"resolution must be a positive number or (height, width), got {size}.")
+        raise UserError(f"resolution must be a positive number or (height, width), got {size}.")
     if channels is not None and channels < 1:
-        raise ValueError(f"channels must be at least 1, got {channels}.")
+        raise UserError(f"channels must be at least 1, got {channels}.")
     reasons = Reasons(len(rows))
     if size is None:
         size = _common_size(rows, spec, reasons)
@@ -131,7 +132,7 @@ def _common_size(rows: Cells, spec: DataSpec, reasons: Reasons) -> tuple[int, in
         size = found[:2]
         first = first or (image_name(cell, number), size)
         if size != first[1]:
-            raise ValueError(
+            raise UserError(
                 f"The images have several sizes (height, width): {first[0]} {first[1]}, "
                 f"{image_name(cell, number)} {size}. Give a resolution: then all are scaled and cropped to it."
             )
@@ -235,7 +236,7 @@ class Decoder:
         except UNREADABLE as error:
             name = name_of(cell, number)
             if self.reading.strict:
-                raise ValueError(f"The image {name} cannot be read: {error}") from error
+                raise UserError(f"The image {name} cannot be read: {error}") from error
             self.reasons.add(name, error)
             if name not in self.skipped:
                 self.skipped.append(name)
@@ -285,10 +286,10 @@ class Decoder:
             self.check_share(len(self.skipped), total)
 
     def check_share(self, unreadable: int, total: int) -> None:
-        """Raise a ValueError where too great a share of a set cannot be read."""
+        """Raise a UserError where too great a share of a set cannot be read."""
         allowed = self.reading.max_unreadable
         if unreadable > allowed * total:
-            raise ValueError(
+            raise UserError(
                 f"{unreadable:,} of {total:,} images cannot be read, more than the {allowed:.3g} of them that "
                 f"--max_unreadable allows: {self.reasons}"
             )
@@ -325,7 +326,7 @@ def tell_of(rows: Cells, form: ImageFormat, reading: Reading) -> None:
         reading: How it is read.
 
     Raises:
-        ValueError: none of them can be read, and they are not few.
+        UserError: none of them can be read, and they are not few.
     """
     numbers = range(min(len(rows), _TRIED_ROWS))
     some = Decoder(form, reading._replace(strict=False), len(numbers))
@@ -371,7 +372,7 @@ def decode_to_file(decoder: Decoder, rows: Rows, cache: Path) -> Decoded:
             _write_decoded(decoder, rows, folder)
     record = json.loads((folder / "decoded.json").read_text(encoding="utf-8"))
     if decoder.reading.strict and record["skipped"]:
-        raise ValueError(f"The image {record['skipped'][0]} cannot be read.")
+        raise UserError(f"The image {record['skipped'][0]} cannot be read.")
     decoder.check_share(len(record["skipped"]), len(rows))
     kept = np.load(folder / "kept.npy")
     levels = np.load(folder / "pixels.npy", mmap_mode="r")
@@ -384,7 +385,7 @@ def _write_decoded(decoder: Decoder, rows: Rows, folder: Path) -> None:
     shape = (len(rows), form.channels, form.height, form.width)
     needed, free = int(np.prod(shape)) * np.dtype(form.dtype).itemsize, shutil.disk_usage(folder.parent).free
     if free < needed:
-        raise ValueError(
+        raise UserError(
             f"{folder.parent} needs {needed:,} bytes for the decoded images and has {free:,}: set cache_dir."
         )
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:

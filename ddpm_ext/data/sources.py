@@ -21,6 +21,7 @@ from datasets.table import InMemoryTable
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from ..errors import UserError
 from .cells import Source
 from .files import archive_kind, paths_of_set
 from .folder import ARRAYS, SPLIT_FOLDERS, Entry, Listing, image_count, list_images, local_entries, split_prefix
@@ -59,10 +60,10 @@ def open_source(spec: DataSpec, cache_dir: str | None, streaming: bool = False) 
         streaming: Open it without loading it.
 
     Raises:
-        ValueError: it cannot be opened; the reason stands in the sentence.
+        UserError: it cannot be opened; the reason stands in the sentence.
     """
     if spec.dataset_name is not None and spec.data_dir is not None:
-        raise ValueError(f"Give dataset_name or train_data_dir, got both: {spec.dataset_name!r} and {spec.data_dir!r}.")
+        raise UserError(f"Give dataset_name or train_data_dir, got both: {spec.dataset_name!r} and {spec.data_dir!r}.")
     name, split = spec.data_dir if spec.dataset_name is None else spec.dataset_name, spec.split
     try:
         if name is None or name == DIGITS:
@@ -75,16 +76,16 @@ def open_source(spec: DataSpec, cache_dir: str | None, streaming: bool = False) 
         if path.is_dir():
             return _open_folder(path, spec.dataset_config_name, split, cache_dir, streaming)
         if spec.data_dir is not None:
-            raise ValueError("it is a file: give its folder." if path.is_file() else "there is no such folder.")
+            raise UserError("it is a file: give its folder." if path.is_file() else "there is no such folder.")
         return _open_hub(name, spec.dataset_config_name, split, cache_dir, streaming)
     except (ValueError, FileNotFoundError, ConnectionError, DatasetsError) as error:
-        raise ValueError(f"Cannot open split {split!r} of {name!r}: {error}") from error
+        raise UserError(f"Cannot open split {split!r} of {name!r}: {error}") from error
 
 
 def _open_digits(split: str, streaming: bool) -> Source:
     """The built-in digits, read without a cache folder."""
     if split not in ("train", "test"):
-        raise ValueError(f'the digits have the splits "train" and "test", got {split!r}.')
+        raise UserError(f'the digits have the splits "train" and "test", got {split!r}.')
     table = datasets.Dataset(InMemoryTable(pyarrow.parquet.read_table(DIGITS_DIR / f"{split}.parquet")))
     return Source(table.to_iterable_dataset() if streaming else table)
 
@@ -104,7 +105,7 @@ def _open_listing(listing: Listing, split: str, streaming: bool) -> Source:
 def _open_array_set(spec: DataSpec, file: str, streaming: bool) -> Source:
     """A file of arrays as a table of the paths of its images."""
     if spec.split != "train":
-        raise ValueError('all of a file of arrays is "train"; for splits put files of single images into sub-folders.')
+        raise UserError('all of a file of arrays is "train"; for splits put files of single images into sub-folders.')
     paths = paths_of_set(file, spec.array_key, spec.channel_axis)
     return _open_listing(Listing(paths, None, None, None), spec.split, streaming)
 
@@ -123,7 +124,7 @@ def _open_folder(folder: Path, config: str | None, split: str, cache_dir: str | 
     tables = [entry for entry in entries if entry.name.endswith(".parquet") and not entry.name.startswith(".")]
     images, rows = image_count(entries), _rows_of_images([entry.path for entry in tables])
     if rows and rows == images:
-        raise ValueError(
+        raise UserError(
             f"it holds {images} images as files and as many in parquet files ({tables[0].name}): keep one of them."
         )
     if rows > images or (tables and not images):
@@ -142,10 +143,10 @@ def _open_saved(folder: Path, split: str, streaming: bool) -> Any:
     saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
-            raise ValueError(f"it has the splits {list(saved)}.")
+            raise UserError(f"it has the splits {list(saved)}.")
         saved = saved[split]
     elif split not in (own := str(saved.split or "train"), own.split("[")[0]):
-        raise ValueError(f"the folder holds the split {own!r} alone.")
+        raise UserError(f"the folder holds the split {own!r} alone.")
     return saved.to_iterable_dataset() if streaming else saved
 
 
@@ -205,7 +206,7 @@ def _metadata_folder(folder: Path, split: str, metadata: Sequence[Entry]) -> Pat
         return folder / split
     splits = sorted(place for place in places if place.lower() in SPLIT_FOLDERS)
     if splits or split != "train":
-        raise ValueError(f"the folder has tables of images for {splits or ['train']}. Ask for what is there.")
+        raise UserError(f"the folder has tables of images for {splits or ['train']}. Ask for what is there.")
     return folder
 
 
@@ -261,12 +262,12 @@ def find_image_column(features: datasets.Features, asked: str | None) -> str:
     """Return the column of the images: the one asked for, or the only one that can be meant."""
     if asked is not None:
         if asked not in features:
-            raise ValueError(f"image_column must be one of the columns {list(features)}, got {asked!r}.")
+            raise UserError(f"image_column must be one of the columns {list(features)}, got {asked!r}.")
         return asked
     found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     found = found or [name for name, feature in features.items() if _may_be_images(name, feature)]
     if len(found) != 1:
-        raise ValueError(f"Say by image_column which of the columns {list(features)} holds the images, {found} may.")
+        raise UserError(f"Say by image_column which of the columns {list(features)} holds the images, {found} may.")
     return found[0]
 
 
@@ -274,7 +275,7 @@ def find_label_column(features: datasets.Features, asked: str | None) -> str | N
     """Return the column of the labels: the one asked for, or the only one that can be meant, or None."""
     if asked is not None:
         if asked not in features:
-            raise ValueError(f"label_column must be one of the columns {list(features)}, got {asked!r}.")
+            raise UserError(f"label_column must be one of the columns {list(features)}, got {asked!r}.")
         return asked
     found = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     return found[0] if len(found) == 1 else None
@@ -289,7 +290,7 @@ def read_labels(table: datasets.Dataset, column: str | None, known: Sequence[str
         known: Class names whose places are the numbers, in place of the column's own order.
 
     Raises:
-        ValueError: values that are no classes, or a class that is not among the known ones.
+        UserError: values that are no classes, or a class that is not among the known ones.
     """
     if column is None:
         return None
@@ -319,7 +320,7 @@ def number_labels(
         if value is None or value != value or (isinstance(value, (int, float)) and value < 0):
             continue
         if not isinstance(value, (int, float, np.integer, np.floating)) or value != int(value):
-            raise ValueError(
+            raise UserError(
                 f"label_column {column!r} must hold classes, numbers from 0 upwards or words, got {value!r}."
             )
         numbers[i] = int(value)
@@ -327,7 +328,7 @@ def number_labels(
         names = [str(number) for number in range(int(numbers.max(initial=-1)) + 1)]
         names = names if set(names) <= set(known) else None
         if names is None:
-            raise ValueError(
+            raise UserError(
                 f"label_column {column!r} holds numbers without names, and the training's classes have the names "
                 f"{list(known)}: which number is which is not said."
             )
@@ -338,6 +339,6 @@ def number_labels(
     used = {names[number] for number in np.unique(numbers[numbers >= 0])}
     unknown = [name for name in names if name in used and name not in known]
     if unknown:
-        raise ValueError(f"the classes {unknown} are none of the training's, which are {list(known)}.")
+        raise UserError(f"the classes {unknown} are none of the training's, which are {list(known)}.")
     place = np.asarray([known.index(name) if name in known else -1 for name in names] + [-1], np.int64)
     return Labels(place[numbers], len(known), list(known))

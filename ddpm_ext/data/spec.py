@@ -171,7 +171,7 @@ class DataSpec:
             **reading: How to read, as the fields of `Reading`: strict, max_unreadable, cache_dir, max_images …
 
         Raises:
-            ValueError: the set cannot be opened, or holds classes that training did not know.
+            UserError: the set cannot be opened, or holds classes that training did not know.
         """
         from .dataset import class_names_of, open_images
         from .rows import Reading

@@ -30,6 +30,7 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .cells import Cell, array_cell, file_bytes, undecoded
 from .order import Batch, as_tensor
 from .rows import Decoder, Reading, image_format, say_once, tell_of
@@ -106,12 +107,12 @@ class ImageStream:
         """Refuse a set without classes now, and an image without one when it is met.
 
         Raises:
-            ValueError: it states no classes.
+            UserError: it states no classes.
         """
         if self._rows.label_column is None:
-            raise ValueError(f"The images of {self.spec.name} have no classes: name their label_column.")
+            raise UserError(f"The images of {self.spec.name} have no classes: name their label_column.")
         if self.num_classes is None:
-            raise ValueError(
+            raise UserError(
                 f"The label_column {self._rows.label_column!r} of {self.spec.name} does not say how many classes there "
                 "are, and a stream is not read to count them: leave --streaming out."
             )
@@ -121,7 +122,7 @@ class ImageStream:
         """The images at these global positions of a training with this seed, in the order given."""
         asked = np.asarray(positions, dtype=np.int64).reshape(-1)
         if asked.size and asked.min() < 0:
-            raise ValueError(f"positions count from 0, got {asked.min()}.")
+            raise UserError(f"positions count from 0, got {asked.min()}.")
         levels = np.empty((len(asked), *self.shape), self._decoder.form.dtype)
         labels = np.zeros(len(asked), np.int64)
         with self._lock:
@@ -144,7 +145,7 @@ class ImageStream:
         without = [int(number) for number in numbers if block.labels[number] < 0]
         if without and self._classes_required:
             name = block.name(block.images[without[0]], without[0])
-            raise ValueError(
+            raise UserError(
                 f"The image {name} of {self.spec.name} has no class (its label is empty or below 0): classes cannot be "
                 "asked for."
             )
@@ -154,7 +155,7 @@ class ImageStream:
         with self._lock:
             behind = [place for place in self._places if place.position <= position]
             if not behind:
-                raise ValueError(f"position {position} lies before what is remembered, {self._places[0].position}.")
+                raise UserError(f"position {position} lies before what is remembered, {self._places[0].position}.")
             return {"seed": self._seed, "block_rows": self._block_rows, **behind[-1]._asdict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -162,7 +163,7 @@ class ImageStream:
         state = copy.deepcopy(state)
         seed, block_rows = state.pop("seed"), state.pop("block_rows")
         if block_rows != self._block_rows:
-            raise ValueError(f"The state has blocks of {block_rows} rows, this stream has {self._block_rows}.")
+            raise UserError(f"The state has blocks of {block_rows} rows, this stream has {self._block_rows}.")
         with self._lock:
             self._seed = seed
             self._restart(Place(**state))
@@ -172,7 +173,7 @@ class ImageStream:
         if self._seed is None:
             self._seed = seed
         if seed != self._seed:
-            raise ValueError(f"This stream is read in the order of seed {self._seed}, got seed {seed}: open another.")
+            raise UserError(f"This stream is read in the order of seed {self._seed}, got seed {seed}: open another.")
 
     def _restart(self, place: Place) -> None:
         """Read on from a block start."""
@@ -216,7 +217,7 @@ class ImageStream:
             if rows:
                 yield self._permuted(place, rows, names, seed)
             elif place.block == 0:
-                raise ValueError("The stream has no rows.")
+                raise UserError("The stream has no rows.")
             place = Place(place.position + len(rows), place.epoch + 1, 0, 0, None)
 
     def _permuted(self, start: Place, rows: list[dict[str, Any]], names: list[str], seed: int) -> Block:
@@ -243,7 +244,7 @@ class _StreamRows:
         self.label_column = find_label_column(table.features, spec.label_column)
         label = table.features[self.label_column] if self.label_column is not None else None
         if isinstance(label, datasets.Value) and pyarrow.types.is_string(label.pa_type):
-            raise ValueError(
+            raise UserError(
                 f"label_column {self.label_column!r} of a stream must hold numbers or ClassLabel, it holds {label}."
             )
         self._names = list(label.names) if isinstance(label, datasets.ClassLabel) else None
@@ -337,7 +338,7 @@ def stream_images(*args: Any, block_rows: int = BLOCK_ROWS, **options: Any) -> I
             classes.
 
     Raises:
-        ValueError: a set that cannot be opened or is empty, a missing column, no resolution.
+        UserError: a set that cannot be opened or is empty, a missing column, no resolution.
     """
     reading = {name: options.pop(name) for name in Reading._fields if name in options}
     return open_stream(make_spec(*args, **options), Reading(**reading), block_rows)
@@ -353,13 +354,13 @@ def open_stream(spec: DataSpec, reading: Reading | None = None, block_rows: int 
     """
     reading = reading or Reading()
     if spec.resolution is None:
-        raise ValueError("A stream needs a resolution: the sizes of what has not been read are not known.")
+        raise UserError("A stream needs a resolution: the sizes of what has not been read are not known.")
     if block_rows < 1:
-        raise ValueError(f"block_rows must be at least 1, got {block_rows}.")
+        raise UserError(f"block_rows must be at least 1, got {block_rows}.")
     rows = _StreamRows(spec, reading.cache_dir)
     first = rows.first(_MARKED_ROWS)
     if not first:
-        raise ValueError(f"The data set is empty: split {spec.split!r} of {spec.name} has no rows.")
+        raise UserError(f"The data set is empty: split {spec.split!r} of {spec.name} has no rows.")
     some = Block(Place(0, 0, 0, 0, None), first, None, [])
     form = image_format(some, spec)
     described = f"stream {rows.num_shards} {block_rows} {form.identity}\n{_content_mark(rows.shards)}"
