@@ -53,16 +53,15 @@ def subcommand(command: str) -> tuple[str, list[str]] | None:
     return None
 
 
-def check_command(command: str) -> None:
-    """Parse the options of a command as it would be; nothing is run."""
+def check_command(command: str) -> object:
+    """Parse the options of a command as it would be and return them, None where there are none; nothing is run."""
     found = subcommand(command)
     if found is None or "--help" in found[1]:
-        return
+        return None
     name, arguments = found
     if name == "train":
-        parse_train_config(arguments)
-    elif not name.startswith("-"):
-        parse_options(OPTIONS[name], "", arguments)
+        return parse_train_config(arguments)
+    return None if name.startswith("-") else parse_options(OPTIONS[name], "", arguments)
 
 
 def links(path: Path) -> list[str]:

@@ -110,6 +110,7 @@ def of(names: tuple[str, ...], others: bool = False) -> list[str]:
 def test_training_commands_run(command: str, tmp_path: Path, pictures: Path) -> None:
     digits_pipeline(tmp_path)
     succeed(shrunk(command, pictures, tmp_path / "run"), tmp_path)
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file() is ("--dry_run" not in command)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from .suggestions import suggestion
 __all__ = ["parse_options", "parse_train_config", "to_yaml"]
 
 Options = TypeVar("Options")
+Values = dict[str, Any]  # of options, by name
 ALIASES = {
     "logger": "report_to",
     "ema_decay": "ema_max_decay",
@@ -57,7 +58,7 @@ def parse_train_config(argv: list[str] | None = None) -> TrainConfig:
         argv, given = _canonical(argv, TrainConfig, also=("preset", "config"))
         chosen = _preset_name(preset, given)
         start = PRESETS[chosen].config
-        replaced: dict[str, Any] = {
+        replaced: Values = {
             other: None for name in given for other in _FIELDS[name].metadata.get("replaces", ()) if other not in given
         }
         if given & {"ema_inv_gamma", "ema_power"} and "ema" not in given:
@@ -137,7 +138,7 @@ def _preset_name(preset: str | None, given: set[str]) -> str:
     return preset
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def _read_yaml(path: str) -> Values:
     """Options of a YAML file; the `config.json` of a run folder will do as well."""
     if not Path(path).is_file():
         raise UsageError(f"--config must name a YAML file, and there is none at {path}.")
@@ -152,7 +153,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return {str(name): value for name, value in options.items()}
 
 
-def _to_argv(options: dict[str, Any]) -> list[str]:
+def _to_argv(options: Values) -> list[str]:
     """Options as the arguments that would give them, so that YAML and flags are read and checked by one parser."""
     argv: list[str] = []
     for name, value in options.items():
@@ -163,7 +164,7 @@ def _to_argv(options: dict[str, Any]) -> list[str]:
     return argv
 
 
-def _train_values(argv: list[str], defaults: dict[str, Any], preset: str) -> dict[str, Any]:
+def _train_values(argv: list[str], defaults: Values, preset: str) -> Values:
     """The value of every field of `TrainConfig`."""
     parser = _make_parser(
         TrainConfig,
@@ -191,7 +192,7 @@ def _train_values(argv: list[str], defaults: dict[str, Any], preset: str) -> dic
     return {name: value for name, value in values.items() if name not in ("preset", "config")}
 
 
-def _refuse_idle_options(values: dict[str, Any], given: set[str]) -> None:
+def _refuse_idle_options(values: Values, given: set[str]) -> None:
     """Refuse an option that would have no effect: nothing is accepted and ignored."""
     for name in sorted(given):
         if values[name] is not None and values[name] is not False and (lacking := _lacking(name, values)):
@@ -201,7 +202,7 @@ def _refuse_idle_options(values: dict[str, Any], given: set[str]) -> None:
             raise UsageError(f"--{name} has an effect only with {needed}, and {other} is {was}.")
 
 
-def _lacking(name: str, values: dict[str, Any]) -> tuple[str, Any] | None:
+def _lacking(name: str, values: Values) -> tuple[str, Any] | None:
     """Return what an option needs and has not, (another option, its words), or None where it has an effect."""
     if "needs" not in _FIELDS[name].metadata:
         return None
@@ -240,7 +241,7 @@ def _canonical(argv: list[str], options: type, also: Collection[str] = ()) -> tu
     return words, names
 
 
-def _is_switch(hint: Any) -> bool:
+def _is_switch(hint: object) -> bool:
     return hint is bool or bool in get_args(hint)
 
 
@@ -265,7 +266,13 @@ class _Switch(argparse._StoreAction):
 class _List(argparse._StoreAction):
     """An option of several values, which the word none switches off."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
         setattr(namespace, self.dest, None if values == [None] else values)
 
 
@@ -280,7 +287,7 @@ def _make_parser(
     options: type,
     description: str,
     *,
-    defaults: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, object] | None = None,
     switched: Collection[str] = (),
     prog: str | None = None,
     epilog: str | None = None,
@@ -320,20 +327,22 @@ def _make_parser(
     return parser
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def _default(field: dataclasses.Field[object]) -> object:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
 
 
-def _add(group: Any, field: dataclasses.Field[Any], hint: Any, default: Any, switched: bool) -> None:
+def _add(
+    group: argparse._ArgumentGroup, field: dataclasses.Field[object], hint: Any, default: object, switched: bool
+) -> None:
     """One field as an argument."""
     optional = get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
     kind = next(part for part in get_args(hint) if part is not type(None)) if optional else hint
     needed = default is dataclasses.MISSING
     told = "required" if needed else _told(default)
     text = field.metadata["help"].replace("%", "%%") + (f" ({told})" if told else "")
-    settings: dict[str, Any] = {"help": text, "required": needed, "default": None if needed else default}
+    settings: Values = {"help": text, "required": needed, "default": None if needed else default}
     if kind is bool:
         settings |= {"nargs": "?", "const": True, "type": _or_none(_boolean, optional), "action": _Switch}
     elif get_origin(kind) is Literal:
@@ -350,7 +359,7 @@ def _add(group: Any, field: dataclasses.Field[Any], hint: Any, default: Any, swi
         action.shown = f"--{field.name}" + (f", --no_{field.name}" if may_be_off else "")
 
 
-def _told(default: Any) -> str:
+def _told(default: object) -> str:
     """What --help says of a default; nothing where it is off."""
     if default is None or default is False or default == []:
         return ""
@@ -367,10 +376,10 @@ def _boolean(word: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected true or false, got {word!r}")
 
 
-def _or_none(read: Callable[[str], Any], optional: bool) -> Callable[[str], Any]:
+def _or_none(read: Callable[[str], object], optional: bool) -> Callable[[str], object]:
     """Let an option that may be off be switched off by the word none."""
 
-    def read_or_none(word: str) -> Any:
+    def read_or_none(word: str) -> object:
         return None if optional and word.lower() in ("none", "null") else read(word)
 
     read_or_none.__name__ = getattr(read, "__name__", "value")  # argparse names the type in its error

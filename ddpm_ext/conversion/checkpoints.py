@@ -6,7 +6,6 @@ import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -58,7 +57,7 @@ def read_weights(path: str | os.PathLike[str], which: str | None = None) -> dict
     return entries[which]
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path) -> object:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -70,7 +69,7 @@ def _load(path: Path) -> Any:
         ) from error
 
 
-def _entries(content: Any, name: str) -> dict[str, dict[str, Tensor]]:
+def _entries(content: object, name: str) -> dict[str, dict[str, Tensor]]:
     """Return name -> state dict of every set of weights in a checkpoint; "" where it has no name of its own."""
     if isinstance(content, list | tuple):  # of ermongroup/ddim: weights, optimiser, epoch, step and the average
         parts = [part for part in content if isinstance(part, Mapping) and not _OPTIMISER <= part.keys()]
@@ -102,7 +101,7 @@ def _without_prefixes(state: dict[str, Tensor], name: str) -> dict[str, dict[str
     return {head: next(iter(_without_prefixes(group, head).values())) for head, group in groups.items()}
 
 
-def _has_optimiser(content: Any) -> bool:
+def _has_optimiser(content: object) -> bool:
     if isinstance(content, Mapping):
         return content.keys() >= _OPTIMISER or any(_has_optimiser(value) for value in content.values())
     return isinstance(content, list | tuple) and any(_has_optimiser(value) for value in content)

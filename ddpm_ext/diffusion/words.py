@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 __all__ = [
     "EXTENSION_KEY",
@@ -10,6 +11,7 @@ __all__ = [
     "SPACINGS",
     "BetaSchedule",
     "Cdf",
+    "Config",
     "DecoderVariance",
     "Loss",
     "PredictionType",
@@ -37,6 +39,7 @@ Trajectory = Literal["even", "optimal"]
 ReferenceKind = Literal["clipped", "clipped_raw", "unclipped"]  # what a solver is fitted to
 TrajectoryCost = Literal["analytic", "fixed_small", "fixed_large"]
 
+Config = Mapping[str, Any]  # options of a scheduler, a network or a pipeline of Diffusers by name
 # The one key of ours in the configs of Diffusers: stock classes neither warn about nor drop a leading "_".
 EXTENSION_KEY = "_ddpm_ext"
 LEARNED_VARIANCES = ("learned", "learned_range")

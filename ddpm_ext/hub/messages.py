@@ -120,7 +120,7 @@ def _explain_response(error: BaseException, response: Any, operation: Operation)
     )
 
 
-def _not_found(code: str | None, said: str, url: Any, operation: Operation) -> str:
+def _not_found(code: str | None, said: str, url: object, operation: Operation) -> str:
     """Return the message for a repository, a revision or a file that is not there or not for this token."""
     repo_id, revision = operation.repo_id, operation.revision
     if code == "GatedRepo":

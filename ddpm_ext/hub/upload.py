@@ -84,7 +84,7 @@ PUSH_OPTIONS = frozenset(PushOptions.__annotations__) - {"variant"} | {"token", 
 
 
 def push_to_hub(
-    folder_or_pipeline: Any,
+    folder_or_pipeline: object,
     repo_id: str,
     *,
     token: str | None = None,
@@ -131,7 +131,7 @@ def push_to_hub(
     return push
 
 
-def push_command(folder_or_pipeline: Any, repo_id: str, **options: Any) -> str:
+def push_command(folder_or_pipeline: object, repo_id: str, **options: Any) -> str:
     """Return the command, or for a pipeline in memory the call, that pushes with these options, where they are given.
 
     Args:
@@ -266,7 +266,9 @@ class _Commit:
         for ref in sorted(requests):
             if not (now := client.state(self.repo_id, ref)).differing(files):
                 return self._push(now.commit, False, ref)
-        adds: list[Any] = [CommitOperationAdd(name, str(files[name])) for name in changed]
+        adds: list[CommitOperationAdd | CommitOperationDelete] = [
+            CommitOperationAdd(name, str(files[name])) for name in changed
+        ]
         adds += [CommitOperationDelete(name, is_folder=False) for name in gone]
         attempts = 0
 
@@ -288,7 +290,7 @@ class _Commit:
             )
         return push
 
-    def _create(self, operations: Collection[Any], before: State) -> Push:
+    def _create(self, operations: Collection[CommitOperationAdd | CommitOperationDelete], before: State) -> Push:
         name = self.repo_id.split("/")[-1]
         info = self.client.api.create_commit(
             self.repo_id,
@@ -356,7 +358,7 @@ class BackgroundPush:
         repo_id: str,
         *,
         also: Sequence[str] = (),
-        prepare: Callable[[Path], Any] = lambda snapshot: None,
+        prepare: Callable[[Path], object] = lambda snapshot: None,
         **options: Any,
     ) -> None:
         self.repo_id, self.also, self.prepare, self.options = repo_id, also, prepare, options

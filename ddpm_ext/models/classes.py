@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..diffusion.words import EXTENSION_KEY
+from ..diffusion.words import EXTENSION_KEY, Config
 from ..errors import UserError
 
 __all__ = [
@@ -49,7 +49,7 @@ def class_options(number: int, names: Sequence[str] | None = None, *, with_null_
     return {"num_class_embeds": number + with_null_label, **({EXTENSION_KEY: ours} if ours else {})}
 
 
-def classes_of(config: Mapping[str, Any]) -> Classes | None:
+def classes_of(config: Config) -> Classes | None:
     """Return the classes of a network by its config; None where it takes no class numbers.
 
     Raises:
@@ -68,14 +68,14 @@ def classes_of(config: Mapping[str, Any]) -> Classes | None:
     return Classes(number, null, None if names is None else tuple(names))
 
 
-def number_of_classes(config: Mapping[str, Any]) -> int | None:
+def number_of_classes(config: Config) -> int | None:
     """Return C of a network by its config, the null label not counted; None where it takes no class numbers."""
     classes = classes_of(config)
     return None if classes is None else classes.number
 
 
 def check_labels(
-    class_labels: ClassLabels, count: int, config: Mapping[str, Any], device: torch.device | None = None
+    class_labels: ClassLabels, count: int, config: Config, device: torch.device | None = None
 ) -> Tensor | None:
     """Return one label per image, int64, shape (count,); None for a network without classes.
 
@@ -113,7 +113,7 @@ def check_labels(
     return labels.long()
 
 
-def label_number(word: str, config: Mapping[str, Any]) -> int:
+def label_number(word: str, config: Config) -> int:
     """Return the number of a class given as a word of a command line: its name, or its number where no name has it.
 
     Args:

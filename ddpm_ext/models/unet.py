@@ -8,7 +8,6 @@ L_simple starts at 1.12; the papers start at a network that predicts almost noth
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -16,6 +15,7 @@ from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+from ..diffusion.words import Config
 from ..errors import UserError
 
 __all__ = [
@@ -30,17 +30,18 @@ __all__ = [
 ]
 
 Initialisation = Literal["ddpm", "iddpm", "torch"]
+Arguments = dict[str, Any]  # of UNet2DModel, by name
 
 
 class UNetPreset(NamedTuple):
     """A published network."""
 
-    config: Mapping[str, Any]  # arguments of UNet2DModel that differ from its defaults
+    config: Config  # arguments of UNet2DModel that differ from its defaults
     init: Initialisation
     num_parameters: int  # as counted in the published code's network; ours for the small ones
 
 
-def _levels(widths: tuple[int, ...], attention: tuple[int, ...]) -> dict[str, Any]:
+def _levels(widths: tuple[int, ...], attention: tuple[int, ...]) -> Arguments:
     """Widths of the levels, the finest first, and the levels that have self-attention, counted from 0."""
     down = tuple("AttnDownBlock2D" if level in attention else "DownBlock2D" for level in range(len(widths)))
     up = tuple("AttnUpBlock2D" if level in attention else "UpBlock2D" for level in reversed(range(len(widths))))
@@ -49,7 +50,7 @@ def _levels(widths: tuple[int, ...], attention: tuple[int, ...]) -> dict[str, An
 
 # Ho et al. 2020, arXiv:2006.11239, App. B: sin and cos side by side with exp(-ln(1e4) i / (half - 1)), one attention
 # head, stride 2 padded right and below as TensorFlow's SAME, GroupNorm of 32 groups with epsilon 1e-6.
-_HO: dict[str, Any] = {
+_HO: Arguments = {
     "layers_per_block": 2,
     "downsample_padding": 0,
     "flip_sin_to_cos": False,
@@ -59,13 +60,13 @@ _HO: dict[str, Any] = {
 }
 # Nichol & Dhariwal 2021, arXiv:2102.09672: scale and shift from the time embedding, heads of 64. Without
 # attn_norm_num_groups Diffusers would drop the normalisation of the middle attention.
-_IDDPM: dict[str, Any] = {
+_IDDPM: Arguments = {
     "layers_per_block": 3,
     "resnet_time_scale_shift": "scale_shift",
     "attention_head_dim": 64,
     "attn_norm_num_groups": 32,
 }
-_HO_256: dict[str, Any] = {"sample_size": 256, **_levels((128, 128, 256, 256, 512, 512), (4,)), **_HO}
+_HO_256: Arguments = {"sample_size": 256, **_levels((128, 128, 256, 256, 512, 512), (4,)), **_HO}
 
 UNET_PRESETS: dict[str, UNetPreset] = {
     "digits": UNetPreset(
@@ -129,7 +130,7 @@ UNET_PRESETS: dict[str, UNetPreset] = {
 # Building -------------------------------------------------------------------------------------------------------------
 
 
-def unet_config(preset_or_config: str | Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+def unet_config(preset_or_config: str | Config, **changes: Any) -> Arguments:
     """Arguments of UNet2DModel: those of a preset or of a configuration, with `changes` that are not None over them."""
     if isinstance(preset_or_config, str):
         if preset_or_config not in UNET_PRESETS:
@@ -140,7 +141,7 @@ def unet_config(preset_or_config: str | Mapping[str, Any], **changes: Any) -> di
 
 
 def build_unet(
-    preset_or_config: str | Mapping[str, Any],
+    preset_or_config: str | Config,
     *,
     seed: int = 0,
     init: Initialisation | None = None,
@@ -200,7 +201,7 @@ def build_unet(
     return unet
 
 
-def check_resolution(config: Mapping[str, Any], size: tuple[int, int]) -> None:
+def check_resolution(config: Config, size: tuple[int, int]) -> None:
     """Raise ValueError unless (H, W) can be halved once between each two levels of the network."""
     step = 2 ** (len(config.get("block_out_channels", (224, 448, 672, 896))) - 1)
     if len(size) != 2 or any(side < step or side % step for side in size):

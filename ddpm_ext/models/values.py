@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ..diffusion.words import EXTENSION_KEY
+from ..diffusion.words import EXTENSION_KEY, Config
 from ..errors import UserError
 
 __all__ = ["Values", "value_options", "values_of"]
@@ -24,7 +23,7 @@ def value_options(bits: int, value_range: tuple[float, float] | None = None) -> 
     return found if value_range is None else {**found, "value_range": list(value_range)}
 
 
-def values_of(config: Mapping[str, Any]) -> Values:
+def values_of(config: Config) -> Values:
     """Return the depth of a network's images by its config.
 
     Raises:

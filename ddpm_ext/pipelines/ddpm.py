@@ -28,14 +28,25 @@ from ..schedulers.ddpm import DDPMExtScheduler
 from ..schedulers.solver import DDPMExtSolverScheduler, is_portable_solver
 from .config import GuidanceOptions
 from .guidance import Guidance, guided_prediction, make_guidance, setting_of
-from .inputs import OutputType, checked_output_type, clean_image, prepare_latents, set_timesteps, times_from, to_output
+from .inputs import (
+    Images,
+    OutputType,
+    checked_output_type,
+    clean_image,
+    prepare_latents,
+    set_timesteps,
+    times_from,
+    to_output,
+)
 from .loading import check_parts
 from .locate import find_pipeline
 from .portable import PortablePipeline
 
 __all__ = ["DDPMExtPipeline", "DivergenceError", "OutputType", "Progress", "load_pipeline"]
 
-Callback = Callable[["DDPMExtPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]
+Callback = Callable[["DDPMExtPipeline", int, Tensor, dict[str, Tensor | None]], dict[str, Tensor] | None]
+
+AfterStep = Callable[[int, Tensor, Tensor, Tensor | None], Tensor]  # (number, t, x_s, x̂_0) -> x_s
 
 
 class DivergenceError(UserError, FloatingPointError):
@@ -101,7 +112,7 @@ class DDPMExtPipeline(PortablePipeline):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **guidance: Unpack[GuidanceOptions],
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> ImagePipelineOutput | tuple[Images]:
         """Draw images from noise: Algorithm 2 of DDPM.
 
         Args:
@@ -130,7 +141,7 @@ class DDPMExtPipeline(PortablePipeline):
         guided = make_guidance(self.unet.config, **guidance)
         x_T, labels = self._start(batch_size, generator, num_inference_steps, timesteps, latents, class_labels)
 
-        def after_step(i: int, t: Any, x_s: Tensor, x_0: Tensor | None) -> Tensor:
+        def after_step(i: int, t: Tensor, x_s: Tensor, x_0: Tensor | None) -> Tensor:
             if callback_on_step_end is None:
                 return x_s
             tensors = {"latents": x_s, "pred_original_sample": x_0}
@@ -278,7 +289,7 @@ class DDPMExtPipeline(PortablePipeline):
         generator: Generators,
         labels: Tensor | None,
         guidance: Guidance | None = None,
-        after_step: Callable[[int, Any, Tensor, Tensor | None], Tensor] | None = None,
+        after_step: AfterStep | None = None,
     ) -> Iterator[tuple[Progress, Tensor]]:
         """The one sampling loop: yields each step with x_s, the images after it."""
         scheduler, unet = self.scheduler, self.unet
@@ -360,7 +371,7 @@ class DDPMExtPipeline(PortablePipeline):
 
     def _run(
         self, x_t: Tensor, generator: Generators, labels: Tensor | None, output_type: OutputType, *args: Any
-    ) -> Any:
+    ) -> Images:
         for step in self._denoise(x_t, generator, labels, *args):
             x_t = step[1]
         return to_output(x_t, output_type)

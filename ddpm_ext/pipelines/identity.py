@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import UNet2DModel
 
-from ..diffusion.words import EXTENSION_KEY
+from ..diffusion.words import EXTENSION_KEY, Config
 
 if TYPE_CHECKING:
     from .ddpm import DDPMExtPipeline
@@ -47,23 +46,23 @@ def scheduler_options(scheduler: Any) -> dict[str, str]:
     return {"class": type(scheduler).__name__, **_options_as_text(scheduler.config)}
 
 
-def key_hash(key: Mapping[str, Any]) -> str:
+def key_hash(key: Config) -> str:
     """Return 16 hex digits that stand for everything a measurement depends on."""
     return hashlib.sha256(key_text(key).encode()).hexdigest()[:16]
 
 
-def key_text(key: Mapping[str, Any]) -> str:
+def key_text(key: Config) -> str:
     """Return a key as text that is the same in every process."""
     return json.dumps(key, sort_keys=True, allow_nan=False)
 
 
-def _options_as_text(config: Mapping[str, Any]) -> dict[str, str]:
+def _options_as_text(config: Config) -> dict[str, str]:
     """Return the options of a Diffusers config as text, without its notes on itself.
 
     Which options were left at their defaults, for one, Diffusers lists in an order that changes with every process.
     """
 
-    def plain(value: Any) -> Any:
+    def plain(value: Any) -> object:
         if isinstance(value, set | frozenset):
             return sorted(map(str, value))
         return value.tolist() if hasattr(value, "tolist") else str(value)

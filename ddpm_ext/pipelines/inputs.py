@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..diffusion.images import to_x_0
 from ..diffusion.schedules import respaced_timesteps
+from ..diffusion.words import Config
 from ..errors import UserError, check_word
 from ..models.unet import check_resolution
 from ..schedulers.checks import Generators, check_generators
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 OutputType = Literal["pil", "np", "pt", "latent"]
-Images = Tensor | np.ndarray | list[Image.Image]
+Images = Any  # a tensor, an array or a list of PIL images, as the word says
 
 
 def prepare_latents(
@@ -66,7 +67,7 @@ def prepare_latents(
     return latents.to(device=device, dtype=unet.dtype)
 
 
-def _image_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
+def _image_shape(config: Config) -> tuple[int, int, int]:
     """Return (C, H, W) of a network's images."""
     size = config["sample_size"]
     if size is None:

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -240,7 +240,7 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     return values if values.dtype == np.uint8 else ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def _change(name: str, former: Any, new: Any) -> str:
+def _change(name: str, former: object, new: object) -> str:
     """Return what differs in words: the scheduler by its options that do."""
     if not (isinstance(former, dict) and isinstance(new, dict)):
         return f"{name} {former!r} -> {new!r}"

@@ -54,10 +54,10 @@ def images_from_seeds(
         SamplingStopped: poll said so.
     """
 
-    def look(_pipeline: Any, step: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def look(_pipeline: object, step: int, _t: object, tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
         if poll is not None and step % POLL_EVERY == 0 and poll():
             raise SamplingStopped
-        return tensors
+        return {}
 
     for start in range(0, len(seeds), batch_size):
         mine = slice(start, start + batch_size)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, get_args
+from typing import get_args
 
 from ..diffusion import images
 from ..diffusion.tables import Tables, warn_if_signal_remains
@@ -15,6 +15,7 @@ from ..diffusion.words import (
     EXTENSION_KEY,
     LEARNED_VARIANCES,
     SPACINGS,
+    Config,
     PredictionType,
     TimestepSpacing,
     Trajectory,
@@ -59,7 +60,7 @@ class GuidanceSetting:
         return f"guidance_scale {self.scale:g}{interval}" + (f", rescaled {self.rescale:g}" if self.rescale else "")
 
 
-def guidance_setting(record: Mapping[str, Any], T: int) -> GuidanceSetting:
+def guidance_setting(record: Config, T: int) -> GuidanceSetting:
     """Return the guidance that a record holds under the names of the pipeline's options; what is missing is none.
 
     Args:
@@ -106,7 +107,7 @@ class Extension:
     trajectory: Trajectory | None = None
     trajectories: Mapping[str, Sequence[int]] = field(default_factory=dict)
     standard_error: Sequence[float] | None = None
-    solver: Mapping[str, Any] | None = None
+    solver: Config | None = None
     guidance_scale: float = 0.0
     guidance_interval: Sequence[float] | None = None
     guidance_rescale: float = 0.0
@@ -143,7 +144,7 @@ class SchedulerOptions:
         return self.variance_type == "analytic" and self.extension.mse_eps is None
 
 
-def parse_options(config: Mapping[str, Any]) -> SchedulerOptions:
+def parse_options(config: Config) -> SchedulerOptions:
     """Return the options of a config, checked.
 
     Args:
@@ -153,7 +154,7 @@ def parse_options(config: Mapping[str, Any]) -> SchedulerOptions:
         UserError: an option that is not one of its words or outside its range, or a wrong field (`extension`).
     """
     names = [f.name for f in fields(SchedulerOptions) if f.name != "extension"]
-    values: dict[str, Any] = {name: config[name] for name in names}
+    values = {name: config[name] for name in names}
     check_word("variance_type", values["variance_type"], get_args(VarianceType))
     check_word("prediction_type", values["prediction_type"], get_args(PredictionType))
     if values["timestep_spacing"] == "even":
@@ -164,7 +165,7 @@ def parse_options(config: Mapping[str, Any]) -> SchedulerOptions:
         )
     check_word("timestep_spacing", values["timestep_spacing"], SPACINGS)
     T = values["num_train_timesteps"]
-    rules: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    rules: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         ("clip_sample_range", lambda v: v > 0, "a positive number"),
         ("sample_max_value", lambda v: v > 0, "a positive number"),
         ("dynamic_thresholding_ratio", lambda v: 0 <= v <= 1, "between 0 and 1"),
@@ -176,7 +177,7 @@ def parse_options(config: Mapping[str, Any]) -> SchedulerOptions:
     return SchedulerOptions(**values, extension=extension(config))
 
 
-def extension(config: Mapping[str, Any]) -> Extension:
+def extension(config: Config) -> Extension:
     """Return the extension's fields of a config, checked.
 
     Raises:
@@ -207,7 +208,7 @@ def extension(config: Mapping[str, Any]) -> Extension:
     return found
 
 
-def _are(kind: type | tuple[type, ...], values: Sequence[Any]) -> bool:
+def _are(kind: type | tuple[type, ...], values: Sequence[object]) -> bool:
     """Whether all values are of a kind, booleans being none. By their types, of which there are few."""
     return all(issubclass(t, kind) and t is not bool for t in set(map(type, values)))
 
@@ -222,7 +223,7 @@ def _check_guidance(found: Extension) -> None:
         raise UserError(f"guidance_interval must be two steps with low <= high, got {ends!r}.")
 
 
-def _check_per_step(name: str, numbers: Any, T: int) -> None:
+def _check_per_step(name: str, numbers: object, T: int) -> None:
     expected = f"{name} must be a list of {T} finite numbers of at least 0, one per step, got "
     if not isinstance(numbers, list | tuple):
         raise UserError(f"{expected}{type(numbers).__name__}.")
@@ -235,11 +236,11 @@ def _check_per_step(name: str, numbers: Any, T: int) -> None:
             raise UserError(f"{expected}{value!r} at step {step}.")
 
 
-def _check_trajectories(trajectories: Any, T: int) -> None:
+def _check_trajectories(trajectories: object, T: int) -> None:
     if not isinstance(trajectories, Mapping):
         raise UserError(f"trajectories must map a number of steps to its steps, got {trajectories!r}.")
     for K, times in trajectories.items():
-        listed: list[Any] = list(times) if isinstance(times, list | tuple) else []
+        listed = list(times) if isinstance(times, list | tuple) else []
         fits = bool(listed) and K == str(len(listed)) and _are(int, listed)
         if not fits or listed != sorted(set(listed)) or listed[0] < 0 or listed[-1] >= T:
             raise UserError(

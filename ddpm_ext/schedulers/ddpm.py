@@ -156,6 +156,7 @@ class DDPMExtScheduler(BaseScheduler, SchedulerMixin):
                 raise UserError("timesteps and trajectory both name the steps: give one of them.")
             times = checked_timesteps(timesteps, len(self))
         else:
+            assert num_inference_steps is not None  # one of the two is given
             times = chosen_timesteps(self.tables, self.options, num_inference_steps, trajectory)[::-1]
         table = make_step_table(self.tables, times, self.options)
         check_usable(table)

@@ -9,7 +9,7 @@ from typing import Any
 
 import diffusers
 
-from ..diffusion.words import EXTENSION_KEY
+from ..diffusion.words import EXTENSION_KEY, Config
 from ..errors import UserError
 
 __all__ = ["stock_words", "true_config", "true_defaults"]
@@ -23,7 +23,7 @@ _REFUSED = {
 }
 
 
-def stock_words(config: Mapping[str, Any]) -> dict[str, str]:
+def stock_words(config: Config) -> dict[str, str]:
     """Return the config values that must read differently for a stock scheduler."""
     words: dict[str, str] = {}
     if config["variance_type"] in _PLAIN_VARIANCE:
@@ -34,7 +34,7 @@ def stock_words(config: Mapping[str, Any]) -> dict[str, str]:
     return words
 
 
-def true_config(config: Mapping[str, Any], cls: type) -> dict[str, Any]:
+def true_config(config: Config, cls: type) -> dict[str, Any]:
     """Return a config read from disk or from a stock scheduler as it is meant.
 
     The true words that a portable config keeps in `_ddpm_ext` go back to their places, except where the word on disk
@@ -68,7 +68,7 @@ def true_config(config: Mapping[str, Any], cls: type) -> dict[str, Any]:
     return {**config, **words, **({EXTENSION_KEY: extension} if extension else {})}
 
 
-def true_defaults(config: Mapping[str, Any], cls: type | None) -> list[str]:
+def true_defaults(config: Config, cls: type | None) -> list[str]:
     """Return the names in `_use_default_values` whose values are the defaults of `cls`, sorted; all where it is None.
 
     Diffusers lists there every option that came without a keyword, positional arguments too, and `from_config` drops
@@ -79,7 +79,7 @@ def true_defaults(config: Mapping[str, Any], cls: type | None) -> list[str]:
     return [name for name in names if name not in defaults or _is_default(config, name, defaults)]
 
 
-def _origin(config: Mapping[str, Any], cls: type) -> type | None:
+def _origin(config: Config, cls: type) -> type | None:
     """The class that filled in the defaults of a config: the one that explains the most of them."""
     listed = set(config.get("_use_default_values") or [])
     named = getattr(diffusers, str(config.get("_class_name")), None)
@@ -105,7 +105,7 @@ def _defaults(cls: type) -> dict[str, Any]:
     return {one.name: one.default for one in parameters if one.kind is not one.VAR_KEYWORD}
 
 
-def _is_default(config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> bool:
+def _is_default(config: Config, name: str, defaults: Config) -> bool:
     return repr(config.get(name)) == repr(defaults[name])
 
 

@@ -164,7 +164,7 @@ def check_usable(table: StepTable) -> None:
 
 
 def chosen_timesteps(
-    tables: Tables, options: SchedulerOptions, num_inference_steps: Any, trajectory: Trajectory | None
+    tables: Tables, options: SchedulerOptions, num_inference_steps: int, trajectory: Trajectory | None
 ) -> list[int]:
     """Return the K steps that options and a trajectory's name choose, ascending code indices.
 
