@@ -31,7 +31,7 @@ from ddpm_ext.data.dataset import load_images
 from ddpm_ext.diffusion.words import LEARNED_VARIANCES
 from ddpm_ext.evaluation.bound.denoising_errors import drop_variance_head
 from ddpm_ext.evaluation.features.extractors import extract, make_extractor
-from ddpm_ext.evaluation.features.metrics import feature_statistics, frechet_distance
+from ddpm_ext.evaluation.features.metrics import feature_statistics
 from ddpm_ext.evaluation.plots import plot_against_steps
 from ddpm_ext.evaluation.samplers import SamplerSetting, ancestral
 from ddpm_ext.evaluation.sharded import Shards
@@ -43,15 +43,16 @@ from ddpm_ext.evaluation.solvers.few_steps import (
     fitted_setting,
     markdown_table,
     reference_setting,
+    score_references,
     stock_settings,
 )
 from ddpm_ext.evaluation.solvers.fit import (
     REFERENCE_WORDS,
+    Candidate,
     FitOptions,
     FittedNetwork,
-    candidate_references,
+    best_reference,
     fitted_scheduler,
-    reference_scheduler,
 )
 from ddpm_ext.options import option
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
@@ -59,6 +60,7 @@ from ddpm_ext.pipelines.identity import scheduler_options, weights_hash
 from ddpm_ext.pipelines.sampling import make_grid, save_png
 from ddpm_ext.pipelines.seeds import images_from_seeds
 from ddpm_ext.run_dir import environment, write_atomically, write_json
+from ddpm_ext.schedulers.solver import DDPMExtSolverScheduler
 
 GRID = 16
 
@@ -77,8 +79,8 @@ class FewStepsConfig:
     num_held_out: int = option(128, "Noises that choose the steps.")
     order: int = option(3, "Estimates that one jump uses.")
     max_rounds: int = option(3, "Rounds of descent over the steps; 0: the best power steps alone.")
-    reference_steps: int = option(200, "Calls of a reference.")
-    references: str = option("all", "all: fit to every candidate reference; best: to the best alone.")
+    reference_steps: str = option("20,30,50,100,200", "Calls of the references that may be fitted to.")
+    references: str = option("all", "all: fit to the best reference of every kind; best: to the best alone.")
     spacings: str = option("trailing", "More rows of stock solvers, with these spacings; none for none.")
     num_samples: int = option(2000, "Samples of a set.")
     num_seeds: int = option(3, "Sets of samples of a cell.")
@@ -172,7 +174,7 @@ class Bench:
             num_held_out=config.num_held_out,
             order=config.order,
             max_rounds=config.max_rounds,
-            reference_steps=config.reference_steps,
+            reference_steps=tuple(map(int, config.reference_steps.split(","))),
             batch_size=config.batch_size,
         )
         self.network = FittedNetwork(
@@ -235,41 +237,44 @@ class Comparison:
 
     def __init__(self, bench: Bench) -> None:
         self.bench, self.config = bench, bench.config
-        self.statistics, self.calls = feature_statistics(bench.real()), len(bench.network.grid)
-        self.kinds = candidate_references(bench.scheduler)
-        self.references: dict[Any, Any] = {
-            kind: reference_scheduler(bench.scheduler, kind, self.calls) for kind in self.kinds
-        }
-        own = {kind: bench.draw(made, self.calls, 0) for kind, made in self.references.items()}
-        self.own = {kind: self.distance(features) for kind, features in own.items()}
-        self.best: Any = min(self.own, key=lambda kind: self.own[kind])
-        self.near = (self.reference(self.best), self.calls)
-        self.fitted: dict[str, Any] = {}
+        self.statistics = feature_statistics(bench.real())
+        self.own = score_references(bench.network, bench.network.candidates, bench.extractor, self.statistics)
+        self.best = best_reference(self.own)
+        kinds = dict.fromkeys(candidate.kind for candidate in self.own)
+        of_kinds = [{one: score for one, score in self.own.items() if one.kind == kind} for kind in kinds]
+        self.others = [one for one in map(best_reference, of_kinds) if one.kind != self.best.kind]
+        self.near = (reference_setting(bench.scheduler, self.best), self.best.steps)
+        self.fitted: dict[Candidate, DDPMExtSolverScheduler] = {}
         self.scores: list[FewStepScore] = []
         self.minutes: dict[str, float] = {}
         self.left_out: dict[str, str] = {}
 
     def parts(self) -> Iterator[str]:
         """Measure part after part; yields what has been measured and written."""
-        yield f"references {self.own}"
-        config, others = self.config, [kind for kind in self.kinds if kind != self.best]
+        yield f"references {self.named}"
+        config = self.config
         self.measure("fitted", [self.fit(self.best)], config.steps)
         yield "fitted"
-        self.measure("reference", [self.near[0]], [self.calls])
+        self.measure("reference", [self.near[0]], [self.best.steps])
         self.measure("stock", stock_settings(), config.steps)
         yield "stock"
         if config.full_chain:
             self.measure("chain", [SamplerSetting("DDPM, fixed_small", lambda _: self.chain)], [len(self.chain)])
             yield "chain"
-        for kind in others:
+        for other in self.others:
             if config.references == "all":
-                self.measure("fitted", [self.fit(kind)], config.steps)
-            self.measure("reference", [self.reference(kind)], [self.calls])
-            yield kind
+                self.measure("fitted", [self.fit(other)], config.steps)
+            self.measure("reference", [reference_setting(self.bench.scheduler, other)], [other.steps])
+            yield str(other)
         if config.spacings != "none":
             more = stock_settings(config.spacings.split(","))[len(stock_settings()) :]
             self.measure("stock", more, config.steps)
             yield "spacings"
+
+    @property
+    def named(self) -> dict[str, float]:
+        """The references' own scores."""
+        return {str(candidate): score for candidate, score in self.own.items()}
 
     def measure(self, kind: str, settings: Sequence[SamplerSetting], steps: Sequence[int]) -> None:
         """Measure rows of one kind, and write everything so far."""
@@ -278,28 +283,20 @@ class Comparison:
         plan = [(kind, setting, steps) for setting in settings]
         self.scores += compare(bench.draw, self.statistics, bench.scheduler, plan, seeds, near, self.left_out)
         if bench.accelerator.is_main_process:
-            notes = {"left_out": self.left_out, "fit_minutes": self.minutes, "own": self.own}
+            notes = {"left_out": self.left_out, "fit_minutes": self.minutes, "own": self.named}
             write(bench, config, self.in_order(), self.fitted[self.best], self.best, notes)
 
     def in_order(self) -> list[FewStepScore]:
         """Return the scores with rows of one kind beside each other."""
         return sorted(self.scores, key=lambda score: ("fitted", "reference", "stock", "chain").index(score.kind))
 
-    def fit(self, kind: Any) -> SamplerSetting:
+    def fit(self, reference: Candidate) -> SamplerSetting:
         """Fit to one reference, and return the row."""
         since = time.perf_counter()
-        fits = self.bench.network.fit(kind)
-        self.minutes[kind] = round((time.perf_counter() - since) / 60, 2)
-        self.fitted[kind] = fitted_scheduler(self.bench.scheduler, kind, fits, self.bench.network.options)
-        return fitted_setting(kind, self.fitted[kind])
-
-    def reference(self, kind: Any) -> SamplerSetting:
-        """Return the row of a reference by itself."""
-        return reference_setting(kind, self.references[kind], self.calls)
-
-    def distance(self, features: Tensor) -> float:
-        """Return the Fréchet distance of features to the real images'."""
-        return frechet_distance(self.statistics, feature_statistics(features))
+        fits = self.bench.network.fit(reference)
+        self.minutes[str(reference)] = round((time.perf_counter() - since) / 60, 2)
+        self.fitted[reference] = fitted_scheduler(self.bench.scheduler, reference, fits, self.bench.network.options)
+        return fitted_setting(reference.kind, self.fitted[reference])
 
     @property
     def chain(self) -> Any:
@@ -308,7 +305,12 @@ class Comparison:
 
 
 def write(
-    bench: Bench, config: FewStepsConfig, scores: list[FewStepScore], fitted: Any, best: str, notes: dict[str, Any]
+    bench: Bench,
+    config: FewStepsConfig,
+    scores: list[FewStepScore],
+    fitted: Any,
+    best: Candidate,
+    notes: dict[str, Any],
 ) -> None:
     """Write tables, plot, grids and the pipeline with the fitted scheduler."""
     folder, real = bench.folder, f"{config.dataset_name} {config.split}"
@@ -319,7 +321,7 @@ def write(
         ours = next(
             s
             for s in scores
-            if s.kind == "fitted" and s.num_inference_steps == K and f"({REFERENCE_WORDS[best]})" in s.sampler
+            if s.kind == "fitted" and s.num_inference_steps == K and f"({REFERENCE_WORDS[best.kind]})" in s.sampler
         )
         if stock is not None:
             ratios.append(
@@ -328,13 +330,15 @@ def write(
     head = "| calls | fitted | best stock | which | ratio |\n| --- | --- | --- | --- | --- |"
     parts = [
         f"{title}:\n\n{markdown_table(scores)}",
-        f"Squared distance of the features to the reference ({REFERENCE_WORDS[best]}) from the same noises:\n\n"
+        f"Squared distance of the features to the reference ({best}) from the same noises:\n\n"
         f"{markdown_table(scores, distances=True)}",
         "\n".join([head, *ratios]),
     ]
     write_atomically(folder / "few_steps.md", "\n\n".join(parts) + "\n")
     record = {"config": asdict(config), "environment": environment(), "device": str(bench.accelerator.device), **notes}
-    write_json(folder / "few_steps.json", {**record, "reference": best, "scores": [one.to_json() for one in scores]})
+    write_json(
+        folder / "few_steps.json", {**record, "reference": best._asdict(), "scores": [one.to_json() for one in scores]}
+    )
     plot_against_steps(curves(scores), "Fréchet distance", folder / "few_steps.png")
     chosen = [K for K in (4, 5, 10) if K in config.steps]
     grids = [make_grid(bench.images_of(fitted, K)) for K in chosen]

@@ -13,14 +13,22 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 
 from ddpm_ext.data.dataset import load_images
-from ddpm_ext.diffusion.solvers import Reference, choose_times, refine_solver, solve_reference
+from ddpm_ext.diffusion.solver_fit import Problem, choose_times, fit_solver, refine_solver, restore_contrast
+from ddpm_ext.diffusion.solvers import Reference, solve_reference
 from ddpm_ext.errors import UserError
 from ddpm_ext.evaluation.calibrate import calibrate
 from ddpm_ext.evaluation.config import CalibrateConfig, EvalConfig
 from ddpm_ext.evaluation.evaluate import evaluate
 from ddpm_ext.evaluation.features import metrics
 from ddpm_ext.evaluation.samplers import STOCK_SETTINGS
-from ddpm_ext.evaluation.solvers.fit import NOISE_SEED, REFERENCE_WORDS, FitOptions, FittedNetwork, reference_scheduler
+from ddpm_ext.evaluation.solvers.fit import (
+    NOISE_SEED,
+    REFERENCE_WORDS,
+    Candidate,
+    FitOptions,
+    FittedNetwork,
+    reference_scheduler,
+)
 from ddpm_ext.models.classes import class_options
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
@@ -99,11 +107,12 @@ def test_the_stored_solver_is_the_fit_of_the_noises_that_the_seed_says(done: Sim
     def predict(x: torch.Tensor, t: int) -> Any:
         return scheduler.estimate(unet(x, t).sample, t, x, fitted.reference)
 
-    reference: Reference = solve_reference(predict, x_T, scheduler.tables)
+    calls = done.record["solver"]["reference_steps"]
+    reference: Reference = solve_reference(predict, x_T, scheduler.tables, calls)
+    problem = Problem(predict, reference, scheduler.tables, 3, num_fit=6, clip=1.0)
     for K, solver in fitted.solvers.items():
-        options: dict[str, Any] = {"num_fit": 6}
-        fit = choose_times(predict, reference, K, 3, scheduler.tables, **options)
-        fit = refine_solver(predict, reference, fit, scheduler.tables, **options)
+        fit = fit_solver(problem, choose_times(problem, K).solver.times)
+        fit = restore_contrast(problem, refine_solver(problem, fit))
         assert solver.times == fit.solver.times
         torch.testing.assert_close(solver.coefficients, fit.solver.coefficients, rtol=1e-2, atol=1e-3)  # float32
         stored = done.record["solver"]["steps"][str(K)]
@@ -145,8 +154,9 @@ def figure(record: dict[str, Any], sampler: str, K: int) -> dict[str, Any]:
 def test_every_row_is_of_the_same_noises_and_knows_its_distance_to_the_reference(done: SimpleNamespace) -> None:
     record, kind = done.record, done.record["solver"]["reference"]
     options = {"num_train_timesteps": T, "beta_start": 1e-3, "beta_end": 0.6}
-    reference = samples(reference_scheduler(DDPMExtScheduler(**options), kind, T), T)
-    row = figure(record, f"reference, {T} calls ({REFERENCE_WORDS[kind]})", T)
+    calls = record["solver"]["reference_steps"]
+    reference = samples(reference_scheduler(DDPMExtScheduler(**options), Candidate(kind, calls)), calls)
+    row = figure(record, f"reference, {calls} calls ({REFERENCE_WORDS[kind]})", calls)
     assert row["value"] == pytest.approx(distance(reference), rel=1e-4)
     assert row["parts"]["squared_distance"] == 0
     drawn = {
@@ -169,11 +179,22 @@ def test_every_row_is_of_the_same_noises_and_knows_its_distance_to_the_reference
 
 
 def test_the_reference_is_the_candidate_of_the_lowest_score(done: SimpleNamespace) -> None:
-    scores = done.record["solver"]["reference_scores"]
-    assert set(scores) == set(REFERENCE_WORDS)
+    """Every kind with every number of steps that a chain of 30 has, by the images of the noises of the fit."""
+    found = done.record["solver"]
+    scores = found["reference_scores"]
+    assert list(scores) == [f"{kind}, {calls} calls" for kind in REFERENCE_WORDS for calls in (30, 20)]
     good = 1.05 * min(scores.values())  # the first of those that are equally good
-    assert done.record["solver"]["reference"] == next(kind for kind in REFERENCE_WORDS if scores[kind] <= good)
-    assert "lowest" in done.record["solver"]["reason"]
+    assert f"{found['reference']}, {found['reference_steps']} calls" == next(k for k in scores if scores[k] <= good)
+    assert "lowest" in found["reason"]
+    x_T = torch.stack([torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(NOISE_SEED + i)) for i in range(9)])
+    stock = DDIMScheduler(T, 1e-3, 0.6, timestep_spacing="trailing")  # raw ε̂, clipped x̂_0
+    stock.set_timesteps(T)
+    unet, x = network(), x_T
+    with torch.no_grad():
+        for t in stock.timesteps:
+            x = stock.step(unet(x, t).sample, int(t), x).prev_sample
+    images = ((x / 2 + 0.5).clamp(0, 1) * 255).round().flatten(1) / 255
+    assert scores["clipped_raw, 30 calls"] == pytest.approx(distance(images), rel=1e-3)
 
 
 def test_it_goes_on_where_it_stopped(done: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +285,7 @@ def test_any_model_can_be_fitted(setting: dict[str, Any], tmp_path: Path) -> Non
     with nullcontext() if stock_knows else pytest.warns(UserWarning, match="is left out: The sampler .* knows no"):
         record = calibrate(config_of(tmp_path / "model", tmp_path, solver_steps="2,3"))
     clips = setting.get("clip_sample", True) or setting.get("thresholding")
-    assert len(record["solver"]["reference_scores"]) == (3 if clips else 0)
+    assert len(record["solver"]["reference_scores"]) == (6 if clips else 2)
     pipe = DDPMExtPipeline.from_pretrained(tmp_path / "out" / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     assert torch.isfinite(pipe(2, num_inference_steps=3, output_type="pt").images).all()

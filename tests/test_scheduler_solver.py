@@ -180,7 +180,7 @@ def test_steps_out_of_turn_are_refused():
                 {"timesteps": [999, -1], "coefficients": [[0.0]] * 2},
                 {"timesteps": [999, 0.5], "coefficients": [[0.0]] * 2},
                 {"timesteps": [999, 0], "coefficients": [[0.0]]},
-                {"timesteps": [999, 0], "coefficients": [[0.0, 1.0]] * 2},
+                {"timesteps": [999, 0], "coefficients": [[]] * 2},
                 {"timesteps": [999, 0], "coefficients": [[float("nan")]] * 2},
                 {"timesteps": [999, 0], "coefficients": [["a"]] * 2},
                 {"timesteps": [999, 0]},

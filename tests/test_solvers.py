@@ -14,17 +14,21 @@ from torch.testing import assert_close
 
 from ddpm_ext.diffusion.images import clip_x_0
 from ddpm_ext.diffusion.schedules import make_tables
+from ddpm_ext.diffusion.solver_fit import (
+    Problem,
+    choose_times,
+    fit_solver,
+    power_times,
+    refine_solver,
+    restore_contrast,
+)
 from ddpm_ext.diffusion.solvers import (
     Estimate,
     Predict,
     Reference,
     Solver,
-    choose_times,
     estimate,
     estimate_weights,
-    fit_solver,
-    power_times,
-    refine_solver,
     solve,
     solve_reference,
 )
@@ -39,7 +43,7 @@ def noise(seed: int, *shape: int) -> Tensor:
 
 
 def plain(times: list[int], order: int = 1) -> Solver:
-    return Solver(tuple(times), torch.zeros(len(times), 2 * order - 1, dtype=F64))
+    return Solver(tuple(times), torch.zeros(len(times), 2 * order, dtype=F64))
 
 
 def network(x: Tensor, t: int) -> Tensor:
@@ -99,7 +103,8 @@ def test_a_constant_eps_is_solved_exactly(order: int, with_x_0: bool, K: int):
 
     reference = solve_reference(predict, noise(3, 6, 1, 4, 4), tables, 20)
     times = [reference.times[place] for place in power_times(reference.times[:-1], K, 1.5)]
-    fit = fit_solver(predict, reference, times, order, tables, num_fit=4, with_x_0=with_x_0)
+    problem = Problem(predict, reference, tables, order, num_fit=4, with_x_0=with_x_0)
+    fit = restore_contrast(problem, fit_solver(problem, times))
     x_0 = (reference.states[0] - spread[-1] * eps) / signal[-1]
     *_, ours = solve(predict, reference.states[0], fit.solver, tables)
     assert_close(ours, x_0, rtol=1e-9, atol=1e-9)
@@ -137,9 +142,10 @@ def test_gaussian_data_are_solved_exactly(schedule: str, prediction: Any):
     assert_close(reference.states[-1], exact, rtol=0, atol=0.02)  # 200 Euler steps of the flow
     for K in (2, 4):
         times = [reference.times[place] for place in power_times(reference.times[:-1], K, 1.5)]
-        fit = fit_solver(predict, reference, times, 2, tables, num_fit=4, ridge=0)
+        fit = fit_solver(Problem(predict, reference, tables, 2, num_fit=4, ridge=0), times)
         assert fit.squared_distance < 1e-16, (K, fit)
-        assert fit_solver(predict, reference, times, 2, tables, num_fit=4).squared_distance < 1e-9  # with the ridge
+        problem = Problem(predict, reference, tables, 2, num_fit=4)
+        assert fit_solver(problem, times).squared_distance < 1e-9  # with the ridge
         assert solve_distance(predict, reference, plain(times), tables) > 1e-3  # DDIM is not exact
 
 
@@ -178,9 +184,10 @@ def test_adams_bashforth_is_recovered(order: int, known: list[float]):
 
     times = list(range(T))[::-1]
     states = [x_bar(sigma[t].item()) * alpha_bar[t].sqrt() for t in times] + [x_bar(0.0)]
-    fit = fit_solver(predict, Reference((*times, -1), states), times, order, tables, with_x_0=False, ridge=0)
+    problem = Problem(predict, Reference((*times, -1), states), tables, order, with_x_0=False, ridge=0)
+    fit = fit_solver(problem, times)
     for row in fit.solver.coefficients[order:]:
-        assert_close(row, torch.tensor([0.0, *known] + [0.0] * (order - 1), dtype=F64), rtol=0, atol=1e-6)
+        assert_close(row, torch.tensor([0.0, *known] + [0.0] * order, dtype=F64), rtol=0, atol=1e-6)
 
 
 def test_a_fit_is_the_least_squares_of_its_own_states():
@@ -189,16 +196,16 @@ def test_a_fit_is_the_least_squares_of_its_own_states():
     predict = predictor(tables, "epsilon", "clipped_raw")
     reference = solve_reference(predict, noise(6, 8, 1, 6, 6), tables, 50)
     times = [reference.times[place] for place in (0, 15, 32)]
-    fit = fit_solver(predict, reference, times, 2, tables, num_fit=5, ridge=0)
+    fit = fit_solver(Problem(predict, reference, tables, 2, num_fit=5, ridge=0), times)
     before, x = predict(reference.states[0], times[0]), reference.states[0]
     (x, *_) = list(solve(predict, x, fit.solver, tables))
     now = predict(x, times[1])
     a, b = tables.alpha_bar[times[2]].sqrt(), tables.one_minus_alpha_bar[times[2]].sqrt()
     wanted = reference.states[32] - (a * now.x_0 + b * now.eps)
-    basis = torch.stack([now.eps, now.eps - before.eps, now.x_0 - before.x_0], -1)
-    weights = torch.linalg.lstsq(basis[:5].reshape(-1, 3), wanted[:5].reshape(-1, 1)).solution[:, 0]
+    basis = torch.stack([now.eps, now.eps - before.eps, now.x_0, now.x_0 - before.x_0], -1)
+    weights = torch.linalg.lstsq(basis[:5].reshape(-1, 4), wanted[:5].reshape(-1, 1)).solution[:, 0]
     h = a * (tables.one_minus_alpha_bar / tables.alpha_bar).sqrt()[[times[2], times[1]]].diff().neg()
-    assert_close(fit.solver.coefficients[1] * torch.stack([h[0], h[0], a]), weights, rtol=1e-7, atol=1e-9)
+    assert_close(fit.solver.coefficients[1] * torch.stack([h[0], h[0], a, a]), weights, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -209,11 +216,12 @@ def test_a_fit_is_nearer_than_ddim_and_chosen_steps_nearer_still(kind: Reference
     times = [reference.times[place] for place in power_times(reference.times[:-1], 4, 2.0)]
     held_out = Reference(reference.times, [state[16:] for state in reference.states])
     ddim = solve_distance(predict, held_out, plain(times), tables)
-    fit = fit_solver(predict, reference, times, 3, tables, num_fit=16)
+    problem = Problem(predict, reference, tables, 3, num_fit=16)
+    fit = fit_solver(problem, times)
     assert fit.squared_distance < 0.7 * ddim
     assert math.isclose(fit.squared_distance, solve_distance(predict, held_out, fit.solver, tables), rel_tol=1e-9)
     trials: list[float] = []
-    chosen = choose_times(predict, reference, 4, 3, tables, num_fit=16, on_trial=trials.append)
+    chosen = choose_times(problem, 4, on_trial=trials.append)
     assert chosen.squared_distance <= fit.squared_distance and trials == sorted(trials, reverse=True)
     assert math.isclose(chosen.squared_distance, solve_distance(predict, held_out, chosen.solver, tables), rel_tol=1e-9)
     assert chosen.solver.times[0] == 999 and len(chosen.solver.times) == 4
@@ -226,19 +234,19 @@ def test_moving_all_coefficients_together_comes_nearer_still(kind: ReferenceKind
     predict = predictor(tables, "epsilon", kind)
     reference = solve_reference(predict, noise(11, 24, 1, 6, 6), tables, 60)
     times = [reference.times[place] for place in power_times(reference.times[:-1], 4, 2.0)]
-    options: dict[str, Any] = {"num_fit": 16, "with_x_0": with_x_0}
-    fit = fit_solver(predict, reference, times, 2, tables, **options)
-    refined = refine_solver(predict, reference, fit, tables, **options)
-    assert fit.squared_distance > 1e-3
+    problem = Problem(predict, reference, tables, 2, num_fit=16, with_x_0=with_x_0)
+    fit = fit_solver(problem, times)
+    refined = refine_solver(problem, fit)
+    assert fit.squared_distance > 1e-4
     held_out = Reference(reference.times, [state[16:] for state in reference.states])
     assert math.isclose(
         refined.squared_distance, solve_distance(predict, held_out, refined.solver, tables), rel_tol=1e-9
     )
-    assert with_x_0 or torch.equal(refined.solver.coefficients[:, 2:], torch.zeros(4, 1, dtype=F64))
-    assert torch.equal(refined.solver.coefficients[0, 1:], torch.zeros(2, dtype=F64))  # no estimates before it
+    assert with_x_0 or torch.equal(refined.solver.coefficients[:, 2:], torch.zeros(4, 2, dtype=F64))
+    assert torch.equal(refined.solver.coefficients[0, [1, 3]], torch.zeros(2, dtype=F64))  # no estimates before it
 
     assert refined.squared_distance <= (1.0 if kind == "clipped" else 0.9) * fit.squared_distance  # jumpy at the clip
-    assert refine_solver(predict, reference, fit, tables, max_steps=0, **options) is fit
+    assert refine_solver(problem, fit, max_steps=0) is fit
 
 
 def test_chains_that_share_their_beginning_are_fitted_as_alone():
@@ -252,9 +260,10 @@ def test_chains_that_share_their_beginning_are_fitted_as_alone():
 
     reference = solve_reference(predict, noise(8, 8, 1, 4, 4), tables, 40)
     calls.clear()
-    chosen = choose_times(predict, reference, 5, 2, tables, num_fit=6)
+    problem = Problem(predict, reference, tables, 2, num_fit=6)
+    chosen = choose_times(problem, 5)
     used = len(calls)
-    fresh = fit_solver(predict, reference, chosen.solver.times, 2, tables, num_fit=6)
+    fresh = fit_solver(problem, chosen.solver.times)
     assert torch.equal(fresh.solver.coefficients, chosen.solver.coefficients)
     assert fresh.squared_distance == chosen.squared_distance and len(calls) == used + 5
 
@@ -264,8 +273,44 @@ def test_an_estimate_that_never_changes_or_is_zero_does_no_harm():
     tables = make_tables()
     zero = torch.zeros(4, 1, 2, 2, dtype=F64)
     reference = solve_reference(lambda x, t: Estimate(zero, zero), noise(9, 4, 1, 2, 2), tables, 10)
-    fit = fit_solver(lambda x, t: Estimate(zero, zero), reference, reference.times[:3], 3, tables)
-    assert torch.equal(fit.solver.coefficients, torch.zeros(3, 5, dtype=F64)) and fit.squared_distance == 0
+    problem = Problem(lambda x, t: Estimate(zero, zero), reference, tables, 3)
+    fit = restore_contrast(problem, fit_solver(problem, reference.times[:3]))
+    assert torch.equal(fit.solver.coefficients, torch.zeros(3, 6, dtype=F64)) and fit.squared_distance == 0
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_images_vary_as_the_references_do(clip: float | None):
+    """The variance that least squares takes comes back, whatever is clipped; the scheduler's formula draws the same."""
+    tables = make_tables()
+
+    def two_gaussians(x: Tensor, t: int) -> Tensor:
+        """E[x_0 | x_t] of ½ N(-0.7, 0.3²) + ½ N(0.7, 0.3²) per pixel."""
+        a, b = tables.alpha_bar[t].sqrt(), tables.one_minus_alpha_bar[t]
+        var = a**2 * 0.09 + b
+        of_each = [m + a * 0.09 * (x - a * m) / var for m in (-0.7, 0.7)]
+        second = torch.sigmoid(2 * a * 0.7 * x / var)
+        return (1 - second) * of_each[0] + second * of_each[1]
+
+    predict = predictor(tables, "sample", "unclipped", two_gaussians)
+    reference = solve_reference(predict, noise(12, 40, 1, 6, 6), tables, 60)
+    times = [reference.times[place] for place in power_times(reference.times[:-1], 2, 1.0)]
+    problem = Problem(predict, reference, tables, 1, num_fit=30, clip=clip)
+    fit = fit_solver(problem, times)
+    restored = restore_contrast(problem, fit)
+
+    def variance(x_0: Tensor) -> float:
+        shown = x_0[:30] if clip is None else x_0[:30].clamp(-clip, clip)
+        return shown.var(0).mean().item()
+
+    *_, before = solve(predict, reference.states[0], fit.solver, tables)
+    *_, after = solve(predict, reference.states[0], restored.solver, tables)
+    wanted = variance(reference.states[-1])
+    assert variance(before) < 0.9995 * wanted
+    assert math.isclose(variance(after), wanted, rel_tol=1e-5)
+    gain = (after / before).median()
+    assert_close(after, before * gain, rtol=1e-9, atol=1e-9)  # the last jump alone is scaled
+    held = [x if clip is None else x.clamp(-clip, clip) for x in (after[30:], reference.states[-1][30:])]
+    assert math.isclose(restored.squared_distance, (held[0] - held[1]).square().mean().item(), rel_tol=1e-9)
 
 
 def test_power_times_keep_their_ends_and_never_meet():
@@ -284,11 +329,11 @@ def test_wrong_input_is_told():
     reference = solve_reference(predict, noise(0, 4, 1, 4, 4), tables, 10)
     for times, words in (([999, 500], "steps of the reference"), ([888, 777], "begin"), ([], "steps of the reference")):
         with pytest.raises(ValueError, match=words):
-            fit_solver(predict, reference, times, 2, tables)
+            fit_solver(Problem(predict, reference, tables, 2), times)
     with pytest.raises(ValueError, match="order"):
-        fit_solver(predict, reference, [999], 0, tables)
+        Problem(predict, reference, tables, 0)
     with pytest.raises(ValueError, match="num_fit"):
-        fit_solver(predict, reference, [999], 1, tables, num_fit=5)
+        Problem(predict, reference, tables, 1, num_fit=5)
     with pytest.raises(ValueError, match="1\\.\\.10"):
         power_times(reference.times[:-1], 11, 1.0)
     with pytest.raises(ValueError, match="no signal"):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 import torch
 
 from ..diffusion.analytic import optimal_trajectories
-from ..diffusion.words import EXTENSION_KEY, LEARNED_VARIANCES, ReferenceKind, Trajectory
+from ..diffusion.words import EXTENSION_KEY, LEARNED_VARIANCES, Trajectory
 from ..errors import UserError
 from ..hub import upload
 from ..pipelines.config import guidance_conditions
@@ -31,7 +31,6 @@ from .bound.denoising_errors import drop_variance_head, mean_error, set_errors
 from .bound.sets import SetBound, bits_of, check_bound, set_bound, under_fixed_variance
 from .bound.terms import BoundOptions
 from .config import CalibrateConfig
-from .features.extractors import extract
 from .features.metrics import FeatureStatistics, feature_statistics, frechet_distance
 from .features.samples import Drawing, SampleFeatures
 from .plots import draw_results, figure_class
@@ -39,8 +38,8 @@ from .report import markdown
 from .results import Result
 from .runner import Runner
 from .samplers import SamplerSetting, ancestral, chain_conditions
-from .solvers.few_steps import FEW_STEPS, few_step_results
-from .solvers.fit import FitOptions, FittedNetwork, candidate_references, fitted_scheduler
+from .solvers.few_steps import FEW_STEPS, few_step_results, score_references
+from .solvers.fit import TIE, Candidate, FitOptions, FittedNetwork, best_reference, fitted_scheduler
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Calibration", "calibrate"]
 
-TIE = 0.05  # references whose scores differ by less are taken for equal
 _DIGITS = 8  # significant digits of the stored errors: far below their standard errors
 
 
@@ -179,6 +177,7 @@ class _Calibration:
             num_noises=config.num_noises,
             num_held_out=config.num_held_out,
             order=config.solver_order,
+            reference_steps=tuple(config.calls_of_references),
             seed=config.seed,
             batch_size=config.batch_size,
             guidance=config.guidance,
@@ -189,32 +188,28 @@ class _Calibration:
         """Fit the solvers to the best of the candidate references, and note which that is and why."""
         if self.fits is None:
             return
-        kind, reason, scores = self.choose_reference(self.fits)
-        fits = self.fits.fit(kind)
+        reference, reason, scores = self.choose_reference(self.fits)
+        fits = self.fits.fit(reference)
         base = self.scheduler if found is None else found.scheduler(self.scheduler, *self.after)
-        self.solver = fitted_scheduler(base, kind, fits, self.fits.options)
-        steps = fitted_record(self.solver)
-        self.of_solver = {"solver": {"reference": kind, "reason": reason, "reference_scores": scores, "steps": steps}}
+        self.solver = fitted_scheduler(base, reference, fits, self.fits.options)
+        of_reference = {"reference": reference.kind, "reference_steps": reference.steps, "reason": reason}
+        named = {str(candidate): score for candidate, score in scores.items()}
+        self.of_solver = {"solver": {**of_reference, "reference_scores": named, "steps": fitted_record(self.solver)}}
 
-    def choose_reference(self, fits: FittedNetwork) -> tuple[ReferenceKind, str, dict[str, float]]:
+    def choose_reference(self, fits: FittedNetwork) -> tuple[Candidate, str, dict[Candidate, float]]:
         """Return what solvers are fitted to, why, and the Fréchet distance of each candidate where it was measured."""
-        config, kinds = self.config, candidate_references(self.scheduler)
-        if config.solver_reference is not None:
-            return config.solver_reference, "asked for by solver_reference", {}
-        if len(kinds) == 1:
-            return kinds[0], "the model does not clip", {}
+        config, asked = self.config, self.config.solver_reference
+        candidates = [one for one in fits.candidates if asked in (None, one.kind)]
+        if asked is not None and not candidates:
+            candidates = [Candidate(asked, steps) for steps in fits.reference_steps]
+        if len(candidates) == 1:
+            return candidates[0], "the only candidate", {}
         if "fid" not in config.scores:
-            return "clipped", "no extractor: as the model's own steps have it, which mix x_t and the clipped x̂_0", {}
+            return candidates[0], "no extractor: the finest, and the model's own x̂_0 and ε̂ where none is named", {}
         real = self.features.reference(self.training).statistics
-        scores: dict[ReferenceKind, float] = {}
-        for kind in kinds:
-            images = (fits.reference(kind).states[-1] / 2 + 0.5).clamp(0, 1)
-            features = extract(self.features.extractor, images.split(config.batch_size), config.quantization).features
-            scores[kind] = frechet_distance(real, feature_statistics(features))
-        good = (1 + TIE) * min(scores.values())  # of those that few images cannot tell apart, the first
-        best: ReferenceKind = next(kind for kind in kinds if scores[kind] <= good)
+        scores = score_references(fits, candidates, self.features.extractor, real, config.quantization)
         why = f"the lowest Fréchet distance of {fits.count} images of each, within {TIE:.0%}"
-        return best, why, {**scores}
+        return best_reference(scores), why, scores
 
     def save(self, found: Calibration | None) -> None:
         """Write the pipeline with the calibrated scheduler: a fitted solver, a learned variance, or the optimal one."""

@@ -170,6 +170,9 @@ class CalibrateConfig(GuidanceConfig, MeasureConfig):
     solver_reference: ReferenceKind | None = option(
         None, "What solvers are fitted to: clipped, clipped_raw or unclipped; none: the best by fid, or clipped."
     )
+    reference_steps: str = option(
+        "20,30,50,100,200", "Network calls of the references; the best by fid is fitted to, or the longest."
+    )
     solver_order: int = option(3, "Steps whose estimates one jump of a solver uses.")
     num_noises: int = option(256, "Noises to which solvers are fitted.")
     num_held_out: int = option(128, "Further noises by which their steps are chosen.")
@@ -196,7 +199,7 @@ class CalibrateConfig(GuidanceConfig, MeasureConfig):
         for name in ("num_images", *(["num_samples"] if "fid" in self.scores else [])):
             if getattr(self, name) < 2:
                 raise UserError(f"{name} must be at least 2, got {getattr(self, name)}.")
-        _ = self.steps, self.fid_steps, self.fitted_steps
+        _ = self.steps, self.fid_steps, self.fitted_steps, self.calls_of_references
 
     @property
     def scores(self) -> list[str]:
@@ -213,6 +216,11 @@ class CalibrateConfig(GuidanceConfig, MeasureConfig):
     def fitted_steps(self) -> list[int]:
         """Numbers of calls of the solvers."""
         return [] if self.solver_steps in (None, "none") else _numbers("solver_steps", self.solver_steps)
+
+    @property
+    def calls_of_references(self) -> list[int]:
+        """Network calls of the references that solvers may be fitted to."""
+        return _numbers("reference_steps", self.reference_steps)
 
     @property
     def fid_steps(self) -> list[int]:

@@ -132,7 +132,7 @@ def fitted_solvers(config: Mapping[str, Any]) -> FittedSolvers | None:
 def _solver_of(K: str, record: Any, T: int) -> Solver:
     expected = (
         f'steps of a fitted solver must map "K" to K strictly descending timesteps from {T - 1} on and as many rows of '
-        "an odd number of finite coefficients"
+        "an even number of finite coefficients"
     )
     try:
         times, rows = list(record["timesteps"]), torch.tensor(record["coefficients"], dtype=torch.float64)
@@ -140,7 +140,10 @@ def _solver_of(K: str, record: Any, T: int) -> Solver:
         raise UserError(f"{expected}, got {K!r}: {type(error).__name__} {error}. Calibrate again.") from None
     whole = all(isinstance(t, int) and not isinstance(t, bool) for t in times)
     ordered = whole and times == sorted(set(times), reverse=True) and bool(times) and 0 <= times[-1] <= times[0] < T
-    fits = str(len(times)) == K and rows.ndim == 2 and len(rows) == len(times) and rows.shape[1] % 2 == 1
+    if rows.ndim == 2 and rows.shape[1] % 2 == 1:  # of a record before there was a d_0
+        c, d = rows.tensor_split([rows.shape[1] // 2 + 1], 1)
+        rows = torch.cat([c, rows.new_zeros(len(rows), 1), d], 1)
+    fits = str(len(times)) == K and rows.ndim == 2 and len(rows) == len(times) and rows.shape[1] > 0
     if not (ordered and fits and torch.isfinite(rows).all()):
         raise UserError(f"{expected}, got {K!r}: {record!r}. Calibrate again.")
     return Solver(tuple(times), rows)
@@ -165,7 +168,7 @@ class _Row(NamedTuple):
 class DDPMExtSolverScheduler(BaseScheduler, SchedulerMixin):
     r"""Deterministic sampling in K network calls by a linear multistep method fitted to the network.
 
-        x_s = α_s [x̂_0 + Σ_j d_j (x̂_0 - x̂_0^j)] + √(1-ᾱ_s) ε̂ + h [c_0 ε̂ + Σ_j c_j (ε̂ - ε̂^j)]
+        x_s = α_s [x̂_0 + d_0 x̂_0 + Σ_j d_j (x̂_0 - x̂_0^j)] + √(1-ᾱ_s) ε̂ + h [c_0 ε̂ + Σ_j c_j (ε̂ - ε̂^j)]
 
     The options are those of `DDPMExtScheduler`. Steps and coefficients of every K lie in the config's `_ddpm_ext`,
     where `scripts/calibrate.py --solver_steps` puts them; `DDPMExtScheduler.from_config(solver.config)` is the

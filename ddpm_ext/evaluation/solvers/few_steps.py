@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ...schedulers.ddpm import DDPMExtScheduler
 from ...schedulers.solver import DDPMExtSolverScheduler, fitted_solvers
+from ..features.extractors import Extractor, extract
 from ..features.metrics import FeatureStatistics, feature_statistics, frechet_distance
 from ..features.samples import Drawing
 from ..report import table
 from ..results import Result
-from ..samplers import STOCK_SETTINGS, SamplerSetting, make_scheduler
-from .fit import REFERENCE_WORDS, reference_scheduler
+from ..samplers import STOCK_SETTINGS, SamplerSetting, ancestral, make_scheduler
+from ..words import Quantization
+from .fit import REFERENCE_WORDS, Candidate, FittedNetwork, reference_scheduler
 
 if TYPE_CHECKING:
     from ...data.dataset import ImageSet
@@ -39,6 +42,7 @@ __all__ = [
     "markdown_table",
     "own_solver",
     "reference_setting",
+    "score_references",
     "stock_settings",
 ]
 
@@ -84,15 +88,38 @@ def fitted_setting(kind: str, scheduler: Any) -> SamplerSetting:
     return SamplerSetting(f"fitted ({REFERENCE_WORDS[kind]})", lambda _: scheduler)
 
 
-def reference_setting(kind: str, scheduler: Any, steps: int) -> SamplerSetting:
+def reference_setting(scheduler: DDPMExtScheduler, reference: Candidate) -> SamplerSetting:
     """Return the row of a reference by itself.
 
     Args:
-        kind: Which reference.
         scheduler: The model's own.
-        steps: Its steps.
+        reference: Which.
     """
-    return SamplerSetting(f"reference, {steps} calls ({REFERENCE_WORDS[kind]})", lambda _: scheduler)
+    made = reference_scheduler(scheduler, reference)
+    return SamplerSetting(f"reference, {reference.steps} calls ({REFERENCE_WORDS[reference.kind]})", lambda _: made)
+
+
+def score_references(
+    network: FittedNetwork,
+    candidates: Sequence[Candidate],
+    extractor: Extractor,
+    real: FeatureStatistics,
+    kind: Quantization = "uint8",
+) -> dict[Candidate, float]:
+    """Return the Fréchet distance of each candidate's own images to real ones, all from the same noises.
+
+    Args:
+        network: Draws them.
+        candidates: Which.
+        extractor: Makes the features.
+        real: What they are compared with.
+        kind: The pixel quantization.
+    """
+    scores = {}
+    for candidate in candidates:
+        batches = network.images(candidate).to(extractor.device).split(network.options.batch_size)
+        scores[candidate] = frechet_distance(real, feature_statistics(extract(extractor, batches, kind).features))
+    return scores
 
 
 def stock_settings(spacings: Sequence[str] = ()) -> list[SamplerSetting]:
@@ -134,12 +161,12 @@ def compare(
         near: The reference, and its calls, to which squared distances are measured.
         left_out: Takes the stock rows that cannot be drawn with this model, and why.
     """
-    ancestral = make_scheduler(scheduler)
-    targets = [] if near is None else [draw(near[0].make(ancestral), near[1], seed) for seed in range(num_seeds)]
+    base = make_scheduler(scheduler)
+    targets = [] if near is None else [draw(near[0].make(base), near[1], seed) for seed in range(num_seeds)]
     for kind, setting, steps in plan:
         for K in steps:
             try:
-                made = setting.make(ancestral)
+                made = setting.make(base)
                 found = [draw(made, K, seed) for seed in range(num_seeds)]
             except _STOCK_REFUSES as error:
                 if kind != "stock":
@@ -179,7 +206,7 @@ def few_step_results(
         num_seeds: Sets of a cell.
     """
     runner = features.runner
-    real, base = features.reference(images), make_scheduler(runner.scheduler)
+    real, base = features.reference(images), ancestral(runner.scheduler)
 
     def draw(scheduler: Any, K: int, number: int) -> Tensor:
         drawing = Drawing(num_samples=num_samples, steps=K, seed=runner.config.seed + number * num_samples)
@@ -190,7 +217,7 @@ def few_step_results(
     known = None if fitted is None else fitted_solvers(fitted.config)
     if known is not None:
         calls = int(known.setting.get("reference_steps", 200))
-        row = reference_setting(known.reference, reference_scheduler(base, known.reference, calls), calls)
+        row = reference_setting(base, Candidate(known.reference, calls))
         near = (row, calls)
         there = [K for K in steps if K in known.solvers]
         plan.append(("fitted", fitted_setting(known.reference, fitted), there))
