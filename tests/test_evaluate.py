@@ -290,14 +290,14 @@ def test_other_samplers_leave_a_learned_variance_out(sampler: str, tmp_path: Pat
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_measures(model: Path, tmp_path: Path) -> None:
-    words = ["scripts/evaluate.py", "--cpu", f"--model={model}", "--metrics=bpd,fid", "--extractor=pixels"]
-    words += ["--num_samples=600", "--num_inference_steps=3", "--max_bpd_images=40"]
+    words = ["scripts/evaluate.py", "--cpu", f"--model={model}", "--dataset_name=digits", "--metrics=bpd,fid"]
+    words += ["--extractor=pixels", "--num_samples=600", "--num_inference_steps=3", "--max_bpd_images=40"]
     words += [f"--reference_cache={tmp_path / 'references'}", "--max_reference_images=3000"]
     found = []
     for name, launcher in (("one", (sys.executable,)), ("two", (*TORCHRUN, "2"))):
         code, said = finish(start([*words, f"--output_dir={tmp_path / name}"], launcher))
         assert code == 0, said
-        assert said.count("2 figures in") == 1
+        assert said.count("2 results in") == 1
         found.append(json.loads((tmp_path / name / "eval.json").read_text())["figures"])
     for one, two in zip(*found, strict=True):
         assert two["certificate"]["num_processes"] == 2
@@ -411,8 +411,8 @@ def test_scores_of_other_extractors_are_those_of_their_formulas(
 @pytest.mark.slow
 def test_a_killed_command_goes_on_where_it_stopped(model: Path, tmp_path: Path) -> None:
     """SIGKILL after the first of three pieces; the same command takes that piece as it is and ends as one unkilled."""
-    words = ["scripts/evaluate.py", "--cpu", f"--model={model}", "--metrics=fid", "--extractor=pixels"]
-    words += ["--num_samples=1500", "--num_inference_steps=20", "--max_reference_images=40"]
+    words = ["scripts/evaluate.py", "--cpu", f"--model={model}", "--dataset_name=digits", "--metrics=fid"]
+    words += ["--extractor=pixels", "--num_samples=1500", "--num_inference_steps=20", "--max_reference_images=40"]
     words += [f"--reference_cache={tmp_path / 'references'}"]
     killed = [*words, f"--output_dir={tmp_path / 'killed'}"]
     process = start(killed)

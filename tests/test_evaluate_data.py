@@ -112,8 +112,9 @@ def test_without_a_record_nothing_is_measured_on_data_that_nobody_named(tmp_path
     (tmp_path / "beside" / "config.json").write_text("{}")
     for model in ("alone", "alone/pipeline", "copy", "beside"):
         sentence = r"Nothing says on which images .*--dataset_name .*--data_dir\.$"
-        with pytest.raises(UserError, match=sentence):
-            measure(tmp_path / model, plots=True)
+        for metrics in ("fid", "bpd"):
+            with pytest.raises(UserError, match=sentence):
+                measure(tmp_path / model, metrics=metrics, plots=True)
         config = CalibrateConfig(
             model=str(tmp_path / model), num_inference_steps="5", extractor="pixels", cpu=True, plots=False
         )

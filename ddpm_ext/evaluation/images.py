@@ -60,11 +60,12 @@ class MeasuredImages:
         Raises:
             UserError: there is no such split, or its classes are not the network's.
         """
-        split = split or self.spec.split
+        spec = self.spec
+        split = split or spec.split
         if split not in self._sets:
             allowed = self.config.max_unreadable
             try:
-                images = self.spec.load(split, **({} if allowed is None else {"max_unreadable": allowed}))
+                images = spec.load(split, **({} if allowed is None else {"max_unreadable": allowed}))
             except ValueError as error:
                 raise UserError(f"{error} (--{option} names the split.)") from error
             self._check_classes(images)
