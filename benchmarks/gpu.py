@@ -272,12 +272,12 @@ def our_update(config: TrainConfig, device: torch.device) -> Callable[[], Any]:
 
     from ddpm_ext.distributed import make_accelerator
     from ddpm_ext.run_dir import RunDir
-    from ddpm_ext.training.trainer import Trainer
+    from ddpm_ext.training.setup import make_trainer
 
     AcceleratorState._reset_state(reset_partial_state=True)  # it holds the precision of the row before
     GradientState._reset_state()
     run = RunDir(str(config.output_dir))
-    trainer = Trainer(config, make_accelerator(config, run), run)
+    trainer = make_trainer(config, make_accelerator(config, run), run)
     assert trainer.accelerator.device.type == device.type
     return trainer.update
 

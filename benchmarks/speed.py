@@ -39,7 +39,7 @@ from ddpm_ext.run_dir import RunDir, environment
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 from ddpm_ext.training.config import TrainConfig
 from ddpm_ext.training.presets import PRESETS
-from ddpm_ext.training.trainer import Trainer
+from ddpm_ext.training.setup import make_trainer
 
 SHAPES = ((1, 3, 32, 32), (64, 3, 32, 32), (16, 3, 256, 256))
 MIDDLE = 500  # the timestep of the single steps: what happens there happens everywhere but at the last
@@ -187,7 +187,7 @@ def training_row(preset: TrainConfig, turns: int, num_threads: int) -> Row:
             cpu=True,
         )
         run = RunDir(str(config.output_dir))
-        trainer = Trainer(config, make_accelerator(config, run), run)
+        trainer = make_trainer(config, make_accelerator(config, run), run)
         assert isinstance(trainer.data, ImageSet)
         pixels = trainer.data.batch(range(len(trainer.data))).pixels
         calls = [trainer.update, stock_update(config, pixels)]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeVar, cast
 
 import psutil
 import torch
@@ -16,7 +17,13 @@ from accelerate import Accelerator, PartialState
 from accelerate.commands.config import config_args
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, TorchDynamoPlugin
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    ProjectConfiguration,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+)
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -25,6 +32,7 @@ from .threads import chosen_by_user
 
 __all__ = [
     "FSDP_ON_CPU",
+    "any_process",
     "asked_of_accelerate",
     "check_world",
     "copy_into",
@@ -33,6 +41,7 @@ __all__ = [
     "launch_options",
     "launcher_accumulation",
     "make_accelerator",
+    "on_main",
     "refuse_idle_precision",
     "refuse_idle_sharding",
     "set_numerics",
@@ -40,6 +49,8 @@ __all__ = [
     "tell_deepspeed",
     "tracker",
 ]
+
+Result = TypeVar("Result")
 
 FSDP_ON_CPU = "DDPM_EXT_FSDP_ON_CPU"  # for tests: Accelerate turns FSDP on for GPU worlds only
 HOST_MEMORY = ("cpu", "mps")  # device types whose values the host reads at once, or that take no pinned memory
@@ -142,7 +153,7 @@ def launcher_accumulation() -> int:
     return getattr(_launcher_options(), "gradient_accumulation_steps", None) or 1
 
 
-def take_dynamo(accelerator: Accelerator) -> dict[str, Any] | None:
+def take_dynamo(accelerator: Accelerator) -> dict[str, object] | None:
     """Take over what the launcher asks of torch.compile, so that Accelerate does not wrap and rename the network.
 
     Returns:
@@ -156,7 +167,7 @@ def take_dynamo(accelerator: Accelerator) -> dict[str, Any] | None:
     return arguments
 
 
-def _compile_options(plugin: TorchDynamoPlugin) -> dict[str, Any]:
+def _compile_options(plugin: TorchDynamoPlugin) -> dict[str, object]:
     """Return the launcher's other words for torch.compile; those that are at their defaults are left out."""
     mode = None if plugin.mode in (None, "default") else plugin.mode
     given = {"mode": mode, "dynamic": bool(plugin.dynamic), "fullgraph": plugin.fullgraph or None}
@@ -260,7 +271,7 @@ def tell_deepspeed(accelerator: Accelerator, micro_batch: int, accumulation: int
         plugin.deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
 
 
-def set_numerics(config: LaunchOptions, accelerator: Accelerator, default_threads: int | None) -> dict[str, Any]:
+def set_numerics(config: LaunchOptions, accelerator: Accelerator, default_threads: int | None) -> dict[str, object]:
     """Set the switches that change the last digits; return what decides them beside the options, for the record.
 
     Args:
@@ -282,6 +293,35 @@ def set_numerics(config: LaunchOptions, accelerator: Accelerator, default_thread
         "torch": torch.__version__,
         **({} if plugin is None or plugin.backend == DynamoBackend.NO else {"dynamo": plugin.backend.value.lower()}),
     }
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """Run something on the main process; its result, or the sentence of its error, reaches every process.
+
+    Raises:
+        RunError: on every process, in place of a RunError, OSError or ValueError of the main one.
+    """
+    said: list[Result | str | None] = [None, None]  # the result, the sentence
+    cause: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            said[0] = work()
+        except (RunError, OSError, ValueError) as error:  # or the others would wait for a word that never comes
+            said[1], cause = str(error), error
+    if accelerator.num_processes > 1:
+        broadcast_object_list(said)
+    if said[1] is not None:
+        raise RunError(said[1]) from cause
+    return cast(Result, said[0])
+
+
+def any_process(accelerator: Accelerator, mine: bool) -> bool:
+    """Return whether any process says yes. Every process must call this at the same point."""
+    if accelerator.num_processes == 1:
+        return mine
+    if mine:
+        accelerator.set_trigger()
+    return accelerator.check_trigger()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

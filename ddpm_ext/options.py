@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["option", "required"]
 
 
-def option(default: Any, help: str, **rules: Any) -> Any:
+def option(default: Any, help: str, **rules: object) -> Any:
     """Return a dataclass field with its default, its help text and the rules that stand at it.
 
     Args:
@@ -17,7 +17,8 @@ def option(default: Any, help: str, **rules: Any) -> Any:
         **rules: `at_least`, `above`, `below`: the range of a number. `neutral=True`: a resumed run may change it, since
             it alters no weight. `needs=(name, words)`: it has an effect only where another option has one of these
             values, or with True in place of the words any value but none. `replaces=(names)`: given by hand, it takes
-            the place of a preset's values of these, which say the same thing another way.
+            the place of a preset's values of these, which say the same thing another way. `excludes=(name, why)`: not
+            both may be given, since both … what `why` says.
     """
     metadata = {"help": help, **rules}
     if isinstance(default, list):

@@ -36,7 +36,7 @@ from ddpm_ext.evaluation.bound.sampled import PILOT_FLOOR, pilot_distribution, s
 from ddpm_ext.evaluation.bound.terms import BoundOptions, full_sweep, make_bound
 from ddpm_ext.evaluation.features.extractors import make_extractor
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
-from ddpm_ext.training.validation import Validation
+from ddpm_ext.training.outputs.validation import Validation, ValidationOptions
 
 SHORT = {"num_train_timesteps": 20, "beta_start": 1e-3, "beta_end": 0.6}
 EVEN = {K: respaced_timesteps("even", 1000, K)[::-1] for K in (10, 50, 1000)}
@@ -408,8 +408,8 @@ def test_sampled_steps_of_an_image_depend_on_its_generator_and_on_p_alone() -> N
 def test_a_small_evaluation_of_two_shares_is_that_of_the_whole(tmp_path: Path) -> None:
     unet, scheduler = tiny_unet().eval(), DDPMExtScheduler(**SHORT)
     train, test = (load_images("digits", split=split) for split in ("train", "test"))
-    options: dict[str, Any] = {"num_held_out": 16, "num_timesteps_sampled": 8, "cache_dir": tmp_path}
-    small = Validation(train, test, make_extractor("pixels"), Accelerator(cpu=True), **options)
+    options = ValidationOptions(num_held_out=16, num_timesteps_sampled=8)
+    small = Validation(train, test, make_extractor("pixels"), Accelerator(cpu=True), options, cache_dir=tmp_path)
     halves = torch.cat([small._bits(unet, scheduler, range(8)), small._bits(unet, scheduler, range(8, 16))])
     assert_close(small._bits(unet, scheduler, range(16)), halves, rtol=1e-4, atol=0)  # float32 sums of other batches
 

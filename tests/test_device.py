@@ -27,6 +27,7 @@ from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.run_dir import RunDir, RunError
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 from ddpm_ext.schedulers.solver import DDPMExtSolverScheduler, solver_record
+from ddpm_ext.training.setup import make_trainer
 from ddpm_ext.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason="needs the simulated accelerator: make test-device")
@@ -34,13 +35,13 @@ pytestmark = pytest.mark.skipif(not is_installed(), reason="needs the simulated 
 WARM = 3  # updates before the one that is watched: tables, moments and buffers are made in the first
 
 
-def make_trainer(folder: Path, **changes: Any) -> Trainer:
+def trainer_of(folder: Path, **changes: Any) -> Trainer:
     forget_accelerator()
     config = parse_train_config(
         options(folder, **{"logging_steps": 1000, "checkpointing_steps": 1000, "max_train_steps": 10_000, **changes})
     )
     run = RunDir(folder)
-    trainer = Trainer(config, make_accelerator(config, run), run)
+    trainer = make_trainer(config, make_accelerator(config, run), run)
     assert trainer.accelerator.device.type == "sim" and trainer.outcomes is not None
     return trainer
 
@@ -208,7 +209,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_warm_update_never_makes_the_host_wait(name: str, tmp_path: Path) -> None:
-    assert not watched_update(make_trainer(tmp_path / "run", **SETTINGS[name]))
+    assert not watched_update(trainer_of(tmp_path / "run", **SETTINGS[name]))
 
 
 FINE_TUNING: dict[str, dict[str, Any]] = {
@@ -229,16 +230,16 @@ def test_a_warm_update_of_given_weights_never_makes_the_host_wait(name: str, tmp
     }
     DDPMPipeline(UNet2DModel(**{**TINY_UNET, **attention}), DDPMScheduler()).save_pretrained(tmp_path / "source")  # pyright: ignore
     given = {"model_config_name_or_path": None, "init_from": tmp_path / "source", **FINE_TUNING[name]}
-    assert not watched_update(make_trainer(tmp_path / "run", **given))
+    assert not watched_update(trainer_of(tmp_path / "run", **given))
 
 
 def test_loss_aware_sampling_exchanges_twice(tmp_path: Path) -> None:
-    seen = watched_update(make_trainer(tmp_path / "run", timestep_sampler="loss_aware"))
+    seen = watched_update(trainer_of(tmp_path / "run", timestep_sampler="loss_aware"))
     assert sum(seen.values()) == 2 and {event.kind for event in seen} == {"copy to host"}  # the steps and their losses
 
 
 def test_an_update_that_is_due_for_something_is_known_at_once(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path / "run", logging_steps=5)
+    trainer = trainer_of(tmp_path / "run", logging_steps=5)
     for number in range(1, 11):
         with watch() as seen:
             trainer.update()
@@ -247,7 +248,7 @@ def test_an_update_that_is_due_for_something_is_known_at_once(tmp_path: Path) ->
 
 
 def test_the_device_skips_what_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make_trainer(tmp_path / "run", max_bad_steps=3)
+    trainer = trainer_of(tmp_path / "run", max_bad_steps=3)
     honest, bad = trainer.loss, set()
     monkeypatch.setattr(trainer, "loss", lambda *a: honest(*a) * (torch.nan if trainer.state.step in bad else 1.0))
 

@@ -46,7 +46,7 @@ from ddpm_ext.evaluation.sharded import Shards, load_checked, save_whole
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.pipelines.identity import network_hash, scheduler_options, weights_hash
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
-from ddpm_ext.training.validation import Validation
+from ddpm_ext.training.outputs.validation import Validation, ValidationOptions
 
 
 @pytest.fixture(scope="module")
@@ -702,11 +702,9 @@ def test_a_small_evaluation_repeats_itself_and_follows_the_weights(tmp_path: Pat
         test,
         make_extractor("pixels"),
         Accelerator(cpu=not is_installed()),
-        num_samples=10,
-        num_inference_steps=4,
-        num_held_out=5,
-        num_timesteps_sampled=None,
-        batch_size=4,
+        ValidationOptions(
+            num_samples=10, num_inference_steps=4, num_held_out=5, num_timesteps_sampled=None, batch_size=4
+        ),
         cache_dir=tmp_path,
     )
     unet, scheduler = tiny_unet(), tiny_scheduler()

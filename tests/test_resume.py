@@ -25,11 +25,11 @@ from training import (
     weights,
 )
 
+from ddpm_ext.distributed import on_main
 from ddpm_ext.run_dir import RunError
 from ddpm_ext.signals import PREEMPTED
-from ddpm_ext.training.builders import BatchPlan, plan_batch
 from ddpm_ext.training.config import TrainConfig
-from ddpm_ext.training.state.resume import on_main
+from ddpm_ext.training.plan.batch import BatchPlan, plan_batch
 from ddpm_ext.training.trainer import Trainer
 
 ALL_DRAWS = {"dropout": 0.1, "random_flip": True}
@@ -295,7 +295,7 @@ def wait_for_progress(folder: Path, process, before: int) -> None:
 @pytest.mark.parametrize("error", [OSError("the disk does not answer"), ValueError("no JSON"), RunError("a sentence")])
 def test_an_error_of_the_main_process_is_told_to_all(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
-    monkeypatch.setattr("ddpm_ext.training.state.resume.broadcast_object_list", told.extend)
+    monkeypatch.setattr("ddpm_ext.distributed.broadcast_object_list", told.extend)
 
     def fail() -> None:
         raise error

@@ -23,7 +23,8 @@ from ddpm_ext.errors import UserError
 from ddpm_ext.pipelines.sampling import SampleConfig, make_grid, sample_to_folder, save_png
 from ddpm_ext.pipelines.seeds import SamplingStopped, sample_images
 from ddpm_ext.signals import Stopped
-from ddpm_ext.training.export import ReconstructConfig, reconstruct
+from ddpm_ext.training.config import ReconstructConfig
+from ddpm_ext.training.outputs.reconstruct import reconstruct
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from ddpm_ext.diffusion.losses import (
     remember,
     weighted_timesteps,
 )
-from ddpm_ext.training.monitor import Meter
+from ddpm_ext.training.state.meter import Meter
 from ddpm_ext.training.state.rng import uniforms
 from ddpm_ext.training.state.timestep_samplers import Timesteps
 

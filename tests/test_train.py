@@ -44,10 +44,13 @@ from ddpm_ext.run_dir import RunDir, RunError
 from ddpm_ext.signals import PREEMPTED, report_error
 from ddpm_ext.training import builders
 from ddpm_ext.training.config import TrainConfig
-from ddpm_ext.training.monitor import Meter, Progress, draw_training, last_tenth
+from ddpm_ext.training.outputs.export import _by_number
+from ddpm_ext.training.outputs.monitor import Progress, draw_training, last_tenth
 from ddpm_ext.training.run import train
+from ddpm_ext.training.setup import make_trainer
+from ddpm_ext.training.state.meter import Meter
 from ddpm_ext.training.state.rng import draw
-from ddpm_ext.training.trainer import Trainer, _by_number
+from ddpm_ext.training.trainer import Trainer
 
 
 def trainer(folder: Path, scaler: Any = None, **changes: Any) -> Trainer:
@@ -55,7 +58,7 @@ def trainer(folder: Path, scaler: Any = None, **changes: Any) -> Trainer:
     config, run = parse_train_config(options(folder, **changes)), RunDir(folder)
     accelerator = make_accelerator(config, run)
     accelerator.scaler = scaler
-    return Trainer(config, accelerator, run)
+    return make_trainer(config, accelerator, run)
 
 
 # Updates --------------------------------------------------------------------------------------------------------------
@@ -165,13 +168,12 @@ def test_a_non_finite_step_is_skipped_and_counted(value: float, tmp_path: Path) 
 def test_too_many_bad_steps_stop_the_run_with_what_one_must_know(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = Trainer.__init__
+    loss = Trainer.loss
 
-    def poisoned(self: Trainer, *args: Any) -> None:
-        begin(self, *args)
-        poison(self, set(range(6, 100)), float("nan"))
+    def poisoned(self: Trainer, batch: Any, micro: int) -> torch.Tensor:
+        return loss(self, batch, micro) * (float("nan") if self.state.step >= 6 else 1)
 
-    monkeypatch.setattr(Trainer, "__init__", poisoned)
+    monkeypatch.setattr(Trainer, "loss", poisoned)
     with pytest.raises(RunError) as stopped:
         run_here(tmp_path / "run", max_bad_steps=3)
     text = str(stopped.value)

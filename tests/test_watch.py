@@ -14,7 +14,8 @@ from ddpm_ext.data.dataset import load_images
 from ddpm_ext.evaluation.features.extractors import make_extractor
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.run_dir import RunDir
-from ddpm_ext.training.validation import Validation, is_better
+from ddpm_ext.training.outputs.export import is_better
+from ddpm_ext.training.outputs.validation import Validation, ValidationOptions
 
 EVALUATED = {
     "eval_steps": 4,
@@ -47,7 +48,10 @@ def test_scores_are_logged_the_best_weights_kept_and_the_run_is_the_same(tmp_pat
     sets = (load_images("digits", split=split, max_images=40) for split in ("train", "test"))
     kept = DDPMExtPipeline.from_pretrained(watched.best)
     measure = Validation(
-        *sets, make_extractor("pixels"), Accelerator(cpu=True), num_samples=6, num_inference_steps=3, batch_size=8
+        *sets,
+        make_extractor("pixels"),
+        Accelerator(cpu=True),
+        ValidationOptions(num_samples=6, num_inference_steps=3, batch_size=8),
     )
     again = measure(kept.unet, kept.scheduler)
     assert again["fid"] == pytest.approx(best["fid"], rel=1e-4)

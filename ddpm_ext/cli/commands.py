@@ -166,7 +166,7 @@ def reconstruct_ema(argv: list[str]) -> int:
     from ..training.config import ReconstructConfig
 
     config = parse_options(ReconstructConfig, str(reconstruct_ema.__doc__), argv, "ddpm-ext reconstruct-ema")
-    from ..training.export import reconstruct
+    from ..training.outputs.reconstruct import reconstruct
 
     number = reconstruct(config)
     print(f"Average of width {config.sigma_rel:g} from {_count(number, 'snapshot')} in {config.output_dir}.")

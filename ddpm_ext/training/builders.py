@@ -1,13 +1,11 @@
-"""Options -> the objects of a run: network, scheduler, data, optimiser, learning rate, and the plan of a batch."""
+"""Options -> the objects of a run: network, scheduler, data, optimiser, learning rate."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import UNet2DModel
@@ -32,123 +30,28 @@ from ..threads import fitting_threads
 from .config import TrainConfig
 
 __all__ = [
-    "BatchPlan",
+    "Images",
+    "NetworkOptions",
     "build_data",
     "build_network",
     "build_optimizer",
     "build_scheduler",
     "compile_blocks",
     "data_spec",
-    "default_network",
-    "epochs_to_updates",
     "length",
     "lr_factor",
     "network_config",
-    "plan_batch",
     "speed_up",
-    "total_updates",
 ]
 
 
-class BatchPlan(NamedTuple):
-    """How one update's global batch is cut: by process, then by forward pass."""
-
-    global_batch: int
-    processes: int
-    accumulation: int
-
-    @property
-    def micro_batch(self) -> int:
-        """Images of one process in one forward pass."""
-        return self.global_batch // (self.processes * self.accumulation)
-
-    def rows(self, rank: int, micro: int) -> range:
-        """Places in the global batch of one forward pass of one process."""
-        start = (rank * self.accumulation + micro) * self.micro_batch
-        return range(start, start + self.micro_batch)
+Images: TypeAlias = ImageSet | ImageStream
+NetworkOptions: TypeAlias = dict[str, Any]  # arguments of UNet2DModel, and EXTENSION_KEY
 
 
-def plan_batch(config: TrainConfig, processes: int, global_batch: int | None = None) -> BatchPlan:
-    """Cut the global batch into equal parts of at most `train_batch_size` images.
-
-    Args:
-        config: The options.
-        processes: Number of processes.
-        global_batch: That of the run being resumed, which rules over the options.
-
-    Raises:
-        RunError: the global batch cannot be shared equally, or is not the one that the other options give.
-    """
-    asked = config.train_batch_size * config.gradient_accumulation_steps * processes
-    if (
-        global_batch is None
-        and config.gradient_accumulation_steps > 1
-        and config.global_batch_size not in (None, asked)
-    ):
-        raise RunError(
-            f"--global_batch_size {config.global_batch_size} contradicts --train_batch_size {config.train_batch_size} "
-            f"x --gradient_accumulation_steps {config.gradient_accumulation_steps} x {processes} processes = {asked}; "
-            "leave out the accumulation, which follows from the other two, or the global batch."
-        )
-    total = global_batch or config.global_batch_size or asked
-    if total % processes:
-        raise RunError(
-            f"A global batch of {total} cannot be shared equally among {processes} processes; choose a number of "
-            f"processes that divides it{'' if global_batch else ', or another --global_batch_size'}."
-        )
-    share = total // processes
-    accumulation = config.gradient_accumulation_steps if total == asked else math.ceil(share / config.train_batch_size)
-    fewest = accumulation
-    while share % accumulation:
-        accumulation += 1
-    if accumulation > 2 * fewest:
-        warnings.warn(
-            f"The {share} images of one process can be cut equally only into {accumulation} passes of "
-            f"{share // accumulation}, which is slow; choose a global batch that has {config.train_batch_size} or a "
-            "number near it among the divisors of a process's share.",
-            stacklevel=2,
-        )
-    return BatchPlan(total, processes, accumulation)
-
-
-def length(data: ImageSet | ImageStream) -> int | None:
+def length(data: Images) -> int | None:
     """Images of one epoch; a stream does not know."""
     return None if isinstance(data, ImageStream) else len(data)
-
-
-def total_updates(config: TrainConfig, num_images: int | None, plan: BatchPlan) -> int:
-    """Length of the run in updates.
-
-    Args:
-        config: The options.
-        num_images: Length of the data; None for a stream.
-        plan: How the batch is cut.
-    """
-    if config.max_train_steps is not None:
-        return config.max_train_steps
-    updates = epochs_to_updates("num_epochs", config.num_epochs, num_images, plan)
-    assert updates is not None  # TrainConfig has one of the two
-    return updates
-
-
-def epochs_to_updates(name: str, epochs: int | None, num_images: int | None, plan: BatchPlan) -> int | None:
-    """Return updates of a number of epochs, rounded up; None stays None.
-
-    Args:
-        name: The option, for messages.
-        epochs: Passes over the data, or None.
-        num_images: Length of the data; None for a stream.
-        plan: How the batch is cut.
-
-    Raises:
-        RunError: a stream, whose epochs have no known length.
-    """
-    if epochs is None:
-        return None
-    if num_images is None:
-        other = {"num_epochs": "max_train_steps", "save_images_epochs": "save_images_steps"}.get(name, "another option")
-        raise RunError(f"A stream's length is not known, so --{name} {epochs} says nothing; give --{other} instead.")
-    return math.ceil(epochs * num_images / plan.global_batch)
 
 
 def lr_factor(config: TrainConfig, updates: int) -> Callable[[int], float]:
@@ -178,7 +81,7 @@ def build_scheduler(config: TrainConfig) -> DDPMExtScheduler:
     )
 
 
-def network_config(config: TrainConfig) -> dict[str, Any]:
+def network_config(config: TrainConfig) -> NetworkOptions:
     """Return the arguments of UNet2DModel before the data is known."""
     source = config.init_from or config.model_config_name_or_path
     base = load_network_config(source, config.cache_dir) if source else config.unet or "train_unconditional"
@@ -190,7 +93,7 @@ def network_config(config: TrainConfig) -> dict[str, Any]:
     return found
 
 
-def fitting_threads_of(network: Mapping[str, Any]) -> int | None:
+def fitting_threads_of(network: NetworkOptions) -> int | None:
     """Return the CPU threads that a network gains from: 1 for a small one, None for as many as there are.
 
     Args:
@@ -203,7 +106,7 @@ def fitting_threads_of(network: Mapping[str, Any]) -> int | None:
     return fitting_threads(channels[0], height, width)
 
 
-def build_data(config: TrainConfig, network: dict[str, Any]) -> ImageSet | ImageStream:
+def build_data(config: TrainConfig, network: NetworkOptions) -> Images:
     """Open the images at the network's size and channels.
 
     Raises:
@@ -236,7 +139,7 @@ def build_data(config: TrainConfig, network: dict[str, Any]) -> ImageSet | Image
     return open_stream(spec, reading) if config.streaming else open_images(spec, reading)
 
 
-def data_spec(config: TrainConfig, data: ImageSet | ImageStream) -> DataSpec:
+def data_spec(config: TrainConfig, data: Images) -> DataSpec:
     """Return the record of the images a run is trained on, for config.json."""
     return replace(data.spec, random_flip=config.random_flip, equal_sizes=config.equal_sizes)
 
@@ -253,7 +156,7 @@ def refuse_several_sizes(spec: DataSpec, reading: Reading, *, streaming: bool) -
     open_images(as_stored, reading._replace(memory_bytes=0, mapped_bytes=0, max_unreadable=1.0, strict=False))
 
 
-def build_network(config: TrainConfig, network: dict[str, Any], data: ImageSet | ImageStream) -> UNet2DModel:
+def build_network(config: TrainConfig, network: NetworkOptions, data: Images) -> UNet2DModel:
     """Build the network at the images' size, with first weights that the seed decides.
 
     Args:
@@ -267,7 +170,7 @@ def build_network(config: TrainConfig, network: dict[str, Any], data: ImageSet |
     preset = None if config.model_config_name_or_path else config.unet or "train_unconditional"
     null_label = config.class_dropout > 0 or "null_label" in (network.get(EXTENSION_KEY) or {})
     network = {name: value for name, value in network.items() if name not in ("num_class_embeds", EXTENSION_KEY)}
-    classes: dict[str, Any] = {}
+    classes: NetworkOptions = {}
     if config.class_conditional:
         assert data.num_classes is not None  # required above
         classes = class_options(data.num_classes, data.spec.class_names, with_null_label=null_label)
@@ -283,12 +186,7 @@ def build_network(config: TrainConfig, network: dict[str, Any], data: ImageSet |
     return unet
 
 
-def default_network(config: TrainConfig) -> bool:
-    """Return whether nobody named a network, so that Diffusers' script's is taken."""
-    return config.unet is None and config.model_config_name_or_path is None and config.init_from is None
-
-
-def speed_up(config: TrainConfig, network: UNet2DModel, dynamo: dict[str, Any] | None = None) -> None:
+def speed_up(config: TrainConfig, network: UNet2DModel, dynamo: dict[str, object] | None = None) -> None:
     """Turn on the switches of the network itself.
 
     Args:
@@ -317,7 +215,7 @@ def speed_up(config: TrainConfig, network: UNet2DModel, dynamo: dict[str, Any] |
         compile_blocks(network, **(dynamo or {"dynamic": False}))
 
 
-def compile_blocks(network: UNet2DModel, **arguments: Any) -> None:
+def compile_blocks(network: UNet2DModel, **arguments: object) -> None:
     """Compile each residual and attention block by itself; blocks of one shape share their code.
 
     What lies between them is a few copies and resamplings; the whole network in one graph takes longer to compile

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from diffusers import UNet2DModel
@@ -29,11 +29,23 @@ from .builders import build_scheduler
 from .config import OF_SCHEDULE, TrainConfig
 from .state import checkpoint
 
-__all__ = ["Start", "add_lora", "check_class_names", "freeze", "load_start", "load_weights", "merged", "resumed_start"]
+__all__ = ["Origin", "Start", "add_lora", "check_class_names", "find_start", "freeze", "load_weights", "merged"]
 
 # Weights whose shape follows from the images and the process: a network that differs elsewhere is another one.
 _HEADS = ("conv_in.", "conv_out.", "class_embedding.")
 _LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class Origin(TypedDict):
+    """What config.json says of the source of a run."""
+
+    source: str
+    base_model: str | None  # its name on the Hub
+    checkpoint: str | None
+    weights_sha256: str
+    before: list[Mapping[str, Any]]  # what the source itself was started from, the nearest first
+    new: list[str]  # weights that began anew
+    loaded: int  # weights that were there
 
 
 @dataclass(frozen=True)
@@ -44,21 +56,36 @@ class Start:
         config: The options, with the schedule of the source in them.
         network: Arguments of UNet2DModel.
         scheduler: The source's schedule and sampling options.
-        record: What config.json says of it: source, SHA-256 of its weights, what was begun anew.
+        origin: What config.json says of it.
         weights: Name -> tensor; None for a run that goes on, whose checkpoint holds them.
     """
 
     config: TrainConfig
     network: dict[str, Any]
     scheduler: DDPMExtScheduler
-    record: dict[str, Any]
+    origin: Origin
     weights: dict[str, Tensor] | None = None
 
 
 # Where it comes from --------------------------------------------------------------------------------------------------
 
 
-def load_start(config: TrainConfig) -> Start:
+def find_start(config: TrainConfig, state: Mapping[str, Any] | None) -> Start | None:
+    """Return what --init_from names, or named when the run began; None without it.
+
+    Args:
+        config: The options.
+        state: state.json of the checkpoint that the run goes on from; None for a run that begins.
+
+    Raises:
+        UserError: there is no such source, or options contradict it.
+    """
+    if config.init_from is None:
+        return None
+    return _load_start(config) if state is None else _resumed_start(config, state)
+
+
+def _load_start(config: TrainConfig) -> Start:
     """Load what --init_from names.
 
     Args:
@@ -75,29 +102,19 @@ def load_start(config: TrainConfig) -> Start:
     network, scheduler, weights = _of_pipeline(name) if folder is None else _of_checkpoint(folder)
     weights = {key: tensor.to(torch.float32) for key, tensor in weights.items()}
     adopted = _adopt(config, scheduler.config, network)
-    record = {
+    origin: Origin = {
         "source": name,
         "base_model": None if path.exists() else name,
         "checkpoint": None if folder is None else folder.name,
         "weights_sha256": _digest(weights),
         "before": [] if folder is None and not path.exists() else _before(path),
+        "new": [],
+        "loaded": len(weights),
     }
-    return Start(adopted, _arguments(adopted, network), _trainable(scheduler, adopted), record, weights)
+    return Start(adopted, _arguments(adopted, network), _trainable(scheduler, adopted), origin, weights)
 
 
-def _before(path: Path) -> list[dict[str, Any]]:
-    """What the source itself was started or converted from, as its record or its card says, the nearest first."""
-    run = path.resolve()
-    run = run.parent.parent if run.parent.name == "checkpoints" else run.parent if run.name == "pipeline" else run
-    record = read_json(run / "config.json") if (run / "config.json").is_file() else {}
-    if (start := record.get("init_from")) is not None:
-        return [{name: start.get(name) for name in ("source", "base_model")}, *start.get("before", [])]
-    cards = [folder / "README.md" for folder in (path, run) if (folder / "README.md").is_file()]
-    named = [base_of_card(card.read_text(encoding="utf-8")) for card in cards]
-    return [{"source": name, "base_model": name} for name in named if name is not None][:1]
-
-
-def resumed_start(config: TrainConfig, state: Mapping[str, Any]) -> Start:
+def _resumed_start(config: TrainConfig, state: Mapping[str, Any]) -> Start:
     """Return the start of a run that goes on, from its checkpoint: the source need not be there any more.
 
     Args:
@@ -112,7 +129,7 @@ def resumed_start(config: TrainConfig, state: Mapping[str, Any]) -> Start:
     scheduler = cast(DDPMExtScheduler, DDPMExtScheduler.from_config(state["scheduler"]))
     adopted = _adopt(config, scheduler.config, state["network"])
     network = {**state["network"], EXTENSION_KEY: state.get("classes")}
-    return Start(adopted, network, scheduler, dict(state["init_from"]))
+    return Start(adopted, network, scheduler, state["init_from"])
 
 
 def _of_pipeline(name: str) -> tuple[dict[str, Any], DDPMExtScheduler, dict[str, Tensor]]:
@@ -132,6 +149,18 @@ def _of_checkpoint(folder: Path) -> tuple[dict[str, Any], DDPMExtScheduler, dict
         scheduler = build_scheduler(cast(TrainConfig, SimpleNamespace(**state["config"])))
     stem = "ema" if (folder / "ema.safetensors").is_file() else "model"
     return state["network"], scheduler, merged(checkpoint.read_tensors(folder, stem))
+
+
+def _before(path: Path) -> list[Mapping[str, Any]]:
+    """What the source itself was started or converted from, as its record or its card says, the nearest first."""
+    run = path.resolve()
+    run = run.parent.parent if run.parent.name == "checkpoints" else run.parent if run.name == "pipeline" else run
+    record = read_json(run / "config.json") if (run / "config.json").is_file() else {}
+    if (start := record.get("init_from")) is not None:
+        return [{name: start.get(name) for name in ("source", "base_model")}, *start.get("before", [])]
+    cards = [folder / "README.md" for folder in (path, run) if (folder / "README.md").is_file()]
+    named = [base_of_card(card.read_text(encoding="utf-8")) for card in cards]
+    return [{"source": name, "base_model": name} for name in named if name is not None][:1]
 
 
 def _digest(weights: Mapping[str, Tensor]) -> str:
@@ -255,10 +284,10 @@ def load_weights(network: UNet2DModel, start: Start) -> list[str]:
         for name in new
     ]
     if any(not name.startswith(_HEADS) for name in new):
-        raise RunError(f"The weights of {start.record['source']} do not fit its own options:\n" + "\n".join(lines))
+        raise RunError(f"The weights of {start.origin['source']} do not fit its own options:\n" + "\n".join(lines))
     if new and not start.config.init_new_head:
         raise RunError(
-            f"The heads of {start.record['source']} are others than these images and options need:\n"
+            f"The heads of {start.origin['source']} are others than these images and options need:\n"
             + "\n".join(lines)
             + "\nGive --init_new_head to begin them anew; all other weights are loaded."
         )

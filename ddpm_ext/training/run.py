@@ -5,22 +5,28 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
 
-from ..distributed import forget_accelerator, make_accelerator
+from ..distributed import any_process, forget_accelerator, make_accelerator, on_main
+from ..publishing.publisher import Publisher
 from ..run_dir import RunDir, RunError, environment, read_json, write_json
 from ..signals import PREEMPTED, StopRequest, die_with_launcher, exit_process
 from .config import OF_SCHEDULE, TrainConfig, recorded
-from .export import finish_upload
-from .monitor import start_trackers
+from .loop import TrainingLoop
+from .outputs.export import Exporter
+from .outputs.monitor import start_trackers
+from .outputs.upload import finish_upload, make_publisher
+from .outputs.validation import make_validation
 from .plan.dry_run import dry_run
 from .plan.forecast import forecast, forecast_lines
 from .plan.summary import describe
+from .setup import make_trainer
 from .state.checkpoint import list_checkpoints, update_of
-from .state.resume import obey_launcher, on_main
+from .state.meter import tell_unreadable
+from .state.resume import obey_launcher
+from .state.saver import Saver
 from .trainer import Trainer
 
 __all__ = ["TrainResult", "run_training", "train"]
@@ -84,25 +90,25 @@ def run_training(config: TrainConfig) -> int:
         return 0
     stop = StopRequest()
     die_with_launcher()
-    run, trainer, alone = RunDir(_folder(config)), None, not AcceleratorState._shared_state
+    run, loop, alone = RunDir(_folder(config)), None, not AcceleratorState._shared_state
     try:
         accelerator = make_accelerator(config, run)
         config = obey_launcher(config)
         on_main(accelerator, lambda: _open(config, run))
-        trainer = Trainer(config, accelerator, run, stop)
-        code = dry_run(trainer) if config.dry_run else _run_to_its_end(trainer)
+        loop = _make_loop(make_trainer(config, accelerator, run), stop)
+        code = dry_run(loop.trainer, loop.saver, loop.exporter) if config.dry_run else _run_to_its_end(loop, stop)
     except Exception as error:
-        if trainer is not None and trainer.started:
-            _record_failure(run, trainer, error)
+        if loop is not None and loop.started:
+            _record_failure(run, loop.state.update, error)
         if not isinstance(error, ValueError):
             raise
         sentence = RunError(str(error))  # options that fit no data or no network, an image that cannot be read
-        sentence.alone = trainer is not None
+        sentence.alone = loop is not None
         raise sentence from error
     finally:
         run.unlock()
         stop.release()
-        if alone and trainer is None:
+        if alone and loop is None:
             forget_accelerator()
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -110,6 +116,14 @@ def run_training(config: TrainConfig) -> int:
     if alone:
         forget_accelerator()  # or the next call could not choose another precision
     return code
+
+
+def _make_loop(trainer: Trainer, stop: StopRequest) -> TrainingLoop:
+    """Put what writes files beside the trainer. Every process must call this."""
+    config, accelerator = trainer.config, trainer.accelerator
+    validation = make_validation(config, trainer.spec, accelerator) if config.eval_steps else None
+    exporter = Exporter(trainer, lambda: any_process(accelerator, bool(stop)), validation)
+    return TrainingLoop(trainer, Saver(trainer), exporter)
 
 
 def _folder(config: TrainConfig) -> str:
@@ -130,38 +144,54 @@ def _open(config: TrainConfig, run: RunDir) -> None:
         run.starts_empty = True
 
 
-def _own_options(config: TrainConfig) -> dict[str, Any]:
+def _own_options(config: TrainConfig) -> dict[str, object]:
     """Return the options as config.json has them, without those that --init_from brings along."""
     brought = () if config.init_from is None else (*OF_SCHEDULE, "class_conditional")
     return {name: value for name, value in recorded(config).items() if name not in brought}
 
 
-def _run_to_its_end(trainer: Trainer) -> int:
-    """Record the start, train, and say where the result lies."""
-    run, main = trainer.run, trainer.accelerator.is_main_process
-    if trainer.state.update >= trainer.length and run.is_finished():
+def _run_to_its_end(loop: TrainingLoop, stop: StopRequest) -> int:
+    """Record the start, train, upload, and say where the result lies."""
+    trainer, run = loop.trainer, loop.run
+    update, length, main = loop.state.update, trainer.intervals.length, trainer.accelerator.is_main_process
+    publisher = _open_publisher(trainer)
+    if update >= length and run.is_finished():
         if main:
-            print(f"{run.path} is finished at update {trainer.state.update}: nothing to do.")
-        on_main(trainer.accelerator, trainer.open_publisher)  # but perhaps to upload it
-        return 0 if trainer.publisher is None else finish_upload(trainer.publisher)
-    on_main(trainer.accelerator, trainer.open_publisher)
-    trainer.tell_unreadable()
+            print(f"{run.path} is finished at update {update}: nothing to do.")
+        return 0 if publisher is None else finish_upload(publisher)  # but perhaps to upload it
+    tell_unreadable(loop.state.unreadable, trainer.data.skipped, trainer.accelerator)
     if main:
         print("\n".join(describe(trainer)))
-        if trainer.abandoned:
-            beyond = ", ".join(path.name for path in trainer.abandoned)
-            print(f"Going on from update {trainer.state.update}; the next save deletes what lies beyond it: {beyond}.")
+        if loop.saver.abandoned:
+            beyond = ", ".join(path.name for path in loop.saver.abandoned)
+            print(f"Going on from update {update}; the next save deletes what lies beyond it: {beyond}.")
         _record_start(trainer)
-    trainer.started = True
-    if trainer.stop is not None:
-        trainer.stop.begin("a checkpoint is written after this update", lambda: _record_end_at_once(trainer))
+        loop.write_status("running")
+    loop.started = True
+    stop.begin("a checkpoint is written after this update", lambda: _record_end_at_once(trainer))
     start_trackers(trainer.accelerator, recorded(trainer.config))
-    code = trainer.fit()
-    if main and code == PREEMPTED:
-        print(f"Stopped at update {trainer.state.update} of {trainer.length}; the same command continues.", flush=True)
-    elif main:
+    code = loop.fit(None if publisher is None else publisher.push)
+    if code == PREEMPTED:
+        if main:
+            print(f"Stopped at update {loop.state.update} of {length}; the same command continues.", flush=True)
+        return code
+    if publisher is not None:
+        code = finish_upload(publisher)
+    trainer.accelerator.wait_for_everyone()
+    if main:
         print(f"Samples in {run.samples}, the pipeline in {run.pipeline}.")
     return code
+
+
+def _open_publisher(trainer: Trainer) -> Publisher | None:
+    """Open the repository of --push_to_hub, on the main process, which alone uploads."""
+    opened: list[Publisher | None] = [None]
+
+    def work() -> None:
+        opened[0] = make_publisher(trainer.config, trainer.run, trainer.origin)
+
+    on_main(trainer.accelerator, work)
+    return opened[0]
 
 
 def _record_start(trainer: Trainer) -> None:
@@ -182,11 +212,11 @@ def _record_start(trainer: Trainer) -> None:
     record = {
         "config": recorded(trainer.config),
         "seed": trainer.config.seed,
-        "updates": trainer.length,
+        "updates": trainer.intervals.length,
         "global_batch": trainer.plan.global_batch,
         "images": trainer.num_images,
         "data_fingerprint": trainer.data.fingerprint,
-        "data": trainer.data_spec.to_dict(),
+        "data": trainer.spec.to_dict(),
         "skipped_images": list(trainer.state.unreadable.names),
         "network": dict(network.config),
         "parameters": sum(parameter.numel() for parameter in trainer.parameters),
@@ -195,29 +225,30 @@ def _record_start(trainer: Trainer) -> None:
     }
     write_json(run.config, record)
     run.rewind_log(trainer.state.update)
-    trainer.write_status("running")
 
 
 def _record_end_at_once(trainer: Trainer) -> None:
     """Write status.json at a second Ctrl-C: the same command goes on from the newest checkpoint."""
     if trainer.accelerator.is_main_process:
-        checkpoints = list_checkpoints(trainer.run.checkpoints)
-        update = update_of(checkpoints[-1]) if checkpoints else 0
-        trainer.run.write_status("preempted", update, updates=trainer.length)
+        trainer.run.write_status("preempted", _last_saved(trainer.run), updates=trainer.intervals.length)
 
 
-def _record_failure(run: RunDir, trainer: Trainer, error: Exception) -> None:
+def _last_saved(run: RunDir) -> int:
+    """Return the update of the newest checkpoint; 0 without any."""
+    return max(map(update_of, list_checkpoints(run.checkpoints)), default=0)
+
+
+def _record_failure(run: RunDir, update: int, error: Exception) -> None:
     """Write status.json: failed, at the update reached, or after an unforeseen error at the last checkpoint's.
 
     The first process that fails writes it; the others then fail of its absence.
     """
-    expected, update = isinstance(error, ValueError), trainer.state.update
+    expected = isinstance(error, ValueError)
     try:
         if run.status.exists() and read_json(run.status)["status"] == "failed":
             return
         if not expected:
-            checkpoints = list_checkpoints(run.checkpoints)
-            update = update_of(checkpoints[-1]) if checkpoints else 0
+            update = _last_saved(run)
         run.write_status("failed", update, error=str(error) if expected else f"{type(error).__name__}: {error}")
     except (OSError, ValueError) as failure:  # a full disk: the first error is the one to tell
         print(f"{run.status} cannot be written: {failure}", file=sys.stderr)

@@ -6,16 +6,18 @@ import resource
 import shutil
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ...distributed import on_main
 from ...run_dir import RunError
 from ..state import checkpoint
-from ..state.resume import on_main
 from .summary import describe, plural
 
 if TYPE_CHECKING:
+    from ..outputs.export import Exporter
+    from ..state.saver import Saver
     from ..trainer import Trainer
 
 __all__ = ["dry_run"]
@@ -23,8 +25,22 @@ __all__ = ["dry_run"]
 _UPDATES = 3  # the first warms up and is not counted
 
 
-def dry_run(trainer: Trainer) -> int:
+class _Measured(NamedTuple):
+    """Seconds of an update, of a checkpoint written and read back, and of a sample grid; bytes of the checkpoint."""
+
+    update: float
+    saving: float
+    grid: float
+    bytes: int
+
+
+def dry_run(trainer: Trainer, saver: Saver, exporter: Exporter) -> int:
     """Try the run without leaving a trace in its folder.
+
+    Args:
+        trainer: The objects of the run.
+        saver: Writes its checkpoints.
+        exporter: Draws its grids.
 
     Returns:
         Exit code 0.
@@ -32,12 +48,12 @@ def dry_run(trainer: Trainer) -> int:
     Raises:
         RunError: the checkpoint did not come back as it was written.
     """
-    done = trainer.state.update
+    left = trainer.intervals.length - trainer.state.update
     update = _seconds_per_update(trainer)
-    saving, size = _round_trip(trainer)
-    grid = _seconds_per_grid(trainer)
+    saving, size = _round_trip(trainer, saver)
+    measured = _Measured(update, saving, _seconds_per_grid(trainer, exporter), size)
     if trainer.accelerator.is_main_process:
-        print("\n".join([*describe(trainer), *_forecast(trainer, trainer.length - done, update, saving, size, grid)]))
+        print("\n".join([*describe(trainer), *_forecast(trainer, left, measured)]))
     return 0
 
 
@@ -52,26 +68,26 @@ def _seconds_per_update(trainer: Trainer) -> float:
     return (time.perf_counter() - begin) / (_UPDATES - 1)
 
 
-def _seconds_per_grid(trainer: Trainer) -> float:
+def _seconds_per_grid(trainer: Trainer, exporter: Exporter) -> float:
     """Measure two denoising steps of one batch, after one that warms up; the others take as long."""
     config, world = trainer.config, trainer.accelerator.num_processes
     share = -(-config.eval_batch_size // world)
     some = list(range(min(share, config.train_batch_size)))
     steps = min(config.ddpm_num_inference_steps, config.ddpm_num_steps)
     measured = min(2, steps)
-    trainer.sample(some, 1)
+    exporter.sample(some, 1)
     begin = time.perf_counter()
-    trainer.sample(some, measured)
+    exporter.sample(some, measured)
     return (time.perf_counter() - begin) / measured * steps * (share / len(some))
 
 
-def _round_trip(trainer: Trainer) -> tuple[float, int]:
+def _round_trip(trainer: Trainer, saver: Saver) -> tuple[float, int]:
     """Write a checkpoint, read it back and delete it.
 
     Returns:
         Seconds and bytes.
     """
-    tensors, record = trainer.gather()
+    tensors, record = saver.gather()
     folder = trainer.run.path / ".dry-run"
 
     def work() -> tuple[float, int]:
@@ -91,18 +107,19 @@ def _round_trip(trainer: Trainer) -> tuple[float, int]:
     return on_main(trainer.accelerator, work)
 
 
-def _forecast(trainer: Trainer, left: int, update: float, saving: float, size: int, grid: float) -> list[str]:
-    """Return the lines that say what the rest of the run takes; seconds each, and bytes of a checkpoint."""
-    config = trainer.config
-    saves = left // config.checkpointing_steps + 1
-    grids = 1 if trainer.every_grid is None else max(1, -(-left // trainer.every_grid))
-    hours = (left * update + saves * saving + grids * grid) / 3600
+def _forecast(trainer: Trainer, left: int, measured: _Measured) -> list[str]:
+    """Return the lines that say what the rest of the run takes: so many updates."""
+    config, every = trainer.config, trainer.intervals
+    saves = left // every.checkpoint + 1
+    grids = 1 if every.grid is None else max(1, -(-left // every.grid))
+    hours = (left * measured.update + saves * measured.saving + grids * measured.grid) / 3600
     memory = _peak_memory(trainer.accelerator.device) / 2**20
     lines = [
         f"memory      {memory:,.0f} MiB at the peak, process 0",
-        f"speed       {trainer.plan.global_batch / update:,.1f} images/s, {update:.3f} s an update",
-        f"checkpoint  {size / 2**20:,.1f} MiB, written and read back in {saving:.1f} s",
-        f"samples     {plural(grids, 'grid')} of {plural(config.eval_batch_size, 'image')}, {grid:,.0f} s each",
+        f"speed       {trainer.plan.global_batch / measured.update:,.1f} images/s, {measured.update:.3f} s an update",
+        f"checkpoint  {measured.bytes / 2**20:,.1f} MiB, written and read back in {measured.saving:.1f} s",
+        f"samples     {plural(grids, 'grid')} of {plural(config.eval_batch_size, 'image')}, "
+        f"{measured.grid:,.0f} s each",
         f"whole run   {plural(left, 'update')}, {plural(saves, 'checkpoint')} and the grids: {hours:,.2f} hours",
     ]
     if config.eval_steps is not None:

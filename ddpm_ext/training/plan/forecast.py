@@ -27,8 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...models.unet import count_parameters
 from ...run_dir import RunError
-from ..builders import network_config, plan_batch
+from ..builders import network_config
 from ..config import TrainConfig
+from .batch import plan_batch
 
 __all__ = ["ACCELERATORS", "AcceleratorSpec", "Forecast", "forecast", "forecast_lines", "pass_costs"]
 

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..builders import default_network
-
 if TYPE_CHECKING:
     from ..trainer import Trainer
 
@@ -51,7 +49,7 @@ def _device(trainer: Trainer) -> str:
 def _network(trainer: Trainer) -> str:
     config, count = trainer.config, sum(weight.numel() for weight in trainer.parameters)
     text = plural(count, "parameter")
-    if default_network(config):
+    if not config.names_network:
         return f"{text}, that of Diffusers' train_unconditional.py since no other was named; --unet names smaller ones"
     if (origin := trainer.origin) is not None:
         trained = sum(weight.numel() for weight in trainer.parameters if weight.requires_grad)
@@ -79,10 +77,10 @@ def _batch(trainer: Trainer) -> str:
 
 
 def _updates(trainer: Trainer) -> str:
-    text = f"{trainer.length:,}"
+    text = f"{trainer.intervals.length:,}"
     if trainer.num_images is None:
         return text
-    epochs = trainer.length * trainer.plan.global_batch / trainer.num_images
+    epochs = trainer.intervals.length * trainer.plan.global_batch / trainer.num_images
     return f"{text}, {epochs:.3g} epochs"
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
-from ...distributed import launcher_accumulation
+from ...distributed import launcher_accumulation, on_main
 from ...run_dir import RunDir, RunError
-from ..builders import BatchPlan, plan_batch
 from ..config import TrainConfig, config_changes, recorded
+from ..plan.batch import BatchPlan, plan_batch
 from . import checkpoint
+
+if TYPE_CHECKING:
+    from ..trainer import Trainer
 
 __all__ = [
     "ResumePoint",
@@ -24,13 +26,10 @@ __all__ = [
     "find_checkpoint",
     "is_of",
     "obey_launcher",
-    "on_main",
     "plain_config",
     "resumed_plan",
     "warn_of_other_conditions",
 ]
-
-Result = TypeVar("Result")
 
 _NETWORK_OPTIONS = ("model_config_name_or_path", "unet", "dropout", "class_conditional", "class_dropout", "resolution")
 _DATA_OPTIONS = (
@@ -158,26 +157,6 @@ def _point(folder: Path, run: RunDir) -> ResumePoint:
     return ResumePoint(folder, record, _branch_of(record), abandoned)
 
 
-def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
-    """Run something on the main process; its result, or the sentence of its error, reaches every process.
-
-    Raises:
-        RunError: on every process, in place of a RunError, OSError or ValueError of the main one.
-    """
-    result: list[Any] = [None, None]
-    cause: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            result[0] = work()
-        except (RunError, OSError, ValueError) as error:  # or the others would wait for a word that never comes
-            result[1], cause = str(error), error
-    if accelerator.num_processes > 1:
-        broadcast_object_list(result)
-    if result[1] is not None:
-        raise RunError(result[1]) from cause
-    return result[0]
-
-
 # May it go on? --------------------------------------------------------------------------------------------------------
 
 
@@ -216,45 +195,35 @@ def resumed_plan(config: TrainConfig, found: ResumePoint | None, processes: int)
     return plan_batch(config, processes, kept)
 
 
-def compare(
-    config: TrainConfig,
-    old: Mapping[str, Any],
-    network: Mapping[str, Any],
-    fingerprint: str,
-    plan: BatchPlan,
-    length: int,
-) -> None:
+def compare(trainer: Trainer, old: Mapping[str, Any]) -> None:
     """Let only changes through that `allow_config_change` names, or that alter no weight.
 
     Options that only lead to a network or to images, as a path does, may change where these came out the same.
 
     Args:
-        config: The options of this start.
+        trainer: What this start has made of its options.
         old: state.json of the checkpoint.
-        network: Configuration of this start's network, as `plain_config` gives it.
-        fingerprint: Of this start's images.
-        plan: This start's batch.
-        length: This start's updates of the whole run.
 
     Raises:
         RunError: with the list of the changes that are not allowed.
     """
-    changes = config_changes(old["config"], recorded(config))
+    config, was = trainer.config, old["config"]
+    changes = config_changes(was, recorded(config))
     parts = (
-        ("network", _NETWORK_OPTIONS, old["network"], network),
-        ("data", _DATA_OPTIONS, old["data"]["fingerprint"], fingerprint),
+        ("network", _NETWORK_OPTIONS, old["network"], plain_config(trainer.network.config)),
+        ("data", _DATA_OPTIONS, old["data"]["fingerprint"], trainer.data.fingerprint),
     )
-    for part, leading, was, now in parts:
+    for part, leading, before, now in parts:
         named = {name: changes.pop(name) for name in leading if name in changes}
-        if was != now:
-            changes |= named or {part: (was, now)}
-    if plan.global_batch != old["global_batch"]:
+        if before != now:
+            changes |= named or {part: (before, now)}
+    if trainer.plan.global_batch != old["global_batch"]:
         for name in _BATCH_OPTIONS:
-            if getattr(config, name) != old["config"][name]:
-                changes[name] = (old["config"][name], getattr(config, name))
-    if length != old["updates"] and config.lr_scheduler not in ("constant", "constant_with_warmup"):
+            if getattr(config, name) != was[name]:
+                changes[name] = (was[name], getattr(config, name))
+    if trainer.intervals.length != old["updates"] and config.lr_scheduler not in ("constant", "constant_with_warmup"):
         name = "max_train_steps" if config.max_train_steps is not None else "num_epochs"
-        changes[name] = (old["config"][name] or old["updates"], getattr(config, name))
+        changes[name] = (was[name] or old["updates"], getattr(config, name))
     refused = sorted(name for name in changes if name not in config.allow_config_change)
     if refused:
         lines = [f"  {name}: {changes[name][0]!r} -> {changes[name][1]!r}" for name in refused]

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ...distributed import copy_into, full_tensor
 from ...run_dir import RunError
-from ..monitor import Meter, Unreadable
 from .checkpoint import flatten, read_tensors, unflatten
 from .ema import ForeachEMA
+from .meter import Meter, Unreadable
 from .timestep_samplers import STEM, Timesteps
 
 __all__ = ["TrainState"]

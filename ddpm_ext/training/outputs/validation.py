@@ -12,31 +12,55 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from diffusers import UNet2DModel
 
-from ..data.dataset import ImageSet
-from ..data.spec import DataSpec
-from ..errors import UserError
-from ..evaluation.bound.checks import grid_images
-from ..evaluation.bound.sampled import PILOT_IMAGES, pilot_distribution, sampled_bound
-from ..evaluation.bound.terms import Bound, BoundOptions, full_sweep, make_bound
-from ..evaluation.features.extractors import Extractor, extract, make_extractor
-from ..evaluation.features.metrics import feature_statistics, frechet_distance
-from ..evaluation.features.reference import make_reference
-from ..evaluation.images import class_labels, images_and_labels
-from ..evaluation.words import Quantization
-from ..models.classes import number_of_classes
-from ..pipelines.ddpm import DDPMExtPipeline
-from ..pipelines.seeds import POLL_EVERY, SamplingStopped, images_from_seeds
-from ..run_dir import RunDir, read_json
-from .config import TrainConfig
+from ...data.dataset import ImageSet
+from ...data.spec import DataSpec
+from ...errors import UserError
+from ...evaluation.bound.checks import grid_images
+from ...evaluation.bound.sampled import PILOT_IMAGES, pilot_distribution, sampled_bound
+from ...evaluation.bound.terms import Bound, BoundOptions, full_sweep, make_bound
+from ...evaluation.features.extractors import Extractor, extract, make_extractor
+from ...evaluation.features.metrics import feature_statistics, frechet_distance
+from ...evaluation.features.reference import make_reference
+from ...evaluation.images import class_labels, images_and_labels
+from ...evaluation.words import Quantization
+from ...models.classes import number_of_classes
+from ...pipelines.ddpm import DDPMExtPipeline
+from ...pipelines.seeds import POLL_EVERY, SamplingStopped, images_from_seeds
+from ...schedulers.ddpm import DDPMExtScheduler
+from ..config import TrainConfig
 
-__all__ = ["Validation", "is_better", "make_validation"]
+__all__ = ["Validation", "ValidationOptions", "make_validation"]
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """How much is measured.
+
+    Attributes:
+        num_samples: Generated images, at least 2.
+        num_inference_steps: Their denoising steps.
+        num_held_out: Real images of the bound.
+        num_timesteps_sampled: Steps of the bound drawn per image; None for all.
+        batch_size: Images of one process at a time.
+        seed: Image i is drawn from seed + i.
+        quantization: How generated pixels reach the extractor.
+    """
+
+    num_samples: int = 256
+    num_inference_steps: int = 50
+    num_held_out: int = 64
+    num_timesteps_sampled: int | None = 50
+    batch_size: int = 64
+    seed: int = 0
+    quantization: Quantization = "uint8"
 
 
 class Validation:
@@ -47,13 +71,7 @@ class Validation:
         held_out: Images whose bits/dim are measured; None measures none.
         extractor: Makes the features.
         accelerator: Knows the processes; each of them must make and call this.
-        num_samples: Generated images, at least 2.
-        num_inference_steps: Their denoising steps.
-        num_held_out: Real images of the bound.
-        num_timesteps_sampled: Steps of the bound drawn per image; None for all.
-        batch_size: Images of one process at a time.
-        seed: Image i is drawn from seed + i.
-        quantization: How generated pixels reach the extractor.
+        options: How much is measured.
         cache_dir: Of the reference features.
     """
 
@@ -63,32 +81,24 @@ class Validation:
         held_out: ImageSet | None,
         extractor: Extractor,
         accelerator: Accelerator,
-        *,
-        num_samples: int = 256,
-        num_inference_steps: int = 50,
-        num_held_out: int = 64,
-        num_timesteps_sampled: int | None = 50,
-        batch_size: int = 64,
-        seed: int = 0,
-        quantization: Quantization = "uint8",
+        options: ValidationOptions,
         cache_dir: Path | str | None = None,
     ) -> None:
-        if num_samples < 2:
-            raise UserError(f"num_samples must be at least 2 for a Fréchet distance, got {num_samples}.")
-        self.reference = make_reference(training, extractor, quantization, accelerator, cache_dir=cache_dir)
-        self.held_out, self.extractor, self.accelerator = held_out, extractor, accelerator
-        self.quantization: Quantization = quantization
-        self.training = training
-        self.num_samples, self.num_inference_steps, self.batch_size = num_samples, num_inference_steps, batch_size
-        self.num_timesteps_sampled, self.seed = num_timesteps_sampled, seed
-        self.num_held_out = 0 if held_out is None else min(num_held_out, len(held_out))
+        if options.num_samples < 2:
+            raise UserError(f"num_samples must be at least 2 for a Fréchet distance, got {options.num_samples}.")
+        self.reference = make_reference(training, extractor, options.quantization, accelerator, cache_dir=cache_dir)
+        self.training, self.held_out, self.extractor = training, held_out, extractor
+        self.accelerator, self.options = accelerator, options
+        self.num_held_out = 0 if held_out is None else min(options.num_held_out, len(held_out))
 
-    def __call__(self, unet: Any, scheduler: Any, must_stop: Callable[[], bool] | None = None) -> dict[str, float]:
+    def __call__(
+        self, unet: UNet2DModel, scheduler: DDPMExtScheduler, must_stop: Callable[[], bool] | None = None
+    ) -> dict[str, float]:
         """Return {"fid": ..., "bits_per_dim": ...} of a network, lower is better for both; the same on every process.
 
         Args:
             unet: The network.
-            scheduler: A DDPMExtScheduler.
+            scheduler: Its schedule.
             must_stop: Asked now and then whether to stop, at the same calls of the network on every process.
 
         Raises:
@@ -99,20 +109,20 @@ class Validation:
         with self._asking(unet, must_stop):
             return self._measure(unet, scheduler)
 
-    def _measure(self, unet: Any, scheduler: Any) -> dict[str, float]:
+    def _measure(self, unet: UNet2DModel, scheduler: DDPMExtScheduler) -> dict[str, float]:
         """Return the scores."""
         pipeline = DDPMExtPipeline(unet, scheduler)
         pipeline.set_progress_bar_config(disable=True)
-        numbers = self._share(self.num_samples)
-        labels = class_labels(number_of_classes(unet.config), self.training, self.num_samples)
+        numbers = self._share(self.options.num_samples)
+        labels = class_labels(number_of_classes(unet.config), self.training, self.options.num_samples)
         images = images_from_seeds(
             pipeline,
-            [self.seed + i for i in numbers],
-            batch_size=self.batch_size,
-            num_inference_steps=self.num_inference_steps,
+            [self.options.seed + i for i in numbers],
+            batch_size=self.options.batch_size,
+            num_inference_steps=self.options.num_inference_steps,
             class_labels=None if labels is None else [labels[i] for i in numbers],
         )
-        mine = extract(self.extractor, images, self.quantization).features
+        mine = extract(self.extractor, images, self.options.quantization).features
         features = torch.cat(self._gathered(mine))
         found = {"fid": frechet_distance(self.reference.statistics, feature_statistics(features))}
         if self.held_out is not None:
@@ -120,21 +130,21 @@ class Validation:
             found["bits_per_dim"] = torch.cat(self._gathered(bits)).mean().item()
         return found
 
-    def _bits(self, unet: Any, scheduler: Any, numbers: range) -> torch.Tensor:
+    def _bits(self, unet: UNet2DModel, scheduler: DDPMExtScheduler, numbers: range) -> torch.Tensor:
         """Return the bits/dim of this process's held-out images.
 
         Where steps are sampled, the first images decide for all processes how likely each step is, so that the number
         of processes changes nothing.
         """
         bound, x_0 = self._bound_of(unet, scheduler, numbers)
-        generators = [torch.Generator().manual_seed(self.seed + i) for i in numbers]
-        if self.num_timesteps_sampled is None:
+        generators = [torch.Generator().manual_seed(self.options.seed + i) for i in numbers]
+        if self.options.num_timesteps_sampled is None:
             return full_sweep(bound, x_0, generators).bits_per_dim.total.cpu()
         pilots = range(min(PILOT_IMAGES, self.num_held_out))
         p = pilot_distribution(*self._bound_of(unet, scheduler, pilots))
-        return sampled_bound(bound, x_0, self.num_timesteps_sampled, generators, p).total.cpu()
+        return sampled_bound(bound, x_0, self.options.num_timesteps_sampled, generators, p).total.cpu()
 
-    def _bound_of(self, unet: Any, scheduler: Any, numbers: range) -> tuple[Bound, torch.Tensor]:
+    def _bound_of(self, unet: UNet2DModel, scheduler: DDPMExtScheduler, numbers: range) -> tuple[Bound, torch.Tensor]:
         """Return the bound of some held-out images, and their x_0."""
         assert self.held_out is not None
         pixels, labels = images_and_labels(unet, self.held_out, numbers)
@@ -153,14 +163,14 @@ class Validation:
         return gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
 
     @contextmanager
-    def _asking(self, unet: Any, must_stop: Callable[[], bool]) -> Iterator[None]:
+    def _asking(self, unet: UNet2DModel, must_stop: Callable[[], bool]) -> Iterator[None]:
         """Ask whether to stop while the network is used, in calls that every process makes."""
         calls, world = 0, self.accelerator.num_processes
         # With several processes asking is an all-reduce: only generation surely takes as many calls on each of them.
-        batches = -(-(self.num_samples // world) // self.batch_size)
-        last = math.inf if world == 1 else batches * self.num_inference_steps
+        batches = -(-(self.options.num_samples // world) // self.options.batch_size)
+        last = math.inf if world == 1 else batches * self.options.num_inference_steps
 
-        def ask(*_: Any) -> None:
+        def ask(*_: object) -> None:
             nonlocal calls
             if calls < last and calls % POLL_EVERY == 0 and must_stop():
                 raise SamplingStopped
@@ -187,20 +197,10 @@ def make_validation(config: TrainConfig, data: DataSpec, accelerator: Accelerato
         None if config.eval_split is None else data.load(config.eval_split, **how),
         make_extractor(config.eval_extractor, device=accelerator.device),
         accelerator,
-        num_samples=config.eval_samples,
-        num_inference_steps=min(config.eval_num_inference_steps, config.ddpm_num_steps),
-        batch_size=config.train_batch_size,
-        seed=config.seed,
+        ValidationOptions(
+            num_samples=config.eval_samples,
+            num_inference_steps=min(config.eval_num_inference_steps, config.ddpm_num_steps),
+            batch_size=config.train_batch_size,
+            seed=config.seed,
+        ),
     )
-
-
-def is_better(run: RunDir, scores: dict[str, float], metric: str) -> bool:
-    """Return whether a score is below the one in best.json; all metrics here are better when lower.
-
-    Args:
-        run: The run folder.
-        scores: By name.
-        metric: The score that decides.
-    """
-    path = run.best_record
-    return not path.exists() or scores[metric] < read_json(path).get(metric, float("inf"))
