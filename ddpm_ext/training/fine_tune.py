@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -43,7 +43,7 @@ class Origin(TypedDict):
     base_model: str | None  # its name on the Hub
     checkpoint: str | None
     weights_sha256: str
-    before: list[Mapping[str, Any]]  # what the source itself was started from, the nearest first
+    before: Sequence[Mapping[str, Any]]  # what the source itself was started from, the nearest first
     new: list[str]  # weights that began anew
     loaded: int  # weights that were there
 
@@ -151,7 +151,7 @@ def _of_checkpoint(folder: Path) -> tuple[dict[str, Any], DDPMExtScheduler, dict
     return state["network"], scheduler, merged(checkpoint.read_tensors(folder, stem))
 
 
-def _before(path: Path) -> list[Mapping[str, Any]]:
+def _before(path: Path) -> Sequence[Mapping[str, Any]]:
     """What the source itself was started or converted from, as its record or its card says, the nearest first."""
     run = path.resolve()
     run = run.parent.parent if run.parent.name == "checkpoints" else run.parent if run.name == "pipeline" else run
