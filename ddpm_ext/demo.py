@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,10 +28,11 @@ from .models import classes
 from .models.values import values_of
 from .pipelines.ddpm import DDPMExtPipeline, load_pipeline
 from .pipelines.locate import is_hub_name
+from .pipelines.sampling import shown_bands
+from .schedulers.solver import fitted_solvers
 
 __all__ = ["SHOWN_STEPS", "SIDE", "Buttons", "Studio", "fitted", "in_a_row", "make_page", "space_files"]
 
-Shown = Literal["ddpm", "ddim"]  # the samplers whose steps tell x̂_0
 SIDE = 384  # of a shown image, in screen pixels
 SHOWN_STEPS = 25  # at most so many images of a chain are sent to the browser
 
@@ -69,32 +70,46 @@ class Studio:
     def generate(
         self,
         steps: int,
-        sampler: Shown,
+        sampler: str,
         seed: int | None,
         label: int | None = None,
         guidance_scale: float = 0.0,
+        bands: str = "",
         count: int = 4,
     ) -> Iterator[tuple[Image.Image, str]]:
         """Yield the predicted images x̂_0 as the chain runs, the finished ones last, each with a line about it.
 
         Args:
             steps: Length of the chain, at most T.
-            sampler: One of the words.
+            sampler: One of `samplers()`; "solver 5" is the fitted one of 5 steps, whatever `steps` says.
             seed: Image i is drawn from seed + i; None is 0.
             label: Class of every image; None: all classes in turn.
             guidance_scale: w of class guidance; 0 is none.
+            bands: Those shown; see `bands_of`.
             count: How many images.
         """
-        pipeline = with_own_scheduler(self.pipeline, sampler)
-        generator = [torch.Generator().manual_seed(int(seed or 0) + i) for i in range(int(count))]
-        labels = labels_of(pipeline, label, int(count))
+        word, _, calls = sampler.partition(" ")
+        steps, shown = int(calls or steps), bands_of(self.pipeline, bands)
+        pipeline = with_own_scheduler(self.pipeline, word)
+        seeds = range(int(seed or 0), int(seed or 0) + int(count))
+        labels, guidance = labels_of(pipeline, label, len(seeds)), float(guidance_scale or 0)
         chain = pipeline.progressive(
-            int(count), generator, int(steps), class_labels=labels, guidance_scale=float(guidance_scale or 0)
+            len(seeds), _generators(seeds), steps, class_labels=labels, guidance_scale=guidance
         )
-        every = max(1, int(steps) // SHOWN_STEPS)
+        every = max(1, steps // SHOWN_STEPS)
         for i, progress in enumerate(chain, start=1):
-            if progress.x_0 is not None and (i % every == 0 or i == int(steps)):
-                yield in_a_row(progress.x_0), f"t = {progress.t}, step {i} of {int(steps)}"
+            if progress.x_0 is not None and (i % every == 0 or i == steps) and not (calls and i == steps):
+                yield in_a_row(progress.x_0, shown), f"t = {progress.t}, step {i} of {steps}"
+        if calls:  # its last jump mixes the estimates of several steps: the image is the x̂_0 of none
+            images = pipeline(
+                len(seeds),
+                _generators(seeds),
+                steps,
+                output_type="latent",
+                class_labels=labels,
+                guidance_scale=guidance,
+            )[0]
+            yield in_a_row(torch.as_tensor(images), shown), f"step {steps} of {steps}"
 
     def interpolate(
         self,
@@ -137,8 +152,22 @@ class Studio:
         given = "" if labels is None else f" given class {labels[0]}"
         return f"at most {found.total.item():.3f}{error} bits/dim{given} ({num_timesteps_sampled} steps sampled)"
 
+    def samplers(self) -> list[str]:
+        """Return the samplers of the model: the fitted solver first, once for every number of calls it is fitted to."""
+        fits = fitted_solvers(self.pipeline.scheduler.config)
+        return [*(f"solver {calls}" for calls in (() if fits is None else fits.solvers)), "ddpm", "ddim"]
+
     def ranges(self, steps: int, timestep: int, label: int | None = None) -> tuple[dict[str, Any], ...]:
-        """Return what fits the model in the page's fields: steps, timestep, class. Values stay where they fit."""
+        """Return what fits the model in the page's fields, whose values stay where they fit.
+
+        Args:
+            steps: Value of the field of steps.
+            timestep: Of that of the interpolation's timestep.
+            label: Of that of the class.
+
+        Returns:
+            Properties of the fields of steps, timestep, class, guidance, sampler and bands.
+        """
         pipeline = self.pipeline
         T, classes = len(pipeline.scheduler), number_of_classes(pipeline)
         about = f"Class, 0 to {(classes or 1) - 1}; empty: all in turn (an interpolation's and bits/dim's is 0)"
@@ -148,10 +177,40 @@ class Studio:
             {"maximum": T - 1, "value": min(timestep, T - 1)},
             {"visible": classes is not None, "label": about, "value": label if fits else None},
             {"visible": knows_no_class(pipeline), "value": 0},
+            {"choices": self.samplers(), "value": self.samplers()[0]},
+            {"visible": channels_of(pipeline) > 4, "value": "", "label": bands_label(channels_of(pipeline))},
         )
 
 
-def with_own_scheduler(pipeline: DDPMExtPipeline, sampler: Shown) -> DDPMExtPipeline:
+def channels_of(pipeline: DDPMExtPipeline) -> int:
+    """Return C, the channels of a network's images."""
+    return pipeline.unet.config["in_channels"]
+
+
+def bands_label(channels: int) -> str:
+    """Return what the page says at its field of bands."""
+    return f"Bands shown, of 1 to {channels}: one, or three as red, green and blue; empty: 1"
+
+
+def bands_of(pipeline: DDPMExtPipeline, bands: str) -> list[int] | None:
+    """Return the bands that words name: "5", or "3, 2, 1" for red, green and blue; None for nothing.
+
+    Raises:
+        UserError: they are neither one nor three, or no bands of the network's images.
+    """
+    found, channels = bands.replace(",", " ").split(), channels_of(pipeline)
+    if not found:
+        return None
+    if len(found) not in (1, 3) or not all(word.isdecimal() and 1 <= int(word) <= channels for word in found):
+        raise UserError(f"The bands must be one or three whole numbers from 1 to {channels}, got {bands!r}.")
+    return [int(word) for word in found]
+
+
+def _generators(seeds: Iterable[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def with_own_scheduler(pipeline: DDPMExtPipeline, sampler: str) -> DDPMExtPipeline:
     """Return the same network under a scheduler of its own, so that two chains at once do not disturb each other."""
     own = DDPMExtPipeline(pipeline.unet, cast(SchedulerMixin, make_scheduler(pipeline.scheduler, sampler)))
     own.set_progress_bar_config(disable=True)
@@ -202,10 +261,15 @@ def fitted(pipeline: DDPMExtPipeline, image: Image.Image) -> Tensor:
     return torch.from_numpy(levels.astype(np.uint8 if form.bits <= 8 else np.int32))
 
 
-def in_a_row(x_0: Tensor) -> Image.Image:
-    """Show images (B, C, H, W) in [-1, 1] side by side, enlarged without smoothing; of other bands the first."""
-    row = torch.cat(list(to_uint8(x_0.float().cpu())), dim=2).permute(1, 2, 0)
-    shown = Image.fromarray((row if row.shape[-1] in (3, 4) else row[..., 0]).numpy())
+def in_a_row(x_0: Tensor, bands: Sequence[int] | None = None) -> Image.Image:
+    """Show images side by side, enlarged without smoothing.
+
+    Args:
+        x_0: Shape (B, C, H, W), values in [-1, 1].
+        bands: One band or three, counted from 1; None shows RGB with or without alpha, and else the first band.
+    """
+    row = shown_bands(torch.cat(list(to_uint8(x_0.float().cpu())), dim=2).permute(1, 2, 0).numpy(), bands)
+    shown = Image.fromarray(row if row.shape[-1] in (3, 4) else row[..., 0])
     scale = max(1, SIDE // shown.height)
     return shown.resize((shown.width * scale, shown.height * scale), Image.Resampling.NEAREST)
 
@@ -223,17 +287,23 @@ class Buttons:
         self.studio, self.error, self.update = studio, error, update
 
     def load(self, model: str, steps: int, timestep: int, label: int | None) -> tuple[Any, ...]:
-        """Return the line about a new model, and the fields whose ranges it sets: steps, timestep, class, guidance."""
+        """Return the line about a new model, and the fields whose properties it sets, in the order of `ranges`."""
         with self._told():
             status = self.studio.load(model)
             return status, *(self.update(**properties) for properties in self.studio.ranges(steps, timestep, label))
 
     def generate(
-        self, steps: int, sampler: Shown, seed: int | None, label: int | None, guidance_scale: float = 0.0
-    ) -> Iterator[tuple[Any, str]]:
+        self,
+        steps: int,
+        sampler: str,
+        seed: int | None,
+        label: int | None,
+        guidance_scale: float = 0.0,
+        bands: str = "",
+    ) -> Iterator[tuple[Image.Image, str]]:
         """Yield the images as the chain runs, each with a line about it."""
         with self._told():
-            yield from self.studio.generate(steps, sampler, seed, label, guidance_scale)
+            yield from self.studio.generate(steps, sampler, seed, label, guidance_scale, bands)
 
     def interpolate(
         self, a: Any, b: Any, timestep: int, weight: float, seed: int | None, label: int | None
@@ -272,7 +342,7 @@ def make_page(studio: Studio, model: str) -> Any:
     """
     gr = import_gradio()
     T = len(studio.pipeline.scheduler)
-    for_steps, for_timestep, for_label, for_guidance = studio.ranges(100, T // 2)
+    for_steps, for_timestep, for_label, for_guidance, for_sampler, for_bands = studio.ranges(100, T // 2)
     with gr.Blocks(title="ddpm_ext") as page:
         gr.Markdown("# Denoising diffusion, step by step")
         with gr.Row():
@@ -285,8 +355,9 @@ def make_page(studio: Studio, model: str) -> Any:
         with gr.Tab("Generate"):
             with gr.Row():
                 steps = gr.Slider(1, step=1, label="Steps", **for_steps)
-                sampler = gr.Dropdown(list(get_args(Shown)), value="ddpm", label="Sampler")
+                sampler = gr.Dropdown(label="Sampler; a fitted solver has steps of its own", **for_sampler)
                 guidance = gr.Slider(0, 8, label="Class guidance w; 0: none", **for_guidance)
+                bands = gr.Textbox(**for_bands)
             start = gr.Button("Generate", variant="primary", elem_id="generate")
             picture = gr.Image(label="x̂_0", elem_id="generated", type="pil", format="png")
             line = gr.Markdown()
@@ -300,9 +371,9 @@ def make_page(studio: Studio, model: str) -> Any:
             judged = gr.Image(label="An image", type="pil")
             measure, bits = gr.Button("Measure"), gr.Markdown()
 
-        buttons, fields = Buttons(studio, gr.Error, gr.update), [steps, timestep, label, guidance]
+        buttons, fields = Buttons(studio, gr.Error, gr.update), [steps, timestep, label, guidance, sampler, bands]
         load.click(buttons.load, [name, *fields[:3]], [status, *fields])
-        start.click(buttons.generate, [steps, sampler, seed, label, guidance], [picture, line])
+        start.click(buttons.generate, [steps, sampler, seed, label, guidance, bands], [picture, line])
         for slider in (timestep, weight):
             slider.release(buttons.interpolate, [a, b, timestep, weight, seed, label], between)
         measure.click(buttons.bits, [judged, label], bits)

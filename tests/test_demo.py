@@ -21,14 +21,16 @@ import pytest
 import torch
 from hub_server import Hub
 from hub_worker import Client, fixture_client, fixture_hub  # noqa: F401
-from networks import tiny_unet
+from networks import tiny_scheduler, tiny_unet
 from PIL import Image
 
-from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
+from ddpm_ext import DIGITS, DDPMExtPipeline, DDPMExtScheduler
+from ddpm_ext.cli.commands import demo
 from ddpm_ext.data.dataset import load_images
 from ddpm_ext.demo import SHOWN_STEPS, SIDE, Buttons, Studio, fitted, in_a_row, make_page, space_files
 from ddpm_ext.errors import UserError
 from ddpm_ext.evaluation.bound.bits_per_dim import bits_per_dim
+from ddpm_ext.evaluation.samplers import make_scheduler
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,8 +55,6 @@ def other(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_generate_ends_with_what_the_pipeline_draws(model: str, sampler: Any) -> None:
-    from ddpm_ext.evaluation.samplers import make_scheduler
-
     studio = Studio(model)
     shown = list(studio.generate(60, sampler, seed=3, count=2))
     assert len(shown) <= 60 // (60 // SHOWN_STEPS) + 1
@@ -186,21 +186,83 @@ def test_a_class_conditional_model(other: str) -> None:
         studio.bits(a, 3)
 
 
+@pytest.fixture(scope="module")
+def digits() -> Studio:
+    """The page as it opens without a model: the trained network of the package."""
+    return Studio(DIGITS)
+
+
+def test_the_digits_of_the_package_offer_the_solvers_that_are_fitted_and_no_other(digits: Studio) -> None:
+    fitted_calls = json.loads((Path(DIGITS) / "scheduler" / "scheduler_config.json").read_text())["_ddpm_ext"]
+    calls = sorted(fitted_calls["solver"]["steps"], key=int)
+    assert digits.samplers() == [*(f"solver {K}" for K in calls), "ddpm", "ddim"] and "3" in calls
+    *_, (shown, line) = digits.generate(100, "solver 3", seed=5, count=2)
+    assert line.endswith("step 3 of 3")
+    pipeline = DDPMExtPipeline.from_pretrained(DIGITS)
+    pipeline.scheduler = make_scheduler(pipeline.scheduler, "solver")
+    generators = [torch.Generator().manual_seed(5 + i) for i in range(2)]
+    drawn = pipeline(2, generators, 3, output_type="latent").images
+    assert np.array_equal(np.asarray(shown), np.asarray(in_a_row(drawn)))
+    with pytest.raises(UserError, match="num_inference_steps must be one of 3, 4"):
+        list(digits.generate(100, "solver 7", seed=5))
+
+
+def test_the_digits_of_the_package_tell_a_digit_from_noise(digits: Studio) -> None:
+    real = load_images("digits", split="test").batch([0]).pixels[0, 0].numpy()
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8)).astype(np.uint8)
+    a, b = (float(digits.bits(Image.fromarray(x)).split()[2]) for x in (real, noise))
+    assert a < b / 2
+    between = np.asarray(digits.interpolate(Image.fromarray(real), Image.fromarray(real), 0, 0.5, 0))
+    shown = np.asarray(in_a_row(torch.from_numpy(real.astype(np.float32) / 127.5 - 1)[None, None]))
+    assert np.abs(between.astype(int) - shown).mean() < 8
+
+
+def test_the_command_opens_the_digits_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    class Page:
+        def launch(self, **_: Any) -> None: ...
+
+    monkeypatch.setattr("ddpm_ext.demo.make_page", lambda studio, model: opened.append(model) or Page())
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert demo([]) == 0 and opened == [DIGITS]
+
+
+def test_bands_are_chosen_by_number(tmp_path: Path) -> None:
+    unet = tiny_unet(in_channels=6, out_channels=6)
+    DDPMExtPipeline(unet, tiny_scheduler()).save_pretrained(tmp_path / "six")
+    studio = Studio(str(tmp_path / "six"))
+    *_, bands = studio.ranges(5, 5)
+    assert bands["visible"] and "of 1 to 6" in str(bands["label"])
+    pipeline = DDPMExtPipeline.from_pretrained(tmp_path / "six")
+    drawn = pipeline(1, [torch.Generator().manual_seed(0)], 2, output_type="latent").images
+
+    def shown(bands: str) -> Image.Image:
+        return list(studio.generate(2, "ddpm", 0, bands=bands, count=1))[-1][0]
+
+    for words, chosen in (("", [0]), ("5", [4]), ("3, 2,1", [2, 1, 0]), ("6 6 1", [5, 5, 0])):
+        assert np.array_equal(np.asarray(shown(words)), np.asarray(in_a_row(drawn[:, chosen])))
+    for words in ("7", "0", "1 2", "red", "-1"):
+        with pytest.raises(UserError, match="one or three whole numbers from 1 to 6, got"):
+            shown(words)
+
+
 class Told(Exception):
     """In place of gradio.Error."""
 
 
 def test_loading_sets_the_ranges_of_the_fields(model: str, other: str) -> None:
     buttons = Buttons(Studio(model), Told, dict)
-    status, steps, timestep, label, guidance = buttons.load(other, 100, 50, None)
+    status, steps, timestep, label, guidance, sampler, bands = buttons.load(other, 100, 50, None)
+    assert sampler == {"choices": ["ddpm", "ddim"], "value": "ddpm"} and not bands["visible"]
     assert guidance == {"visible": False, "value": 0}  # it was trained with a class for every image
     assert status.endswith("40 steps of training.")
     assert (steps, timestep) == ({"maximum": 40, "value": 40}, {"maximum": 39, "value": 39})
     assert label["visible"] and label["value"] is None and label["label"].startswith("Class, 0 to 2")
-    status, steps, timestep, label, _ = buttons.load(f"{other}/no", 30, 20, 2)  # the former one stays
+    status, steps, timestep, label, *_ = buttons.load(f"{other}/no", 30, 20, 2)  # the former one stays
     assert "cannot be loaded: There is no folder" in status
     assert (steps["value"], timestep["value"], label["value"]) == (30, 20, 2)
-    _, steps, timestep, label, _ = buttons.load(model, 30, 20, 2)
+    _, steps, timestep, label, *_ = buttons.load(model, 30, 20, 2)
     assert (steps, timestep) == ({"maximum": 100, "value": 30}, {"maximum": 99, "value": 20})
     assert not label["visible"] and label["value"] is None
 

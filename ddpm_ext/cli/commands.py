@@ -138,7 +138,7 @@ def push(argv: list[str]) -> int:
 class DemoOptions:
     """What to show, and where."""
 
-    model: str = option("runs/digits/pipeline", "Folder or Hub name of a pipeline.")
+    model: str | None = option(None, "Folder or Hub name of a pipeline; none: the digits of this package.")
     port: int = option(7860, "Port of the page on this machine.")
     push_to_space: str | None = option(None, "user/space: upload the page instead.")
     hub_token: str | None = option(None, "Token; none: HF_TOKEN or `hf auth login`.")
@@ -148,14 +148,16 @@ class DemoOptions:
 def demo(argv: list[str]) -> int:
     """Show a model in the browser, step by step. Needs the extra: pip install 'ddpm-ext[demo]'."""
     options = parse_options(DemoOptions, str(demo.__doc__), argv, "ddpm-ext demo")
+    from .. import DIGITS
     from ..demo import Studio, make_page, space_files
     from ..hub.upload import push_space
 
+    model = options.model or DIGITS
     if options.push_to_space is None:
-        make_page(Studio(options.model), options.model).launch(server_name="127.0.0.1", server_port=options.port)
+        make_page(Studio(model), model).launch(server_name="127.0.0.1", server_port=options.port)
         return 0
     with tempfile.TemporaryDirectory() as staging:
-        files = space_files(options.model, options.push_to_space, Path(staging))
+        files = space_files(model, options.push_to_space, Path(staging))
         done = push_space(files, options.push_to_space, private=options.hub_private_repo, token=options.hub_token)
     print(f"The page lies at {done.url}.")
     return 0

@@ -171,7 +171,8 @@ class DDPMExtPipeline(PortablePipeline):
             timesteps: As above.
             latents: As above.
             class_labels: As above.
-            at: The steps to show, each of them in the chain; None for all. The x̂_0 of the last one is the image.
+            at: The steps to show, each of them in the chain; None for all. The x̂_0 of the last one is the image,
+                but under a fitted solver, whose last jump mixes the estimates of several steps.
             **guidance: As above.
 
         Raises:
