@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ddpm_ext.versions import TESTED, describe_versions
+from ddpm_ext.cli.versions import TESTED, describe_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 

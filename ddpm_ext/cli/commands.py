@@ -208,7 +208,7 @@ def env(argv: list[str]) -> int:
     """Print versions, those outside the tested range by name, and hardware; for reports of faults."""
     parse_options(EnvOptions, str(env.__doc__), argv, "ddpm-ext env")
     from ..run_dir import environment
-    from ..versions import describe_versions
+    from .versions import describe_versions
 
     print("\n".join(describe_versions()))
     print(f"hardware: {environment()['hardware']}")

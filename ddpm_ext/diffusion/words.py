@@ -1,4 +1,7 @@
-"""The words that options may take. Imports nothing heavy, so that command lines answer at once."""
+"""The words that options may take, and names in the files of Diffusers.
+
+Imports nothing heavy, so that command lines answer at once.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any, Literal, get_args
 
 __all__ = [
     "EXTENSION_KEY",
+    "INDEX",
     "LEARNED_VARIANCES",
     "SPACINGS",
     "BetaSchedule",
@@ -40,6 +44,7 @@ ReferenceKind = Literal["clipped", "clipped_raw", "unclipped"]  # what a solver 
 TrajectoryCost = Literal["analytic", "fixed_small", "fixed_large"]
 
 Config = Mapping[str, Any]  # options of a scheduler, a network or a pipeline of Diffusers by name
+INDEX = "model_index.json"  # in the folder of a saved pipeline: names its parts
 # The one key of ours in the configs of Diffusers: stock classes neither warn about nor drop a leading "_".
 EXTENSION_KEY = "_ddpm_ext"
 LEARNED_VARIANCES = ("learned", "learned_range")

@@ -12,15 +12,13 @@ from ..diffusion.words import EXTENSION_KEY
 from ..errors import UserError, check_word
 from ..schedulers.config import extension
 from ..schedulers.ddpm import DDPMExtScheduler
-from ..schedulers.solver import DDPMExtSolverScheduler
+from ..schedulers.solver import LAMBDA_MIN_OF_COSINE, DDPMExtSolverScheduler
 from .words import Sampler
 
 if TYPE_CHECKING:
     from ..schedulers.contract import Scheduler
 
 __all__ = ["SAMPLERS", "STOCK_SETTINGS", "SamplerSetting", "ancestral", "chain_conditions", "make_scheduler"]
-
-LAMBDA_MIN_OF_COSINE = -5.1  # log SNR / 2 from which a cosine schedule is started: before it the network's errors rule
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from typing import Any
 from huggingface_hub import constants, get_token, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import validate_repo_id
 
+from ..diffusion.words import INDEX
 from ..errors import HubError
 from .checksums import has_checksum
 from .client import Client, State
 from .failures import is_connection_error, response_of, short
 from .messages import Operation, hub_errors
-from .pipeline_files import INDEX, read_record
+from .pipeline_files import read_record
 from .retry import RetryPolicy, is_transient, retried
 
 __all__ = ["pull", "pull_config"]

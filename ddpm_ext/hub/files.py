@@ -25,9 +25,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ..diffusion.words import INDEX
 from ..errors import HubError
 from .pipeline_files import (
-    INDEX,
     Files,
     Weights,
     check_not_pointer,

@@ -19,10 +19,10 @@ import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..diffusion.words import INDEX
 from ..errors import HubError
 
 __all__ = [
-    "INDEX",
     "PICKLES",
     "Files",
     "Weights",
@@ -37,7 +37,6 @@ __all__ = [
 ]
 
 Files = dict[str, Path]  # name in the repository -> file on disk
-INDEX = "model_index.json"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 _STEM = "diffusion_pytorch_model"
 _WEIGHTS = re.compile(rf"{_STEM}(?:\.(?P<variant>[^.-]+))?(?P<shard>-\d{{5}}-of-\d{{5}})?\.safetensors")

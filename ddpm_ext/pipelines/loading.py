@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..diffusion.words import INDEX
 from ..errors import UserError
 from ..hub.download import pull_config
 from ..hub.pipeline_files import check_not_pointer, component_names, read_record
-from .locate import INDEX, find_pipeline
+from .locate import find_pipeline
 
 __all__ = ["check_parts", "load_network_config"]
 

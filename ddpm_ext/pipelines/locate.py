@@ -6,11 +6,10 @@ import os
 import re
 from pathlib import Path
 
+from ..diffusion.words import INDEX
 from ..errors import UserError
 
-__all__ = ["INDEX", "find_pipeline", "is_hub_name", "local_pipeline", "run_folder"]
-
-INDEX = "model_index.json"
+__all__ = ["find_pipeline", "is_hub_name", "local_pipeline", "run_folder"]
 
 
 def find_pipeline(model: str | os.PathLike[str]) -> str:

@@ -9,10 +9,11 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines import pipeline_utils
 
+from ..diffusion.words import INDEX
 from ..errors import UserError
 from ..hub import download, upload
 from ..hub.pipeline_files import check_weights
-from .locate import INDEX, find_pipeline
+from .locate import find_pipeline
 from .saving import replacing
 
 __all__ = ["PortablePipeline", "check_loaded"]

@@ -14,14 +14,14 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..diffusion.words import INDEX
 from ..evaluation.report import markdown
 from ..hub.files import RENDERED, shown_images
-from ..hub.pipeline_files import INDEX
 from ..models.classes import number_of_classes
 from ..run_dir import read_json, write_atomically
 from .licenses import License, as_license, license_of
 from .results import TASK, model_index, provenance_lines, results_of
-from .training_record import Record, base_model, compute_cost, data_words, hub_datasets, summary, training_rows
+from .training_record import Record, base_model, compute_cost, hub_datasets, summary, training_data, training_rows
 
 __all__ = ["MARK", "SHOWN", "STOCK_CANNOT", "export_card", "render_card", "write_card"]
 
@@ -124,7 +124,7 @@ def render_card(run: str | Path, repo_id: str | None = None, license: str | Lice
         few_steps=markdown(few_steps).strip(),
         few_steps_provenance=provenance_lines(few_steps),
         few_steps_plot=_BITS_PLOT if few_steps and (run / _BITS_PLOT).is_file() else None,
-        data=data_words(record),
+        data=training_data(record),
         size=size,
         T=(record.get("config") or {}).get("ddpm_num_steps"),
         classes=number_of_classes(network),

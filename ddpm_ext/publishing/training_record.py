@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..pipelines.locate import is_hub_name
 from ..run_dir import RunDir
 
 __all__ = [
@@ -15,16 +16,15 @@ __all__ = [
     "Record",
     "base_model",
     "compute_cost",
-    "data_words",
     "hub_datasets",
     "summary",
+    "training_data",
     "training_hours",
     "training_rows",
 ]
 
 Record = Mapping[str, Any]  # of a JSON file
 
-_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Rows of the table: label and text, whose fields are options or entries of config.json. A row with an unknown field is
 # left out.
 _ROWS = (
@@ -94,7 +94,7 @@ def base_model(record: Record) -> BaseModel | None:
     start, config = record.get("init_from"), record.get("config") or {}
     if start is None:
         return None
-    on = f" on {data}" if (data := data_words(record)) else ""
+    on = f" on {data}" if (data := training_data(record)) else ""
     changes = [f"all weights were trained further{on}"]
     if config.get("freeze"):
         changes = [f"its weights but for {', '.join(config['freeze'])} were trained further{on}"]
@@ -109,10 +109,10 @@ def base_model(record: Record) -> BaseModel | None:
 def hub_datasets(record: Record) -> list[str] | None:
     """Return the data set, where it is one of the Hub: a name with one slash that is no folder."""
     name = record.get("config", {}).get("dataset_name")
-    return [name] if name and _HUB_NAME.fullmatch(name) and not Path(name).exists() else None
+    return [name] if name and is_hub_name(name) and not Path(name).exists() else None
 
 
-def data_words(record: Record) -> str | None:
+def training_data(record: Record) -> str | None:
     """Return the training data in words."""
     config = record.get("config")
     if config is None:
@@ -134,8 +134,8 @@ def summary(record: Record, size: str | None) -> str:
     """
     sentence = "A denoising diffusion probabilistic model (DDPM)" + (f" for images of {size}" if size else "")
     if (base := base_model(record)) is not None:
-        sentence += f", fine-tuned from {base.name}" + (f" on {data}" if (data := data_words(record)) else "")
-    elif data := data_words(record):
+        sentence += f", fine-tuned from {base.name}" + (f" on {data}" if (data := training_data(record)) else "")
+    elif data := training_data(record):
         sentence += f", trained on {data}"
     return f"{sentence}."
 
@@ -146,7 +146,7 @@ def training_rows(record: Record) -> list[tuple[str, str]]:
     known = {
         **config,
         **{name: record.get(name) for name in ("images", "parameters", "updates", "global_batch", "data_fingerprint")},
-        "data": data_words(record),
+        "data": training_data(record),
         "averaged": None if not config else _fill("{ema}, decay {ema_max_decay:g}", config) or None,
         "mirrored": ("yes" if config["random_flip"] else "no") if "random_flip" in config else None,
         "precision": "float32" if config.get("mixed_precision") == "no" else config.get("mixed_precision"),

@@ -21,7 +21,7 @@ from ..diffusion.words import BetaSchedule, PredictionType, TimestepSpacing, Var
 from ..errors import UserError
 from .arithmetic import mix
 from .checks import Timesteps, as_steps, check_one_per_image
-from .config import SchedulerOptions, check_terminal_snr, parse_options
+from .config import SchedulerOptions, check_terminal_snr, read_options
 from .portable import true_config, true_defaults
 
 __all__ = ["BaseScheduler"]
@@ -61,7 +61,7 @@ class BaseScheduler(SchedulerMixin, ConfigMixin):
         self.tables: Tables = make_tables(
             beta_schedule, num_train_timesteps, beta_start, beta_end, betas, rescale_betas_zero_snr
         )
-        self._parse_options()
+        self._take_options()
         check_terminal_snr(self.options, self.tables)
         self._device_tables: dict[torch.device, Tables] = {}
         self._device_roots: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -99,7 +99,7 @@ class BaseScheduler(SchedulerMixin, ConfigMixin):
         super().register_to_config(**kwargs)
         if "_options" in self.__dict__:
             try:
-                self._parse_options()
+                self._take_options()
                 self._options_changed()  # here and not in the first step, which may be compiled
             except UserError:
                 self._internal_dict = before
@@ -109,11 +109,11 @@ class BaseScheduler(SchedulerMixin, ConfigMixin):
     def options(self) -> SchedulerOptions:
         """The options that a step needs, parsed once from the config."""
         if self._parsed is not self._internal_dict:  # an option was registered anew
-            self._parse_options()
+            self._take_options()
         return self._options
 
-    def _parse_options(self) -> None:
-        self._options: SchedulerOptions = parse_options(self.config)
+    def _take_options(self) -> None:
+        self._options: SchedulerOptions = read_options(self.config)
         self._parsed = self._internal_dict
 
     def _options_changed(self) -> None:

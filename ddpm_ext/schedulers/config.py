@@ -30,7 +30,7 @@ __all__ = [
     "check_terminal_snr",
     "extension",
     "guidance_setting",
-    "parse_options",
+    "read_options",
     "warn_of_other_guidance",
 ]
 
@@ -144,7 +144,7 @@ class SchedulerOptions:
         return self.variance_type == "analytic" and self.extension.mse_eps is None
 
 
-def parse_options(config: Config) -> SchedulerOptions:
+def read_options(config: Config) -> SchedulerOptions:
     """Return the options of a config, checked.
 
     Args:

@@ -38,6 +38,7 @@ from .checks import Generators, Timesteps, as_int, check_generators
 from .config import GuidanceSetting, guidance_setting, warn_of_other_guidance
 
 __all__ = [
+    "LAMBDA_MIN_OF_COSINE",
     "DDPMExtSolverScheduler",
     "FittedSolvers",
     "fitted_record",
