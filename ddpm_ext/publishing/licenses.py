@@ -37,6 +37,11 @@ class License:
 def as_license(license: str | License | None, name: str | None = None, link: str | None = None) -> License | None:
     """Return a licence that may be given by its name alone; name and link belong to "other".
 
+    Args:
+        license: The Hub's name of it, "other", the licence itself, or None.
+        name: Name of one that the Hub does not list.
+        link: Address of its text.
+
     Raises:
         UserError: another licence has a name or a link, or "other" has none.
     """
