@@ -27,11 +27,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from .errors import UserError
 
 __all__ = [
+    "JsonRecord",
     "RunDir",
     "RunError",
     "commit",
@@ -44,6 +45,7 @@ __all__ = [
     "write_json",
 ]
 
+JsonRecord: TypeAlias = dict[str, Any]  # what a JSON file of a run holds
 VERSIONED = ("ddpm-ext", "torch", "diffusers", "transformers", "accelerate", "datasets", "safetensors", "numpy")
 
 
@@ -121,7 +123,7 @@ class RunDir:
         for file in (self.config, self.log, self.status, self.plot, self.best_record):
             file.unlink(missing_ok=True)
 
-    def write_status(self, state: str, update: int, **more: Any) -> None:
+    def write_status(self, state: str, update: int, **more: object) -> None:
         """Write status.json."""
         record = {"status": state, "update": update, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **more}
         write_json(self.status, record)
@@ -134,23 +136,23 @@ class RunDir:
         """Whether a run of this folder was stopped, killed or failed before its end, so that it may go on."""
         return self.status.exists() and read_json(self.status)["status"] != "finished"
 
-    def was_started_with(self, options: dict[str, Any]) -> bool:
+    def was_started_with(self, options: JsonRecord) -> bool:
         """Whether config.json has these options; those that are new in this version are left out."""
         if not self.config.exists():
             return False
         options, old = json.loads(json.dumps(options)), read_json(self.config)["config"]
         return all(old[name] == value for name, value in options.items() if name in old)
 
-    def starts(self) -> list[dict[str, Any]]:
+    def starts(self) -> list[JsonRecord]:
         """Return the entries of config.json for earlier starts of this run."""
         return read_json(self.config)["starts"] if self.config.exists() else []
 
-    def append_log(self, record: dict[str, Any]) -> None:
+    def append_log(self, record: JsonRecord) -> None:
         """Add a line to log.jsonl."""
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def read_log(self) -> list[dict[str, Any]]:
+    def read_log(self) -> list[JsonRecord]:
         """Every complete line of the log; a line cut off by a kill is left out."""
         records = []
         for line in self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else []:
@@ -186,17 +188,17 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def write_json(path: Path, record: dict[str, Any]) -> None:
+def write_json(path: Path, record: JsonRecord) -> None:
     """Write a record as indented JSON, whole or not at all."""
     write_atomically(path, json.dumps(record, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonRecord:
     """Return a record from JSON."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def environment() -> dict[str, Any]:
+def environment() -> JsonRecord:
     """Return what made the numbers beside the options: command, versions, commit, hardware."""
     import torch  # not at the top: a command that only prints its options must not wait for it
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import TypeAlias
 
 __all__ = [
     "INTERRUPTED",
@@ -25,6 +25,8 @@ __all__ = [
     "launched",
     "report_error",
 ]
+
+Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None  # of a signal, as Python hands it out
 
 PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
 INTERRUPTED = 130  # as shells say it: 128 + SIGINT
@@ -46,7 +48,7 @@ class StopRequest:
         self._promise: str | None = None
         self._at_once: Callable[[], None] = _nothing
         self._asked = math.inf  # when Ctrl-C came first
-        self._former: dict[signal.Signals, Any] = {}
+        self._former: dict[signal.Signals, Handler] = {}
         if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
             self._former = {number: signal.signal(number, self._receive) for number in _STOPPING}
 

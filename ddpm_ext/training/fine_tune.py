@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypedDict, cast
+from typing import TypedDict, cast
 
 import torch
 from diffusers import UNet2DModel
@@ -23,9 +23,9 @@ from ..errors import UserError
 from ..pipelines.ddpm import load_pipeline
 from ..pipelines.locate import find_pipeline
 from ..publishing.licenses import base_of_card
-from ..run_dir import RunError, read_json
+from ..run_dir import JsonRecord, RunError, read_json
 from ..schedulers.ddpm import DDPMExtScheduler
-from .builders import build_scheduler
+from .builders import NetworkOptions, build_scheduler
 from .config import OF_SCHEDULE, TrainConfig
 from .state import checkpoint
 
@@ -43,7 +43,7 @@ class Origin(TypedDict):
     base_model: str | None  # its name on the Hub
     checkpoint: str | None
     weights_sha256: str
-    before: Sequence[Mapping[str, Any]]  # what the source itself was started from, the nearest first
+    before: Sequence[JsonRecord]  # what the source itself was started from, the nearest first
     new: list[str]  # weights that began anew
     loaded: int  # weights that were there
 
@@ -61,7 +61,7 @@ class Start:
     """
 
     config: TrainConfig
-    network: dict[str, Any]
+    network: NetworkOptions
     scheduler: DDPMExtScheduler
     origin: Origin
     weights: dict[str, Tensor] | None = None
@@ -70,7 +70,7 @@ class Start:
 # Where it comes from --------------------------------------------------------------------------------------------------
 
 
-def find_start(config: TrainConfig, state: Mapping[str, Any] | None) -> Start | None:
+def find_start(config: TrainConfig, state: JsonRecord | None) -> Start | None:
     """Return what --init_from names, or named when the run began; None without it.
 
     Args:
@@ -114,7 +114,7 @@ def _load_start(config: TrainConfig) -> Start:
     return Start(adopted, _arguments(adopted, network), _trainable(scheduler, adopted), origin, weights)
 
 
-def _resumed_start(config: TrainConfig, state: Mapping[str, Any]) -> Start:
+def _resumed_start(config: TrainConfig, state: JsonRecord) -> Start:
     """Return the start of a run that goes on, from its checkpoint: the source need not be there any more.
 
     Args:
@@ -132,14 +132,14 @@ def _resumed_start(config: TrainConfig, state: Mapping[str, Any]) -> Start:
     return Start(adopted, network, scheduler, state["init_from"])
 
 
-def _of_pipeline(name: str) -> tuple[dict[str, Any], DDPMExtScheduler, dict[str, Tensor]]:
+def _of_pipeline(name: str) -> tuple[NetworkOptions, DDPMExtScheduler, dict[str, Tensor]]:
     """Load network options, scheduler and weights of a pipeline."""
     pipeline = load_pipeline(find_pipeline(name))
     scheduler = cast(DDPMExtScheduler, DDPMExtScheduler.from_config(pipeline.scheduler.config))
     return dict(pipeline.unet.config), scheduler, pipeline.unet.state_dict()
 
 
-def _of_checkpoint(folder: Path) -> tuple[dict[str, Any], DDPMExtScheduler, dict[str, Tensor]]:
+def _of_checkpoint(folder: Path) -> tuple[NetworkOptions, DDPMExtScheduler, dict[str, Tensor]]:
     """Load network options, scheduler and averaged weights of a checkpoint."""
     checkpoint.verify(folder)
     state = checkpoint.read_state(folder)
@@ -151,7 +151,7 @@ def _of_checkpoint(folder: Path) -> tuple[dict[str, Any], DDPMExtScheduler, dict
     return state["network"], scheduler, merged(checkpoint.read_tensors(folder, stem))
 
 
-def _before(path: Path) -> Sequence[Mapping[str, Any]]:
+def _before(path: Path) -> Sequence[JsonRecord]:
     """What the source itself was started or converted from, as its record or its card says, the nearest first."""
     run = path.resolve()
     run = run.parent.parent if run.parent.name == "checkpoints" else run.parent if run.name == "pipeline" else run
@@ -174,7 +174,7 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
 # What options may say beside it ---------------------------------------------------------------------------------------
 
 
-def _adopt(config: TrainConfig, schedule: Mapping[str, Any], network: Mapping[str, Any]) -> TrainConfig:
+def _adopt(config: TrainConfig, schedule: Mapping[str, object], network: NetworkOptions) -> TrainConfig:
     """Return the options with the schedule and the classes of the source.
 
     Raises:
@@ -209,7 +209,7 @@ def _adopt(config: TrainConfig, schedule: Mapping[str, Any], network: Mapping[st
     return dataclasses.replace(config, **theirs, class_conditional=classes, resolved=True)
 
 
-def _arguments(config: TrainConfig, network: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(config: TrainConfig, network: NetworkOptions) -> NetworkOptions:
     """Return the arguments of UNet2DModel: the source's, at the size, dropout and variance head asked for."""
     known = inspect.signature(UNet2DModel.__init__).parameters
     found = {name: value for name, value in network.items() if name in known or name == EXTENSION_KEY}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...run_dir import RunDir, read_json
+from ...run_dir import JsonRecord, RunDir, read_json
 from ..state.meter import QUARTERS
 
 __all__ = [
@@ -49,7 +49,7 @@ def sampling_bar(network: nn.Module, calls: int, update: int, shown: bool) -> It
     )
     with bar:
 
-        def count(*_: Any) -> None:
+        def count(*_: object) -> None:
             bar.update()
 
         handle = network.register_forward_pre_hook(count)
@@ -86,7 +86,7 @@ class Progress:
         self.since, self.counted = now, 0
         return rate
 
-    def show(self, record: dict[str, Any]) -> None:
+    def show(self, record: JsonRecord) -> None:
         """Show loss and speed beside the bar."""
         self.bar.set_postfix_str(
             f"loss={record['loss']:.4f}, {record['images_per_second']:.0f} images/s", refresh=sys.stderr.isatty()
@@ -97,7 +97,7 @@ class Progress:
         self.bar.close()
 
 
-def start_trackers(accelerator: Accelerator, config: dict[str, Any]) -> None:
+def start_trackers(accelerator: Accelerator, config: JsonRecord) -> None:
     """Open the tracker with the configuration; values that trackers cannot hold become text."""
     plain = {
         name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in config.items()
@@ -163,14 +163,14 @@ def draw_training(run: RunDir) -> bool:
     return True
 
 
-def _draw_curve(axis: Any, records: Sequence[Mapping[str, Any]], name: str, label: str) -> None:
+def _draw_curve(axis: Any, records: Sequence[JsonRecord], name: str, label: str) -> None:
     """Draw one scalar of the log where it is there."""
     points = [(record["update"], record[name]) for record in records if name in record]
     if points:
         axis.plot(*zip(*points, strict=True), label=label)
 
 
-def last_tenth(records: Sequence[Mapping[str, Any]]) -> tuple[int, float]:
+def last_tenth(records: Sequence[JsonRecord]) -> tuple[int, float]:
     """Return where the last tenth of the updates begins, and the mean loss of the log's lines from there on.
 
     Args:

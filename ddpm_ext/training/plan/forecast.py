@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import psutil
 import torch
@@ -27,11 +27,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...models.unet import count_parameters
 from ...run_dir import RunError
-from ..builders import network_config
+from ..builders import NetworkOptions, network_config
 from ..config import TrainConfig
 from .batch import plan_batch
 
 __all__ = ["ACCELERATORS", "AcceleratorSpec", "Forecast", "forecast", "forecast_lines", "pass_costs"]
+
+Shape: TypeAlias = Sequence[int]  # of a tensor
 
 GIB = 2**30
 USABLE = 0.92  # of the memory: the rest is the driver's, the libraries' and lost between blocks
@@ -131,7 +133,7 @@ class StorageCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive: dict[int, weakref.ref[Any]] = {}
+        self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -148,23 +150,23 @@ class StorageCounter(TorchDispatchMode):
             self.now += size
             self.peak = max(self.peak, self.now)
 
-    def _forget(self, key: int, size: int, _: Any) -> None:
+    def _forget(self, key: int, size: int, _: object) -> None:
         del self.alive[key]
         self.now -= size
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention_flops(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
     """QK^T and the product with V, two operations each."""
     batch, heads, length, width = query
     return 2 * batch * heads * length * key[2] * (width + value[3])
 
 
-def _attention_backward_flops(_grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention_backward_flops(_: Shape, query: Shape, key: Shape, value: Shape, *rest: object, **__: object) -> int:
     return 2 * _attention_flops(query, key, value)
 
 
 # The CPU's fused attention, which fake tensors take; the other kinds FlopCounterMode knows.
-_ATTENTION: dict[Any, Callable[..., int]] = {
+_ATTENTION: dict[object, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
@@ -177,7 +179,7 @@ def _counted() -> Iterator[tuple[FlopCounterMode, StorageCounter]]:
 
 
 def pass_costs(
-    network: dict[str, Any],
+    network: NetworkOptions,
     batch: int,
     *,
     mixed_precision: str = "no",

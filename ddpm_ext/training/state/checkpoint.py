@@ -17,16 +17,15 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...hub.checksums import sha256
-from ...run_dir import RunError
+from ...run_dir import JsonRecord, RunError
 
 __all__ = [
     "BrokenCheckpoint",
@@ -75,7 +74,7 @@ def write_checkpoint(
     folder: Path,
     update: int,
     tensors: dict[str, dict[str, Tensor]],
-    state: dict[str, Any],
+    state: JsonRecord,
     abandoned: Sequence[Path] = (),
 ) -> Path:
     """Write one checkpoint under a temporary name, flush it to disk, rename it.
@@ -204,7 +203,7 @@ def newest_intact(folder: Path) -> Path | None:
     return None
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> JsonRecord:
     """Return the counters and conditions of a checkpoint; RunError where a later version wrote it."""
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if state["format"] != FORMAT:
@@ -249,7 +248,7 @@ def sweep(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def flatten(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def flatten(state: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Optimiser state {parameter: {moment: tensor}} as <parameter>/<moment>, tensor."""
     for parameter, moments in state.items():
         for moment, tensor in moments.items():

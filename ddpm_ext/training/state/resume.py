@@ -7,12 +7,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 
 from ...distributed import launcher_accumulation, on_main
-from ...run_dir import RunDir, RunError
+from ...run_dir import JsonRecord, RunDir, RunError
 from ..config import TrainConfig, config_changes, recorded
 from ..plan.batch import BatchPlan, plan_batch
 from . import checkpoint
@@ -52,7 +52,7 @@ class ResumePoint:
     """
 
     folder: Path
-    record: dict[str, Any]
+    record: JsonRecord
     branch: str | None
     abandoned: list[Path] = field(default_factory=list)
 
@@ -142,7 +142,7 @@ def _came_of(path: Path, branch: str, config: TrainConfig) -> bool:
     return _branch_of(record) == branch and not config_changes(record["config"], recorded(config))
 
 
-def _branch_of(record: Mapping[str, Any]) -> str | None:
+def _branch_of(record: JsonRecord) -> str | None:
     """Return the branch that a checkpoint belongs to; the first commits wrote it as "course"."""
     return record.get("branch", record.get("course"))
 
@@ -195,7 +195,7 @@ def resumed_plan(config: TrainConfig, found: ResumePoint | None, processes: int)
     return plan_batch(config, processes, kept)
 
 
-def compare(trainer: Trainer, old: Mapping[str, Any]) -> None:
+def compare(trainer: Trainer, old: JsonRecord) -> None:
     """Let only changes through that `allow_config_change` names, or that alter no weight.
 
     Options that only lead to a network or to images, as a path does, may change where these came out the same.
@@ -236,12 +236,12 @@ def compare(trainer: Trainer, old: Mapping[str, Any]) -> None:
         )
 
 
-def plain_config(config: Any) -> dict[str, Any]:
+def plain_config(config: Mapping[str, object]) -> JsonRecord:
     """Return a network's configuration as JSON gives it back, without Diffusers' own remarks."""
     return json.loads(json.dumps({name: value for name, value in config.items() if not name.startswith("_")}))
 
 
-def warn_of_other_conditions(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def warn_of_other_conditions(old: JsonRecord, new: JsonRecord) -> None:
     """Say what differs of threads, processes, device and versions, which decide the last digits."""
     names = dict.fromkeys([*new, *old])
     changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]

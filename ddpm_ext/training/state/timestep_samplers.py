@@ -6,7 +6,7 @@ process, and it is part of a checkpoint.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -57,9 +57,7 @@ class Timesteps:
         """Remember what all processes saw since the last call. Every process must call this."""
         if self.history is not None:
             t, losses = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
-            gathered: Any = accelerator.gather(
-                (t, losses)
-            )  # in the order of the global batch: processes hold neighbours
+            gathered = cast(tuple[Tensor, Tensor], accelerator.gather((t, losses)))  # in the order of the global batch
             self.history, self.seen = remember(self.history, *(part.cpu() for part in gathered)), []
 
     def state(self) -> dict[str, dict[str, Tensor]]:

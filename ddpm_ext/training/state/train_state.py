@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +15,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from ...distributed import copy_into, full_tensor
-from ...run_dir import RunError
+from ...run_dir import JsonRecord, RunError
 from .checkpoint import flatten, read_tensors, unflatten
 from .ema import ForeachEMA
 from .meter import Meter, Unreadable
@@ -73,7 +72,7 @@ class TrainState:
             name: full_tensor(tensor).cpu().contiguous() for name, tensor in zip(self.parameters, source, strict=True)
         }
 
-    def counters(self, accelerator: Accelerator) -> dict[str, Any]:
+    def counters(self, accelerator: Accelerator) -> JsonRecord:
         """Return the rest as plain JSON. Every process must call this."""
         return {
             "update": self.update,
@@ -86,7 +85,7 @@ class TrainState:
             "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
         }
 
-    def restore(self, folder: Path, record: Mapping[str, Any], global_batch: int, accelerator: Accelerator) -> None:
+    def restore(self, folder: Path, record: JsonRecord, global_batch: int, accelerator: Accelerator) -> None:
         """Become what a checkpoint holds, on any number of processes.
 
         Args:
