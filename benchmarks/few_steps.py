@@ -33,15 +33,13 @@ from ddpm_ext.evaluation.bound.denoising_errors import drop_variance_head
 from ddpm_ext.evaluation.features.extractors import extract, make_extractor
 from ddpm_ext.evaluation.features.metrics import feature_statistics
 from ddpm_ext.evaluation.plots import plot_against_steps
+from ddpm_ext.evaluation.report import table
 from ddpm_ext.evaluation.samplers import SamplerSetting, ancestral
 from ddpm_ext.evaluation.sharded import Shards
 from ddpm_ext.evaluation.solvers.few_steps import (
     FewStepScore,
-    best_stock,
     compare,
-    curves,
     fitted_setting,
-    markdown_table,
     reference_setting,
     score_references,
     stock_settings,
@@ -351,6 +349,54 @@ def write(
         save_png(torch.cat([torch.from_numpy(part) for part in beside], 1).numpy(), folder / "grid.png")
     bench.pipeline.register_modules(scheduler=fitted, unet=bench.unet)
     bench.pipeline.save_pretrained(folder / "pipeline")
+
+
+def best_stock(scores: Sequence[FewStepScore], steps: int) -> FewStepScore | None:
+    """Return the best stock setting at a number of calls."""
+    found = [score for score in scores if score.kind == "stock" and score.num_inference_steps == steps]
+    return min(found, key=lambda score: score.value, default=None)
+
+
+def markdown_table(scores: Sequence[FewStepScore], *, distances: bool = False) -> str:
+    """Return rows of samplers against numbers of calls; the best of a column that several share is bold.
+
+    Args:
+        scores: The cells.
+        distances: Show squared distances to the reference in place of Fréchet distances.
+    """
+    cells: dict[tuple[str, int], tuple[float, str]] = {}
+    for one in scores:
+        value = one.squared_distance if distances else one.value
+        if value is not None:
+            cells[one.sampler, one.num_inference_steps] = value, f"{value:.3g}" if distances else _words(one)
+    steps = sorted({K for _, K in cells})
+    columns = {K: [value for (_, other), (value, _) in cells.items() if other == K] for K in steps}
+    rows = []
+    for name in dict.fromkeys(name for name, _ in cells):
+        row = [name]
+        for K in steps:
+            value, text = cells.get((name, K), (None, ""))
+            best = len(columns[K]) > 1 and value == min(columns[K])
+            row.append(f"**{text}**" if best else text)
+        rows.append(row)
+    return table(["sampler", *(f"{K} calls" for K in steps)], rows)
+
+
+def curves(scores: Sequence[FewStepScore]) -> dict[str, list[tuple[int, float]]]:
+    """Return the score against calls of every sampler; references and long chains are level lines."""
+    few = sorted({one.num_inference_steps for one in scores if one.kind in ("fitted", "stock")})
+    found: dict[str, list[tuple[int, float]]] = {}
+    for one in scores:
+        level = one.kind in ("reference", "chain")
+        found.setdefault(one.sampler, []).extend((K, one.value) for K in (few if level else [one.num_inference_steps]))
+    return found
+
+
+def _words(score: FewStepScore) -> str:
+    """Return a distance as it stands in a table, with its deviation over the seeds."""
+    digits = 4 if score.value < 1 else 2
+    spread = "" if score.std is None else f" ± {score.std:.{digits}f}"
+    return f"{score.value:.{digits}f}{spread}"
 
 
 if __name__ == "__main__":

@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...errors import UserError
 from ...schedulers.ddpm import DDPMExtScheduler
 from ...schedulers.solver import DDPMExtSolverScheduler, fitted_solvers
 from ..features.extractors import Extractor, extract
 from ..features.metrics import FeatureStatistics, feature_statistics, frechet_distance
 from ..features.samples import Drawing
-from ..report import table
 from ..results import Result
 from ..samplers import STOCK_SETTINGS, SamplerSetting, ancestral, make_scheduler
 from ..words import Quantization
@@ -34,12 +32,9 @@ if TYPE_CHECKING:
 __all__ = [
     "FEW_STEPS",
     "FewStepScore",
-    "best_stock",
     "compare",
-    "curves",
     "few_step_results",
     "fitted_setting",
-    "markdown_table",
     "own_solver",
     "reference_setting",
     "score_references",
@@ -247,60 +242,3 @@ def own_solver(scheduler: Any) -> DDPMExtSolverScheduler | None:
     """Return the fitted solver that a model comes with; None where it has none."""
     found = fitted_solvers(scheduler.config)
     return None if found is None else DDPMExtSolverScheduler.from_config(scheduler.config)
-
-
-def best_stock(scores: Sequence[FewStepScore], steps: int) -> FewStepScore | None:
-    """Return the best stock setting at a number of calls."""
-    found = [score for score in scores if score.kind == "stock" and score.num_inference_steps == steps]
-    return min(found, key=lambda score: score.value, default=None)
-
-
-def markdown_table(scores: Sequence[FewStepScore], *, distances: bool = False) -> str:
-    """Return rows of samplers against numbers of calls; the best of a column that several share is bold.
-
-    Args:
-        scores: The cells.
-        distances: Show squared distances to the reference in place of Fréchet distances.
-    """
-    value = _distance if distances else _value
-    cells = {(one.sampler, one.num_inference_steps): one for one in scores if value(one) is not None}
-    if not cells:
-        raise UserError("There is no score to make a table of.")
-    steps = sorted({K for _, K in cells})
-    best = {K: min(value(one) for (_, other), one in cells.items() if other == K) for K in steps}
-    rows = []
-    for name in dict.fromkeys(name for name, _ in cells):
-        row = [name]
-        for K in steps:
-            one = cells.get((name, K))
-            text = "" if one is None else _words(one, distances)
-            shared = sum(other == K for _, other in cells) > 1
-            row.append(f"**{text}**" if one is not None and shared and value(one) == best[K] else text)
-        rows.append(row)
-    return table(["sampler", *(f"{K} calls" for K in steps)], rows)
-
-
-def curves(scores: Sequence[FewStepScore]) -> dict[str, list[tuple[int, float]]]:
-    """Return the score against calls of every sampler; references and long chains are level lines."""
-    few = sorted({one.num_inference_steps for one in scores if one.kind in ("fitted", "stock")})
-    found: dict[str, list[tuple[int, float]]] = {}
-    for one in scores:
-        level = one.kind in ("reference", "chain")
-        found.setdefault(one.sampler, []).extend((K, one.value) for K in (few if level else [one.num_inference_steps]))
-    return found
-
-
-def _value(score: FewStepScore) -> Any:
-    return score.value
-
-
-def _distance(score: FewStepScore) -> Any:
-    return score.squared_distance
-
-
-def _words(score: FewStepScore, distances: bool) -> str:
-    if distances:
-        return f"{score.squared_distance:.3g}"
-    digits = 4 if score.value < 1 else 2
-    spread = "" if score.std is None else f" ± {score.std:.{digits}f}"
-    return f"{score.value:.{digits}f}{spread}"
