@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor
 
 from ddpm_ext.models.unet import UNET_PRESETS
 from ddpm_ext.run_dir import RunError
@@ -58,16 +61,37 @@ def test_an_unknown_machine_is_refused() -> None:
     assert all(card.memory_gib > 0 and card.bf16 >= card.tf32 >= card.fp32 for card in ACCELERATORS.values())
 
 
+@pytest.mark.parametrize("name", ["cifar10", "cifar10-tiny"])
+def test_what_a_pass_keeps_is_what_autograd_saves(name: str) -> None:
+    """Real tensors: the storages that `saved_tensors_hooks` sees, without the weights."""
+    network = {**UNET_PRESETS[name].config, "dropout": 0.1}
+    unet = UNet2DModel(**network)
+    weights = {weight.untyped_storage()._cdata for weight in unet.parameters()}
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        unet(torch.randn(2, 3, 32, 32), torch.tensor([1, 999]), return_dict=False)[0].square().mean()
+    total = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in weights)
+    assert pass_costs(network, 2).kept == pytest.approx(total, rel=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--gradient_checkpointing=true"]])
-def test_on_a_cpu_forecast_and_measurement_agree_within_15_percent(more: list[str], tmp_path: Path) -> None:
-    """32 x 32 in colour, 64 images a pass: the activations are most of what the process takes."""
+@pytest.mark.parametrize(("name", "batch"), [("cifar10-tiny", 64), ("cifar10-small", 32)])
+def test_on_a_cpu_forecast_and_measurement_agree_within_15_percent(
+    name: str, batch: int, more: list[str], tmp_path: Path
+) -> None:
+    """32 x 32 in colour: the activations are most of what the process takes."""
     network = tmp_path / "network.json"
-    network.write_text(json.dumps({"_class_name": "UNet2DModel", **TINY}))
+    network.write_text(json.dumps({"_class_name": "UNet2DModel", **UNET_PRESETS[name].config}))
     words = [
         "train",
         f"--model_config_name_or_path={network}",
-        "--train_batch_size=64",
+        f"--train_batch_size={batch}",
         "--max_train_steps=10",
         "--cpu",
         f"--output_dir={tmp_path / 'run'}",
