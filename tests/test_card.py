@@ -19,7 +19,7 @@ from ddpm_ext.hub.files import collect
 from ddpm_ext.pipelines.identity import weights_hash
 from ddpm_ext.publishing.model_card import MARK, export_card, render_card, write_card
 from ddpm_ext.publishing.results import command_words
-from ddpm_ext.publishing.training_record import training_hours
+from ddpm_ext.publishing.training_record import training_hours, training_rows
 from ddpm_ext.run_dir import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -317,6 +317,17 @@ def test_a_command_is_shown_without_the_folders_of_its_machine() -> None:
         "1/2",
     ]
     assert command_words(words) == "evaluate.py --model runs/a/pipeline --cache cache --out=out --x 1/2"
+
+
+def test_the_table_of_the_training_says_depth_and_classes() -> None:
+    data: dict[str, Any] = {"bits": 16, "value_range": None, "class_names": ["ant", "bee"], "class_counts": [1200, 3]}
+    rows = dict(training_rows({"data": data}))
+    assert rows["Depth"] == "16 bits" and rows["Classes"] == "ant: 1,200, bee: 3"
+    rows = dict(training_rows({"data": {**data, "bits": 12, "value_range": [0.0, 4095.0], "class_names": None}}))
+    assert rows["Depth"] == "12 bits, stored values 0 to 4095" and rows["Classes"] == "0: 1,200, 1: 3"
+    rows = dict(training_rows({"data": {"bits": 8, "class_counts": [5] * 12}}))
+    assert "Depth" not in rows and rows["Classes"].endswith("9: 5, … (12 classes)")
+    assert not {"Depth", "Classes"} & dict(training_rows({"data": {"bits": 8}})).keys()
 
 
 def test_hours_by_hand() -> None:

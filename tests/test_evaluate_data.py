@@ -29,7 +29,7 @@ from ddpm_ext.evaluation.evaluate import evaluate
 from ddpm_ext.evaluation.features import samples
 from ddpm_ext.evaluation.features.metrics import feature_statistics, frechet_distance, frechet_distance_per_class
 from ddpm_ext.evaluation.images import class_labels
-from ddpm_ext.evaluation.report import markdown
+from ddpm_ext.evaluation.report import data_words, markdown
 from ddpm_ext.evaluation.results import Result, read_results, write_results
 from ddpm_ext.models.values import value_options
 from ddpm_ext.signals import Stopped
@@ -204,6 +204,8 @@ def test_depth_is_that_of_the_network_where_no_record_says_it(tmp_path: Path) ->
         tmp_path / "alone", metrics="bpd", bpd_split="train", data_dir=str(tmp_path / "deep"), max_bpd_images=2
     )
     assert found.dataset is not None and found.dataset.fingerprint == images.fingerprint
+    assert found.to_json()["dataset"]["bits"] == 16
+    assert data_words(found.dataset) == f"2 images of {tmp_path / 'deep'} train at 16 bits"
     scheduler = DDPMExtScheduler(num_train_timesteps=20, beta_start=1e-3, beta_end=0.6)
     seeds = [torch.Generator().manual_seed(i) for i in range(2)]
     bits = bits_per_dim(unet, scheduler, images.batch(range(2)).pixels, generator=seeds, bits=16)

@@ -83,6 +83,8 @@ class MeasuredImages:
             fingerprint=images.fingerprint,
             resolution=list(images.shape),
             center_crop=spec.center_crop,
+            bits=None if spec.bits == 8 else spec.bits,
+            value_range=None if spec.value_range is None else list(spec.value_range),
             departures=self._departures(spec),
         )
 

@@ -167,8 +167,9 @@ def _condition_words(name: str, value: object) -> str:
 
 
 def data_words(dataset: Dataset) -> str:
-    """Return images in words: how many, of which set and split."""
-    return f"{dataset.num_images:,} images of {dataset.name} {dataset.split}"
+    """Return images in words: how many, of which set and split, and their depth where it is not 8 bits."""
+    depth = "" if dataset.bits is None else f" at {dataset.bits} bits"
+    return f"{dataset.num_images:,} images of {dataset.name} {dataset.split}{depth}"
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------

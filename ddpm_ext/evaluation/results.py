@@ -51,6 +51,8 @@ class Dataset:
         fingerprint: Of the whole split, cut to size.
         resolution: (C, H, W) as the network takes them; images of other sizes were brought to it.
         center_crop: Where they were cropped.
+        bits: Depth of their levels 0 … 2^bits - 1, which bits/dim count; None for 8.
+        value_range: Stored values of the lowest and the highest level; None for the files' own range.
         departures: What differs from the training's own images, a sentence each; None where there is no record.
     """
 
@@ -60,6 +62,8 @@ class Dataset:
     fingerprint: str | None = None
     resolution: list[int] | None = None
     center_crop: bool | None = None
+    bits: int | None = None
+    value_range: list[float] | None = None
     departures: list[str] | None = None
 
 

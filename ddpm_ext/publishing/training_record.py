@@ -29,6 +29,8 @@ Record = Mapping[str, Any]  # of a JSON file
 # left out.
 _ROWS = (
     ("Data", "{data}, {images:,} images, fingerprint {data_fingerprint}"),
+    ("Depth", "{depth}"),
+    ("Classes", "{classes}"),
     ("Network", "UNet2DModel, preset {unet}"),
     ("Parameters", "{parameters:,}"),
     ("Diffusion steps T", "{ddpm_num_steps}"),
@@ -140,6 +142,24 @@ def summary(record: Record, size: str | None) -> str:
     return f"{sentence}."
 
 
+def _depth_words(data: Record) -> str | None:
+    """The depth of the levels that a run was trained on, in words; None for the usual 8 bits of files of 8 bits."""
+    bits, limits = data.get("bits", 8), data.get("value_range")
+    if limits is not None:
+        return f"{bits} bits, stored values {limits[0]:g} to {limits[1]:g}"
+    return None if bits == 8 else f"{bits} bits"
+
+
+def _class_words(data: Record, shown: int = 10) -> str | None:
+    """The classes of a training and how many images of each it saw; None where it has no classes."""
+    counts = data.get("class_counts")
+    if not counts:
+        return None
+    names = data.get("class_names") or range(len(counts))
+    some = ", ".join(f"{name}: {count:,}" for name, count in list(zip(names, counts, strict=True))[:shown])
+    return some + (f", … ({len(counts):,} classes)" if len(counts) > shown else "")
+
+
 def training_rows(record: Record) -> list[tuple[str, str]]:
     """Return the table of the training: label and value, without what is not known."""
     config, start = record.get("config") or {}, (record.get("starts") or [{}])[-1]
@@ -147,6 +167,8 @@ def training_rows(record: Record) -> list[tuple[str, str]]:
         **config,
         **{name: record.get(name) for name in ("images", "parameters", "updates", "global_batch", "data_fingerprint")},
         "data": training_data(record),
+        "depth": _depth_words(record.get("data") or {}),
+        "classes": _class_words(record.get("data") or {}),
         "averaged": None if not config else _fill("{ema}, decay {ema_max_decay:g}", config) or None,
         "mirrored": ("yes" if config["random_flip"] else "no") if "random_flip" in config else None,
         "precision": "float32" if config.get("mixed_precision") == "no" else config.get("mixed_precision"),
