@@ -252,14 +252,18 @@ def test_a_calibration_has_its_table_plot_and_certificate(run: Path, tmp_path: P
     (run / "calibrated" / "plots").mkdir(parents=True)
     (run / "calibrated" / "calibration.json").write_text(json.dumps({"format": 1, "figures": [*rows, other]}))
     assert "bpd_against_steps" not in str(render_card(run))
-    Image.new("RGB", (8, 8)).save(run / "calibrated" / "plots" / "bpd_against_steps.png")
+    for name in ("bpd_against_steps", "fid_2000_pixels_against_steps"):
+        Image.new("RGB", (8, 8)).save(run / "calibrated" / "plots" / f"{name}.png")
     _, section = str(render_card(run)).split("## Intended use")[0].split("## Fewer steps")  # once
     assert "bits/dim of 10,000 images of uoft-cs/cifar10 test" in section
     assert "| fixed_small, even | 24.0732 |" in section and "| analytic, optimal | **4.5646** |" in section
     assert "1.2345" not in section  # measured on other weights
     assert section.count("seed 0") == 1 and "(calibrated/plots/bpd_against_steps.png)" in section
+    fid = "calibrated/plots/fid_2000_pixels_against_steps.png"
+    assert f"![Fréchet distance against the number of network calls]({fid})" in section
     write_card(run)
     assert "calibrated/plots/bpd_against_steps.png" in collect(run, tmp_path / "staging")
+    assert fid in collect(run, tmp_path / "staging")
     assert not any("calibration" in name for name in collect(run, tmp_path / "staging"))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from training import TORCHRUN, finish, start
 
 from ddpm_ext.data.dataset import load_images
 from ddpm_ext.diffusion.solver_fit import Problem, choose_times, fit_solver, refine_solver, restore_contrast
@@ -206,6 +207,43 @@ def test_it_goes_on_where_it_stopped(done: SimpleNamespace, monkeypatch: pytest.
     monkeypatch.setattr(UNet2DModel, "forward", forward)
     again = calibrate(done.config)
     assert again["solver"]["steps"] == done.record["solver"]["steps"]
+
+
+def test_a_fit_that_was_cut_off_goes_on_with_the_next_number_of_calls(
+    stock: Path, done: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest solver is on disk when the next is cut off; it is not fitted again, and the folder is the same."""
+    fitted: list[int] = []
+    fit_one = FittedNetwork.fit_one
+
+    def cut(self: FittedNetwork, K: int, *rest: Any) -> Any:
+        fitted.append(K)
+        if fitted == [4, 2]:
+            raise KeyboardInterrupt
+        return fit_one(self, K, *rest)
+
+    monkeypatch.setattr(FittedNetwork, "fit_one", cut)
+    found = done.record["solver"]
+    options = {"solver_reference": found["reference"], "reference_steps": str(found["reference_steps"])}
+    config = config_of(stock, tmp_path, metrics="none", **options)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(config)
+    record = calibrate(config)
+    assert fitted == [4, 2, 2] and record["solver"]["steps"] == found["steps"]
+
+
+@pytest.mark.slow
+def test_two_processes_fit_what_one_does(stock: Path, done: SimpleNamespace, tmp_path: Path) -> None:
+    found = done.record["solver"]
+    options = {"solver_reference": found["reference"], "reference_steps": str(found["reference_steps"])}
+    words = ["scripts/calibrate.py"]
+    for name, value in vars(config_of(stock, tmp_path, metrics="none", plots=False, **options)).items():
+        if value is not None:
+            words.append(f"--{name}={value}")
+    code, output = finish(start(words, (*TORCHRUN, "2")))
+    assert code == 0, output
+    together = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    assert together["solver"]["steps"] == found["steps"]
 
 
 def test_no_data_is_asked_for_without_scores(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

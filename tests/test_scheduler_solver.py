@@ -196,6 +196,22 @@ def test_broken_records_are_told(record: Any, words: str):
 
 
 @pytest.mark.filterwarnings("error")
+def test_a_record_without_d_0_draws_what_it_drew():
+    """Records once held c_0 .. c_{m-1}, d_1 .. d_{m-1}: the missing d_0 is 0."""
+    rows = torch.linspace(-0.2, 0.3, 15, dtype=torch.float64).reshape(3, 5)
+    of_both = [rows.tolist(), torch.cat([rows[:, :3], torch.zeros(3, 1), rows[:, 3:]], 1).tolist()]
+    drawn = []
+    for coefficients in of_both:
+        steps = {"3": {"timesteps": [999, 500, 100], "coefficients": coefficients}}
+        scheduler = DDPMExtSolverScheduler(_ddpm_ext={"solver": {"reference": "clipped_raw", "steps": steps}})
+        scheduler.set_timesteps(3)
+        x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.tanh(x), t, x).prev_sample
+        drawn.append(x)
+    assert torch.equal(*drawn)
+
+
 def test_other_options_than_the_fitted_ones_warn():
     scheduler = make()
     scheduler.set_timesteps(4)

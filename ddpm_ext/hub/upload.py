@@ -348,7 +348,7 @@ class BackgroundPush:
 
     Args:
         repo_id: As in `push_to_hub`.
-        also: Further files of the folder that `prepare` reads; they are not pushed for that.
+        also: Further files of the folder that `prepare` reads, patterns allowed; they are not pushed for that.
         prepare: Called in the background with the snapshot of the folder, before it is pushed.
         **options: Further options of `push_to_hub`.
     """
@@ -380,7 +380,8 @@ class BackgroundPush:
         folder = Path(folder).resolve()
         snapshot = tempfile.TemporaryDirectory(prefix=".push_", dir=folder.parent)  # links stay on one disk
         try:
-            also = {name: folder / name for name in self.also if (folder / name).is_file()}
+            found = (path for name in self.also for path in folder.glob(name) if path.is_file())
+            also = {path.relative_to(folder).as_posix(): path for path in found}
             stage(collect(folder, Path(snapshot.name)) | also, Path(snapshot.name))
         except BaseException:
             snapshot.cleanup()

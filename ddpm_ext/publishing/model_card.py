@@ -32,9 +32,12 @@ _CAPTIONS = {
     "plots/progressive.png": "Progressive generation: the predicted x_0 as the chain runs",
 }
 _CALIBRATION = "calibrated/calibration.json"
-_BITS_PLOT = "calibrated/plots/bpd_against_steps.png"
+_PLOTS = {  # patterns of files below a run -> what they show, one curve per sampler
+    "calibrated/plots/bpd_against_steps.png": "Bits/dim against the number of steps",
+    "calibrated/plots/fid_*_against_steps.png": "Fréchet distance against the number of network calls",
+}
 _NEAREST = "plots/nearest.png"
-SHOWN = ("log.jsonl", *_CAPTIONS, _NEAREST, _CALIBRATION, _BITS_PLOT)  # what a card reads or shows, too
+SHOWN = ("log.jsonl", *_CAPTIONS, _NEAREST, _CALIBRATION, *_PLOTS)  # what a card reads or shows, too
 STOCK_CANNOT = {
     "learned": "its variance is learned as a logarithm",
     "posterior_mean": "it predicts the posterior mean",
@@ -123,7 +126,7 @@ def render_card(run: str | Path, repo_id: str | None = None, license: str | Lice
         provenance=provenance_lines(results),
         few_steps=markdown(few_steps).strip(),
         few_steps_provenance=provenance_lines(few_steps),
-        few_steps_plot=_BITS_PLOT if few_steps and (run / _BITS_PLOT).is_file() else None,
+        few_steps_plots=_plots(run) if few_steps else [],
         data=training_data(record),
         size=size,
         T=(record.get("config") or {}).get("ddpm_num_steps"),
@@ -158,6 +161,12 @@ def _reasons_against_stock(record: Record, network: Record) -> Iterable[str]:
             yield STOCK_CANNOT[word]
     if network.get("num_class_embeds") is not None:
         yield "its pipeline takes no class labels"
+
+
+def _plots(run: Path) -> list[dict[str, str]]:
+    """Return path and caption of the plots of a calibration."""
+    found = ((path, caption) for pattern, caption in _PLOTS.items() for path in sorted(run.glob(pattern)))
+    return [{"path": path.relative_to(run).as_posix(), "caption": caption} for path, caption in found]
 
 
 def _gallery(run: Path) -> list[dict[str, Any]]:

@@ -386,7 +386,9 @@ class DDPMExtSolverScheduler(BaseScheduler, SchedulerMixin):
 
     def _warn_of_other_setting(self, setting: Mapping[str, Any]) -> None:
         here = setting_of(self)
-        changed = [f"{name} {setting[name]!r} -> {here[name]!r}" for name in here if here[name] != setting.get(name)]
+        changed = [
+            f"{name} {setting.get(name)!r} -> {here[name]!r}" for name in here if here[name] != setting.get(name)
+        ]
         if setting and changed:
             warnings.warn(
                 f"The solver was fitted under other options ({', '.join(changed)}): it is not the best under these. "
