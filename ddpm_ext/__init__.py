@@ -5,13 +5,11 @@ The names below are what users need; each is loaded when it is first used.
 
 import sys
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .lazy import lazy_names
 
 __version__ = "0.1.0"
-DIGITS = str(Path(__file__).parent / "models" / "digits")  # a calibrated pipeline that draws digits in 3 to 10 calls
 
 if TYPE_CHECKING:
     from .conversion.convert import convert
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from .hub.upload import push_to_hub
     from .models.unet import build_unet
     from .pipelines.ddpm import DDPMExtPipeline
+    from .pipelines.locate import DIGITS
     from .schedulers.ddpm import DDPMExtScheduler
     from .schedulers.solver import DDPMExtSolverScheduler
     from .training.config import TrainConfig
@@ -76,6 +75,7 @@ _HOMES = {
     "hub.upload": ("push_to_hub",),
     "models.unet": ("build_unet",),
     "pipelines.ddpm": ("DDPMExtPipeline",),
+    "pipelines.locate": ("DIGITS",),
     "schedulers.ddpm": ("DDPMExtScheduler",),
     "schedulers.solver": ("DDPMExtSolverScheduler",),
     "training.config": ("TrainConfig",),

@@ -148,9 +148,9 @@ class DemoOptions:
 def demo(argv: list[str]) -> int:
     """Show a model in the browser, step by step. Needs the extra: pip install 'ddpm-ext[demo]'."""
     options = parse_options(DemoOptions, str(demo.__doc__), argv, "ddpm-ext demo")
-    from .. import DIGITS
     from ..demo import Studio, make_page, space_files
     from ..hub.upload import push_space
+    from ..pipelines.locate import DIGITS
 
     model = options.model or DIGITS
     if options.push_to_space is None:

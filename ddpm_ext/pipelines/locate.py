@@ -9,7 +9,9 @@ from pathlib import Path
 from ..diffusion.words import INDEX
 from ..errors import UserError
 
-__all__ = ["find_pipeline", "is_hub_name", "local_pipeline", "run_folder"]
+__all__ = ["DIGITS", "find_pipeline", "is_hub_name", "local_pipeline", "run_folder"]
+
+DIGITS = str(Path(__file__).parent.parent / "models" / "digits")  # a calibrated pipeline that draws digits in few calls
 
 
 def find_pipeline(model: str | os.PathLike[str]) -> str:
