@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -129,10 +129,15 @@ class Forecast:
 
 
 class StorageCounter(TorchDispatchMode):
-    """Bytes of the storages that were made inside and live."""
+    """Bytes of the storages that were made inside and live.
 
-    def __init__(self) -> None:
+    Args:
+        outside: What was there before: a view of a weight, or a sum into a gradient, makes nothing new.
+    """
+
+    def __init__(self, outside: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        self.outside = {tensor.untyped_storage()._cdata for tensor in outside}
         self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.now = self.peak = 0
 
@@ -145,7 +150,7 @@ class StorageCounter(TorchDispatchMode):
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key not in self.alive:
+        if key not in self.alive and key not in self.outside:
             self.alive[key] = weakref.ref(storage, partial(self._forget, key, size))
             self.now += size
             self.peak = max(self.peak, self.now)
@@ -173,8 +178,8 @@ _ATTENTION: dict[object, Callable[..., int]] = {
 
 
 @contextmanager
-def _counted() -> Iterator[tuple[FlopCounterMode, StorageCounter]]:
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as flops, StorageCounter() as memory:
+def _counted(outside: Iterable[Tensor]) -> Iterator[tuple[FlopCounterMode, StorageCounter]]:
+    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as flops, StorageCounter(outside) as memory:
         yield flops, memory
 
 
@@ -211,7 +216,8 @@ def pass_costs(
             if weight.ndim == 4:
                 weight.data = weight.data.contiguous(memory_format=layout)
             weight.grad = torch.zeros_like(weight)
-        with _counted() as (flops, memory):
+        gradients = [weight.grad for weight in unet.parameters() if weight.grad is not None]
+        with _counted([*unet.parameters(), *gradients]) as (flops, memory):
             x = torch.empty(batch, unet.config["in_channels"], height, width).to(memory_format=layout)
             t = torch.empty(batch, dtype=torch.int64)
             labels = None if unet.config["num_class_embeds"] is None else torch.empty(batch, dtype=torch.int64)
