@@ -34,7 +34,7 @@ def check_word(name: str, word: object, words: Sequence[str]) -> None:
 
 
 def is_whole(number: object) -> bool:
-    """True for what Python takes as an int: int, NumPy's and torch's integers, but no bool and no float."""
+    """Return true for what Python takes as an int: int, NumPy's and torch's integers, but no bool and no float."""
     try:
         return not isinstance(number, bool) and operator.index(number) is not None  # pyright: ignore[reportArgumentType]
     except TypeError:

@@ -73,7 +73,7 @@ def imported(module: str, source: str, *, at_import: bool = False) -> set[str]:
                 continue
             inner = target.removeprefix("ddpm_ext").lstrip(".")
             whole = f"{inner}.{name}".lstrip(".") if name else inner
-            if whole != "__version__":
+            if whole not in ("__version__", "DIGITS"):  # constants that stand in ddpm_ext/__init__.py itself
                 found.add(whole if whole in MODULES else inner or "__init__")
     return found
 

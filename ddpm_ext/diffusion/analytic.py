@@ -39,7 +39,7 @@ __all__ = [
 
 
 def covariance(tables: Tables, mse_eps: Tensor, t: Tensor) -> Tensor:
-    r"""How far x̂_0 is from x_0 at step t, per dimension: Cov_t = min((1-ᾱ_t)/ᾱ_t · mse_eps[t], 1).
+    r"""Return how far x̂_0 is from x_0 at step t, per dimension: Cov_t = min((1-ᾱ_t)/ᾱ_t · mse_eps[t], 1).
 
     Data in [-1, 1] have at most variance 1, hence the bound (Theorem 2). It is the value where ᾱ_t = 0 (zero terminal
     SNR): x_t holds nothing of x_0 there, and ε̂ = x_t errs by 0 whatever the network says.
@@ -56,7 +56,7 @@ def covariance(tables: Tables, mse_eps: Tensor, t: Tensor) -> Tensor:
 
 
 def squared_error(tables: Tables, mse_eps: Tensor) -> Tensor:
-    r"""R_t = (1-ᾱ_t)/ᾱ_t · mse_eps[t], the mean squared error of x̂_0 at every step, float64, shape (T,).
+    r"""Return R_t = (1-ᾱ_t)/ᾱ_t · mse_eps[t], the mean squared error of x̂_0 at every step, float64, shape (T,).
 
     Where ᾱ_t = 0 the quotient says nothing, and R_t = 1, the largest variance of data in [-1, 1], stands for it.
 
@@ -69,7 +69,7 @@ def squared_error(tables: Tables, mse_eps: Tensor) -> Tensor:
 
 
 def optimal_variance(tables: Tables, mse_eps: Tensor, s: Tensor, t: Tensor, eta: float = 1.0) -> Tensor:
-    r"""σ*² of the jump t -> s: what minimises the bound for this network.
+    r"""Return σ*² of the jump t -> s: what minimises the bound for this network.
 
         σ*² = λ² + [√ᾱ_s - √((1-ᾱ_s-λ²) ᾱ_t/(1-ᾱ_t))]² Cov_t,   λ² = η² β̃
 
@@ -101,7 +101,7 @@ def optimal_variance(tables: Tables, mse_eps: Tensor, s: Tensor, t: Tensor, eta:
 
 
 def ddim_variance(step: Jump, eta: float) -> Tensor:
-    """λ² = η² β̃, the variance of the DDIM family's own noise.
+    """Return λ² = η² β̃, the variance of the DDIM family's own noise.
 
     Source: Song et al. 2020, arXiv:2010.02502, Eq. (16).
     """
@@ -111,7 +111,9 @@ def ddim_variance(step: Jump, eta: float) -> Tensor:
 
 
 def sampling_cap(grey_levels: float) -> float:
-    r"""Largest σ² of the jump that ends at the first kept time: E|σ z| <= y · 2/255, so σ² <= (y · 2/255 · √(π/2))².
+    r"""Return the largest σ² of the jump that ends at the first kept time.
+
+    E|σ z| <= y · 2/255, so σ² <= (y · 2/255 · √(π/2))².
 
     For sampling only, never for bits/dim: without it few-step samples end in visible noise.
 
@@ -124,7 +126,7 @@ def sampling_cap(grey_levels: float) -> float:
 
 
 def analytic_edges(tables: Tables, mse_eps: Tensor) -> np.ndarray:
-    r"""J(s, t) = log(1 - b · max(0, 1 - mse_eps[t]) / (1-ᾱ_t)): what a jump costs at its optimal variance.
+    r"""Return J(s, t) = log(1 - b · max(0, 1 - mse_eps[t]) / (1-ᾱ_t)): what a jump costs at its optimal variance.
 
     It is written as log([a (1-ᾱ_s) + b · min(1, mse_eps[t])] / (1-ᾱ_t)), which keeps its digits where ᾱ_t is small.
     The cost of a path is Σ J + log SNR(n_1) - log SNR(n_K). Where ᾱ_t = 0 both J and the last logarithm are infinite:
@@ -147,7 +149,7 @@ def analytic_edges(tables: Tables, mse_eps: Tensor) -> np.ndarray:
 
 
 def fixed_edges(tables: Tables, mse_eps: Tensor, variance: TrajectoryCost) -> np.ndarray:
-    r"""F(s, t) = β̃/σ² - 1 - log(β̃/σ²) + c1² R_t/σ²: what a jump costs with σ² = β̃ or σ² = b.
+    r"""Return F(s, t) = β̃/σ² - 1 - log(β̃/σ²) + c1² R_t/σ²: what a jump costs with σ² = β̃ or σ² = b.
 
     R_t is the `squared_error` of x̂_0, here without a bound.
 
@@ -170,13 +172,13 @@ def fixed_edges(tables: Tables, mse_eps: Tensor, variance: TrajectoryCost) -> np
 
 
 def trajectory_edges(tables: Tables, mse_eps: Tensor, cost: TrajectoryCost = "analytic") -> np.ndarray:
-    """The cost of every jump by its name: `analytic_edges` or `fixed_edges`."""
+    """Return the cost of every jump by its name: `analytic_edges` or `fixed_edges`."""
     check_word("cost", cost, get_args(TrajectoryCost))
     return analytic_edges(tables, mse_eps) if cost == "analytic" else fixed_edges(tables, mse_eps, cost)
 
 
 def optimal_trajectory(tables: Tables, mse_eps: Tensor, K: int, cost: TrajectoryCost = "analytic") -> list[int]:
-    r"""The K kept times 1 = n_1 < … < n_K = T whose bound is lowest: a cheapest path.
+    r"""Return the K kept times 1 = n_1 < … < n_K = T whose bound is lowest: a cheapest path.
 
         C_1(1) = 0, else ∞;   C_k(t) = min_{s<t} C_{k-1}(s) + J(s, t)
 
@@ -201,7 +203,7 @@ def optimal_trajectory(tables: Tables, mse_eps: Tensor, K: int, cost: Trajectory
 def optimal_trajectories(
     tables: Tables, mse_eps: Tensor, steps: list[int], cost: TrajectoryCost = "analytic"
 ) -> dict[int, list[int]]:
-    """`optimal_trajectory` for several K in one sweep of the dynamic program, O(max(K) T²).
+    """Return `optimal_trajectory` for several K in one sweep of the dynamic program, O(max(K) T²).
 
     Args:
         tables: One schedule.
@@ -233,7 +235,7 @@ def optimal_trajectories(
 
 
 def kl_bound(tables: Tables, mse_eps: Tensor, times: list[int], cost: TrajectoryCost = "analytic") -> float:
-    r"""The bound's KL part Σ L_{t-1} of a chain, in nats per dimension.
+    r"""Return the bound's KL part Σ L_{t-1} of a chain, in nats per dimension.
 
         analytic: ½ [Σ J(s, t) + log SNR(n_1) - log SNR(n_K)]        fixed: ½ Σ F(s, t)
 
@@ -254,7 +256,7 @@ def kl_bound(tables: Tables, mse_eps: Tensor, times: list[int], cost: Trajectory
 
 
 def checked_errors(name: str, errors: Tensor, tables: Tables) -> Tensor:
-    """Measured errors as float64 on the tables' device, when there is one finite number >= 0 per step."""
+    """Return Measured errors as float64 on the tables' device, when there is one finite number >= 0 per step."""
     values = torch.as_tensor(errors, dtype=torch.float64, device=tables.beta.device)
     if values.shape != (tables.num_timesteps,) or not bool((values.isfinite() & (values >= 0)).all()):
         raise UserError(

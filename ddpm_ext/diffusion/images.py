@@ -98,14 +98,14 @@ def to_uint8(x_0: Tensor) -> Tensor:
 
 
 def clip_x_0(x_0: Tensor, clip: Clip) -> Tensor:
-    """x̂_0 clamped to [-clip, clip]; None leaves it, and a function is applied to it."""
+    """Return x̂_0 clamped to [-clip, clip]; None leaves it, and a function is applied to it."""
     if clip is None:
         return x_0
     return clip(x_0) if callable(clip) else x_0.clamp(-clip, clip)
 
 
 def threshold_x_0(x_0: Tensor, quantile: float, max_value: float) -> Tensor:
-    r"""Dynamic thresholding: s = clamp(quantile of |x̂_0| per image, 1, max_value); x̂_0 ← clamp(x̂_0, -s, s) / s.
+    r"""Threshold dynamically: s = clamp(quantile of |x̂_0| per image, 1, max_value); x̂_0 ← clamp(x̂_0, -s, s) / s.
 
     Args:
         x_0: Shape (B, …), at least float32.

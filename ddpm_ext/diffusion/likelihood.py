@@ -44,14 +44,14 @@ class BoundTerms(NamedTuple):
 
 
 def mean_over_dims(x: Tensor) -> Tensor:
-    """Mean over everything but the first dimension: (B, ...) -> (B,)."""
+    """Return the mean over everything but the first dimension: (B, ...) -> (B,)."""
     if x.ndim < 2:
         raise UserError(f"x must have a batch dimension and at least one more, got shape {tuple(x.shape)}.")
     return x.flatten(1).mean(1)
 
 
 def gaussian_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:
-    r"""KL(N(mean1, var1) || N(mean2, var2)), elementwise, in nats.
+    r"""Return KL(N(mean1, var1) || N(mean2, var2)), elementwise, in nats.
 
         KL = ½ [var1/var2 - 1 - log(var1/var2) + (mean1 - mean2)² / var2]
 
@@ -62,7 +62,7 @@ def gaussian_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor
 
 
 def prior_kl(x_0: Tensor, alpha_bar: Tensor) -> Tensor:
-    r"""L_T = KL(q(x_T | x_0) || N(0, I)), elementwise, in nats.
+    r"""Return L_T = KL(q(x_T | x_0) || N(0, I)), elementwise, in nats.
 
         L_T = ½ [ᾱ x_0² + b̄ - 1 - log b̄],  b̄ = 1 - ᾱ
 
@@ -74,7 +74,7 @@ def prior_kl(x_0: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def step_kl(x_0: Tensor, x_0_hat: Tensor, c1: Tensor, log_posterior_var: Tensor, log_var: Tensor) -> Tensor:
-    r"""L_{t-1} = KL(q(x_s | x_t, x_0) || p(x_s | x_t)), elementwise, in nats.
+    r"""Return L_{t-1} = KL(q(x_s | x_t, x_0) || p(x_s | x_t)), elementwise, in nats.
 
         L_{t-1} = ½ [β̃/σ² - 1 - log(β̃/σ²) + (c1²/σ²) (x_0 - x̂_0)²]
 
@@ -92,7 +92,7 @@ def step_kl(x_0: Tensor, x_0_hat: Tensor, c1: Tensor, log_posterior_var: Tensor,
 
 
 def normal_cdf(x: Tensor, cdf: Cdf = "tanh") -> Tensor:
-    r"""Φ(x): the standard normal distribution function, exact or as published.
+    r"""Return Φ(x): the standard normal distribution function, exact or as published.
 
         tanh:  Φ(x) = ½ (1 + tanh(√(2/π) (x + 0.044715 x³)))
 
@@ -107,7 +107,7 @@ def normal_cdf(x: Tensor, cdf: Cdf = "tanh") -> Tensor:
 def discretized_log_likelihood(
     x_0: Tensor, mean: Tensor, log_var: Tensor, *, cdf: Cdf = "tanh", bits: int = 8
 ) -> Tensor:
-    r"""The decoder's log P(x_0 | μ, σ), discretised, elementwise, in nats. DDPM Eq. (13).
+    r"""Return the decoder's log P(x_0 | μ, σ), discretised, elementwise, in nats. DDPM Eq. (13).
 
         P = Φ((x_0 - μ + h)/σ) - Φ((x_0 - μ - h)/σ),   h = 1/(2^bits - 1): 1/255 at 8 bits
 
@@ -145,5 +145,5 @@ def discretized_log_likelihood(
 
 
 def decoder_nll(x_0: Tensor, mean: Tensor, log_var: Tensor, *, cdf: Cdf = "tanh", bits: int = 8) -> Tensor:
-    """L_0 = -log P(x_0 | x_1), elementwise, in nats; see `discretized_log_likelihood`."""
+    """Return L_0 = -log P(x_0 | x_1), elementwise, in nats; see `discretized_log_likelihood`."""
     return -discretized_log_likelihood(x_0, mean, log_var, cdf=cdf, bits=bits)

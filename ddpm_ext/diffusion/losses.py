@@ -57,7 +57,7 @@ def training_loss(
     snr_gamma: float | None = None,
     bits: int = 8,
 ) -> Tensor:
-    r"""The loss of each image.
+    r"""Return the loss of each image.
 
         simple  mean (target - output)², times the min-SNR weight where snr_gamma is given       DDPM Eq. (14)
         vlb     T · L_{t-1} / ln 2, with L_0 at the first step                                   DDPM Eqs. (5), (13)
@@ -117,7 +117,7 @@ def bound_term(
     variance_type: VarianceType = "fixed_small",
     bits: int = 8,
 ) -> Tensor:
-    r"""L_{t-1} of each image on the full chain, in nats per dimension; L_0 at the first step. x̂_0 is not clipped.
+    r"""Return L_{t-1} of each image on the full chain, in nats per dimension; L_0 at the first step; x̂_0 not clipped.
 
         L_{t-1} = mean KL( q(x_{t-1} | x_t, x_0) ‖ p(x_{t-1} | x_t) )          t > 0
         L_0     = -mean log P(x_0 | μ, σ)                                      t = 0
@@ -146,7 +146,7 @@ def bound_term(
 
 
 def min_snr_weight(t: Tensor, tables: Tables, prediction_type: PredictionType, gamma: float) -> Tensor:
-    r"""Weight of the simple loss that caps each step's share at SNR = γ; SNR = ᾱ_t / (1 - ᾱ_t).
+    r"""Return the weight of the simple loss that caps each step's share at SNR = γ; SNR = ᾱ_t / (1 - ᾱ_t).
 
         epsilon         min(SNR, γ) / SNR
         sample          min(SNR, γ)
@@ -183,7 +183,7 @@ def uniform_timesteps(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """One t per image, uniform over 0..T-1.
+    """Return one t per image, uniform over 0..T-1.
 
     Args:
         batch_size: B.
@@ -200,13 +200,13 @@ def uniform_timesteps(
 
 
 def empty_history(num_timesteps: int) -> LossHistory:
-    """The history before the first loss, on the CPU."""
+    """Return the history before the first loss, on the CPU."""
     shape = (num_timesteps, REMEMBERED)
     return LossHistory(torch.zeros(shape, dtype=torch.float64), torch.zeros(num_timesteps, dtype=torch.int64))
 
 
 def remember(history: LossHistory, t: Tensor, losses: Tensor) -> LossHistory:
-    """The history after some more losses, in their order; the old one stays as it is.
+    """Return the history after some more losses, in their order; the old one stays as it is.
 
     Args:
         history: What was seen before.
@@ -222,7 +222,7 @@ def remember(history: LossHistory, t: Tensor, losses: Tensor) -> LossHistory:
 
 
 def loss_aware_probabilities(history: LossHistory) -> Tensor:
-    r"""p_t ∝ √(mean of the last 10 L_t²), of which 0.001 is given to all alike; uniform until every t has 10 losses.
+    r"""Return p_t ∝ √(mean of the last 10 L_t²), 0.001 of it given to all alike; uniform until every t has 10.
 
     Returns:
         float64, shape (T,), sum 1, all positive.
@@ -237,7 +237,7 @@ def loss_aware_probabilities(history: LossHistory) -> Tensor:
 
 
 def weighted_timesteps(u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    r"""(t, w) of uniform numbers: t = F⁻¹(u) with F the cumulative sum of p, and w_t = 1 / (T p_t).
+    r"""Return (t, w) of uniform numbers: t = F⁻¹(u) with F the cumulative sum of p, and w_t = 1 / (T p_t).
 
     Σ p_t w_t L_t = (1/T) Σ L_t: the mean of w_t L_t is that of uniform t, whatever p is.
 

@@ -73,7 +73,7 @@ class Affine(NamedTuple):
 
 
 def jump(tables: Tables, t: Tensor, s: Tensor | None = None) -> Jump:
-    r"""The coefficients of the step back from t to s.
+    r"""Return the coefficients of the step back from t to s.
 
     Args:
         tables: One schedule, on the device of t.
@@ -112,7 +112,7 @@ def jump(tables: Tables, t: Tensor, s: Tensor | None = None) -> Jump:
 
 
 def x_0_weights(tables: Tables, t: Tensor, prediction_type: PredictionType) -> Affine:
-    r"""How x̂_0 follows from x_t and the network's output.
+    r"""Return how x̂_0 follows from x_t and the network's output.
 
         epsilon         x̂_0 = (x_t - √(1-ᾱ_t) ε̂) / √ᾱ_t           DDPM Eq. (15)
         sample          x̂_0 = output
@@ -141,7 +141,7 @@ def x_0_weights(tables: Tables, t: Tensor, prediction_type: PredictionType) -> A
 
 
 def eps_weights(tables: Tables, t: Tensor, prediction_type: PredictionType) -> Affine:
-    r"""How ε̂ follows from x_t and the network's output: ε̂ = (x_t - √ᾱ_t x̂_0) / √(1-ᾱ_t), x̂_0 not clipped.
+    r"""Return how ε̂ follows from x_t and the network's output: ε̂ = (x_t - √ᾱ_t x̂_0) / √(1-ᾱ_t), x̂_0 not clipped.
 
     Args:
         tables: One schedule, on the device of t.
@@ -159,7 +159,7 @@ def eps_weights(tables: Tables, t: Tensor, prediction_type: PredictionType) -> A
 
 
 def q_step(x_prev: Tensor, t: Tensor, tables: Tables) -> Gaussian:
-    r"""One forward step: q(x_t | x_{t-1}) = N(√α_t x_{t-1}, β_t I).
+    r"""Return one forward step: q(x_t | x_{t-1}) = N(√α_t x_{t-1}, β_t I).
 
     Args:
         x_prev: Images after the step before, shape (B, C, H, W); at t = 0 the clean images.
@@ -173,7 +173,7 @@ def q_step(x_prev: Tensor, t: Tensor, tables: Tables) -> Gaussian:
 
 
 def q_marginal(x_0: Tensor, t: Tensor, tables: Tables) -> Gaussian:
-    r"""All forward steps up to t at once: q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I).
+    r"""Return all forward steps up to t at once: q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I).
 
     Args:
         x_0: Clean images in [-1, 1], shape (B, C, H, W).
@@ -187,7 +187,7 @@ def q_marginal(x_0: Tensor, t: Tensor, tables: Tables) -> Gaussian:
 
 
 def q_sample(x_0: Tensor, t: Tensor, eps: Tensor, tables: Tables) -> Tensor:
-    r"""A noised image from given noise: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε.
+    r"""Return a noised image from given noise: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε.
 
     Args:
         x_0: Clean images in [-1, 1], shape (B, C, H, W).
@@ -206,7 +206,7 @@ def q_sample(x_0: Tensor, t: Tensor, eps: Tensor, tables: Tables) -> Tensor:
 
 
 def q_posterior(x_0: Tensor, x_t: Tensor, t: Tensor, tables: Tables, s: Tensor | None = None) -> Gaussian:
-    r"""One exact step back when the clean image is known: q(x_s | x_t, x_0) = N(c1 x_0 + c2 x_t, β̃ I).
+    r"""Return one exact step back when the clean image is known: q(x_s | x_t, x_0) = N(c1 x_0 + c2 x_t, β̃ I).
 
     Args:
         x_0: Clean images in [-1, 1], shape (B, C, H, W).
@@ -229,7 +229,7 @@ def q_posterior(x_0: Tensor, x_t: Tensor, t: Tensor, tables: Tables, s: Tensor |
 
 
 def predict_x_0(output: Tensor, x_t: Tensor, t: Tensor, tables: Tables, prediction_type: PredictionType) -> Tensor:
-    r"""x̂_0 from what the network predicts (formulas at `x_0_weights`); not clipped.
+    r"""Return x̂_0 from what the network predicts (formulas at `x_0_weights`); not clipped.
 
     Args:
         output: The network's prediction, shape (B, C, H, W).
@@ -247,7 +247,7 @@ def predict_x_0(output: Tensor, x_t: Tensor, t: Tensor, tables: Tables, predicti
 
 
 def predict_eps(x_0: Tensor, x_t: Tensor, t: Tensor, tables: Tables) -> Tensor:
-    r"""The noise that leads from x_0 to x_t: ε = (x_t - √ᾱ_t x_0) / √(1-ᾱ_t).
+    r"""Return the noise that leads from x_0 to x_t: ε = (x_t - √ᾱ_t x_0) / √(1-ᾱ_t).
 
     Args:
         x_0: Clean images or their prediction, shape (B, C, H, W).
@@ -264,7 +264,7 @@ def predict_eps(x_0: Tensor, x_t: Tensor, t: Tensor, tables: Tables) -> Tensor:
 def training_target(
     x_0: Tensor, x_t: Tensor, eps: Tensor, t: Tensor, tables: Tables, prediction_type: PredictionType
 ) -> Tensor:
-    r"""What a perfect network would answer.
+    r"""Return what a perfect network would answer.
 
         epsilon         ε
         sample          x_0
@@ -298,12 +298,12 @@ def entries(table: Tensor, t: Tensor) -> Tensor:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which an image is computed: its own, but at least float32."""
+    """Return the dtype in which an image is computed: its own, but at least float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def per_image(values: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """One value per image, shaped (B, 1, 1, 1) beside x and rounded to the dtype in which x is computed."""
+    """Return one value per image, shaped (B, 1, 1, 1) beside x and rounded to the dtype in which x is computed."""
     return values.to(compute_dtype(x) if dtype is None else dtype).reshape(-1, *(1,) * (x.ndim - 1))
 
 
@@ -314,7 +314,7 @@ def weighted_sum(
     y_weight: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x_weight · x + y_weight · y with one weight per image, computed in at least float32, rounded once."""
+    """Return x_weight · x + y_weight · y with one weight per image, computed in at least float32, rounded once."""
     total = x.to(compute_dtype(x)) * per_image(x_weight, x)
     if y is not None and y_weight is not None:
         total = torch.addcmul(total, y.to(total.dtype), per_image(y_weight, x).to(total.dtype))
@@ -322,7 +322,7 @@ def weighted_sum(
 
 
 def check_steps(t: Tensor, x: Tensor, tables: Tables) -> Tensor:
-    """t, when it is one step per image with 0 <= t < T; a UserError that says what it is instead otherwise.
+    """Return t, when it is one step per image with 0 <= t < T; a UserError that says what it is instead otherwise.
 
     Values are looked at on the CPU only: on an accelerator the host would have to wait for them.
     """
@@ -343,7 +343,7 @@ def check_range(t: Tensor, tables: Tables) -> None:
 
 
 def check_targets(s: Tensor, t: Tensor) -> Tensor:
-    """s, when it is one earlier step per image, -1 <= s < t; a UserError otherwise. Looked at on the CPU only."""
+    """Return s, when it is one earlier step per image, -1 <= s < t; a UserError otherwise. Looked at on a CPU only."""
     if s.dtype != torch.int64 or s.shape != t.shape:
         raise UserError(f"s must be int64 in the shape of t, {tuple(t.shape)}, got {s.dtype} of {tuple(s.shape)}.")
     if not torch.compiler.is_compiling() and s.device.type == "cpu" and bool(((s < -1) | (s >= t)).any()):

@@ -37,7 +37,7 @@ class ReverseStep(NamedTuple):
 
 
 def decoder_log_var(tables: Tables, kept: list[int] | None = None, convention: DecoderVariance = "base") -> Tensor:
-    r"""log β̃ of the second kept time, which stands for log σ² at the last jump, where β̃ itself is 0.
+    r"""Return log β̃ of the second kept time, which stands for log σ² at the last jump, where β̃ itself is 0.
 
         base      log β̃_2 of the full chain
         respaced  log β̃(n_1, n_2) of the kept times
@@ -64,7 +64,7 @@ def decoder_log_var(tables: Tables, kept: list[int] | None = None, convention: D
 
 
 def variance_bounds(step: Jump, last_log_var: Tensor | float) -> tuple[Tensor, Tensor]:
-    r"""(log β̃, log b) of each jump, log β̃ replaced by `last_log_var` at the last one, where β̃ = 0.
+    r"""Return (log β̃, log b) of each jump, log β̃ replaced by `last_log_var` at the last one, where β̃ = 0.
 
     Args:
         step: Coefficients of any shape.
@@ -81,7 +81,7 @@ def reverse_log_var(
     head: Tensor | None = None,
     log_optimal: Tensor | None = None,
 ) -> Tensor:
-    r"""log σ² of the reverse step.
+    r"""Return log σ² of the reverse step.
 
         fixed_small    log β̃
         fixed_large    log b, at the last jump log β̃ of the second kept time like fixed_small
@@ -119,7 +119,7 @@ def reverse_log_var(
 
 
 def split_output(output: Tensor, x_t: Tensor, variance_type: VarianceType) -> tuple[Tensor, Tensor | None]:
-    """(prediction, variance head or None) of a network's output.
+    """Return (prediction, variance head or None) of a network's output.
 
     Args:
         output: Shape (B, C, …) for the fixed variances, (B, 2C, …) for the learned ones.
@@ -160,7 +160,7 @@ def p_mean_variance(
     last_log_var: Tensor | float | None = None,
     log_optimal: Tensor | None = None,
 ) -> ReverseStep:
-    r"""The network's step back: p(x_s | x_t) = N(c1 x̂_0 + c2 x_t, σ² I).
+    r"""Return the network's step back: p(x_s | x_t) = N(c1 x̂_0 + c2 x_t, σ² I).
 
     Args:
         output: Network output, shape (B, C, H, W), or (B, 2C, H, W) for the learned variances.

@@ -29,7 +29,7 @@ def make_tables(
     trained_betas: Sequence[float] | Tensor | None = None,
     zero_terminal_snr: bool = False,
 ) -> Tables:
-    r"""Tables of a schedule by name.
+    r"""Return the tables of a schedule by name.
 
         linear             β = linspace(β_1, β_T, T)                                  DDPM §4
         scaled_linear      β = linspace(√β_1, √β_T, T)²                               latent diffusion
@@ -70,7 +70,7 @@ def make_tables(
 
 
 def rescale_zero_terminal_snr(beta: Tensor) -> Tensor:
-    r"""Betas whose last ᾱ is exactly 0, all others shifted along.
+    r"""Return betas whose last ᾱ is exactly 0, all others shifted along.
 
         r = √ᾱ;   r ← (r - r_T) · r_1 / (r_1 - r_T);   ᾱ = r²;   β_t = 1 - ᾱ_t / ᾱ_{t-1}
 
@@ -93,7 +93,7 @@ def rescale_zero_terminal_snr(beta: Tensor) -> Tensor:
 def respaced_timesteps(
     spacing: TimestepSpacing | Literal["even"], num_timesteps: int, num_inference_steps: int, offset: int = 0
 ) -> list[int]:
-    r"""The steps that a respaced chain of K = `num_inference_steps` visits, as ascending code indices.
+    r"""Return the steps that a respaced chain of K = `num_inference_steps` visits, as ascending code indices.
 
         leading    k · (T // K) + offset,  k = 0..K-1
         trailing   round(T - k · T/K) - 1

@@ -37,13 +37,13 @@ class Tables:
         return self.beta.shape[0]
 
     def to(self, device: torch.device | str) -> Tables:
-        """The same tables on another device; rounded to float32 on MPS, which has no float64."""
+        """Return the same tables on another device; rounded to float32 on MPS, which has no float64."""
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         return Tables(*(getattr(self, name).to(dtype).to(device) for name in self.__dataclass_fields__))
 
 
 def tables_of_betas(beta: Tensor) -> Tables:
-    r"""ᾱ_t = Π (1 - β_u), by its logarithm: log ᾱ_t = Σ log1p(-β_u) and 1 - ᾱ_t = -expm1(log ᾱ_t).
+    r"""Return ᾱ_t = Π (1 - β_u), by its logarithm: log ᾱ_t = Σ log1p(-β_u) and 1 - ᾱ_t = -expm1(log ᾱ_t).
 
     Args:
         beta: float64, shape (T,), values in (0, 1].

@@ -78,7 +78,7 @@ class DenoiseDiffusion:
         self._variance_type: VarianceType = VARIANCES[sigma2]
 
     def q_xt_x0(self, x0: Tensor, t: Tensor) -> Gaussian:
-        r"""q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I), Eq. (4).
+        r"""Return q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I), Eq. (4).
 
         Args:
             x0: Clean images in [-1, 1], shape (B, C, H, W).
@@ -90,7 +90,7 @@ class DenoiseDiffusion:
         return q_marginal(x0, t, self.tables)
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor | None = None) -> Tensor:
-        r"""x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, Eq. (4).
+        r"""Return x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, Eq. (4).
 
         Args:
             x0: Clean images in [-1, 1], shape (B, C, H, W).
@@ -100,7 +100,7 @@ class DenoiseDiffusion:
         return q_sample(x0, t, torch.randn_like(x0) if eps is None else eps, self.tables)
 
     def p_sample(self, xt: Tensor, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        r"""x_{t-1} = (x_t - β_t/√(1-ᾱ_t) ε_θ(x_t, t)) / √α_t + σ_t z, Eq. (11); no noise at t = 0.
+        r"""Return x_{t-1} = (x_t - β_t/√(1-ᾱ_t) ε_θ(x_t, t)) / √α_t + σ_t z, Eq. (11); no noise at t = 0.
 
         Args:
             xt: Noised images, shape (B, C, H, W).
@@ -115,7 +115,7 @@ class DenoiseDiffusion:
         return torch.addcmul(step.mean, z, std.to(xt.dtype).reshape(-1, *(1,) * (xt.ndim - 1)))
 
     def loss(self, x0: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        r"""L_simple = E ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t)‖² / d, Eq. (14), t uniform; Algorithm 1.
+        r"""Return L_simple = E ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t)‖² / d, Eq. (14), t uniform; Algorithm 1.
 
         Args:
             x0: Clean images in [-1, 1], shape (B, C, H, W).

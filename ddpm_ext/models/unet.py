@@ -131,7 +131,7 @@ UNET_PRESETS: dict[str, UNetPreset] = {
 
 
 def unet_config(preset_or_config: str | Config, **changes: Any) -> Arguments:
-    """Arguments of UNet2DModel: those of a preset or of a configuration, with `changes` that are not None over them."""
+    """Return arguments of UNet2DModel: those of a preset or a configuration, under `changes` that are not None."""
     if isinstance(preset_or_config, str):
         if preset_or_config not in UNET_PRESETS:
             raise UserError(f"unet must be one of {sorted(UNET_PRESETS)} or a configuration, got {preset_or_config!r}.")
@@ -151,7 +151,7 @@ def build_unet(
     dropout: float | None = None,
     num_class_embeds: int | None = None,
 ) -> UNet2DModel:
-    """A network with its first weights, which `seed` alone decides; PyTorch's global generator is left as it was.
+    """Return a network with its first weights, which `seed` alone decides; PyTorch's own generator is left alone.
 
     Args:
         preset_or_config: A name in `UNET_PRESETS`, or the configuration of a UNet2DModel.
@@ -214,7 +214,7 @@ def check_resolution(config: Config, size: tuple[int, int]) -> None:
 
 
 def count_parameters(unet: nn.Module) -> int:
-    """Number of weights."""
+    """Return the number of weights."""
     return sum(weight.numel() for weight in unet.parameters())
 
 
@@ -233,7 +233,7 @@ def set_dropout_(unet: UNet2DModel, dropout: float) -> UNet2DModel:
 
 
 def last_layers(unet: nn.Module) -> list[nn.Conv2d | nn.Linear]:
-    """The layer that ends each residual branch, each attention, and the network: 22 + 6 + 1 of them for CIFAR-10."""
+    """Return the layer that ends each residual branch, each attention, and the network: 22 + 6 + 1 for CIFAR-10."""
     ends = ("conv2", "to_out.0", "conv_out")
     return [
         module
@@ -244,7 +244,7 @@ def last_layers(unet: nn.Module) -> list[nn.Conv2d | nn.Linear]:
 
 @torch.no_grad()
 def init_ddpm_(unet: nn.Module, generator: torch.Generator | None = None) -> None:
-    """First weights of Ho's code: every convolution and linear layer from U(-a, a), every bias 0.
+    """Set the first weights of Ho's code: every convolution and linear layer from U(-a, a), every bias 0.
 
         a = gain · sqrt(6 / (fan_in + fan_out)),   gain = 1, but 1e-5 where a branch ends (`last_layers`)
 
@@ -268,7 +268,7 @@ def init_ddpm_(unet: nn.Module, generator: torch.Generator | None = None) -> Non
 
 @torch.no_grad()
 def init_iddpm_(unet: nn.Module) -> None:
-    """First weights of the improved-diffusion code: PyTorch's defaults, but exactly 0 where a branch ends.
+    """Set the first weights of the improved-diffusion code: PyTorch's defaults, but exactly 0 where a branch ends.
 
     Source: Nichol & Dhariwal 2021, arXiv:2102.09672, the published code's zero_module.
     """

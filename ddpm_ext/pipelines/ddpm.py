@@ -1,4 +1,4 @@
-"""DDPMExtPipeline: noise -> images with a UNet2DModel, and the paper's views of that road.
+"""DDPMExtPipeline: noise -> images with a UNet2DModel, and the paper's views of the chain.
 
 What it saves is portable: a stock `diffusers.DDPMPipeline` loads and samples it without this package.
 """
@@ -276,7 +276,7 @@ class DDPMExtPipeline(PortablePipeline):
         if type(self) is not DDPMExtPipeline:
             return text
         index = {**json.loads(text), "_class_name": "DDPMPipeline"}
-        index.pop("_name_or_path", None)  # where it was loaded from is nobody's business
+        index.pop("_name_or_path", None)  # a folder of this machine, which no one else has
         if type(self.scheduler) in (DDPMExtScheduler, DDPMExtSolverScheduler):
             index["scheduler"] = ["diffusers", json.loads(self.scheduler.to_json_string())["_class_name"]]
         return json.dumps(index, indent=2, sort_keys=True) + "\n"

@@ -39,7 +39,7 @@ _IN_GRID = 64
 
 
 def make_grid(images: np.ndarray, min_side: int = 48) -> np.ndarray:
-    """Images in rows, as near to a square as can be, a grey line around each; small ones enlarged by whole pixels.
+    """Put images in rows, as near to a square as can be, a grey line around each; small ones enlarged by whole pixels.
 
     Args:
         images: uint8, shape (N, H, W, C).

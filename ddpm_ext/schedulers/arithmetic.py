@@ -24,14 +24,14 @@ def draw_noise(sample: Tensor, generator: Generators) -> Tensor:
 
 
 def mix(x: Tensor, x_weight: Weight, y: Tensor, y_weight: Weight) -> Tensor:
-    """x_weight · x + y_weight · y in two passes; floats for one t, (B, 1, 1, 1) tensors for one t per image."""
+    """Return x_weight · x + y_weight · y in two passes; floats for one t, (B, 1, 1, 1) tensors for one t per image."""
     if isinstance(x_weight, float):
         return torch.mul(x, x_weight).add_(y, alpha=y_weight)
     return torch.addcmul(x * x_weight, y.to(x_weight.dtype), y_weight)  # the weights' dtype is at least float32
 
 
 def add_to_noise(z: Tensor, std: Weight, x: Tensor, x_weight: Weight, y: Tensor, y_weight: Weight) -> Tensor:
-    """std · z + x_weight · x + y_weight · y in the noise's own memory where floats allow it, in y's layout."""
+    """Return std · z + x_weight · x + y_weight · y in the noise's own memory where floats allow it, in y's layout."""
     z = z if z.stride() == y.stride() else torch.empty_like(y).copy_(z)
     noise = z.mul_(std) if isinstance(std, float) else std * z
     if isinstance(x_weight, float):

@@ -89,7 +89,7 @@ class BaseScheduler(SchedulerMixin, ConfigMixin):
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """Options registered after construction take effect at once, or not at all when they are not allowed.
+        """Register options after construction: they take effect at once, or not at all when they are not allowed.
 
         Diffusers' `from_config` and pipelines register in this way. The schedule itself stays what it was built as.
         """
@@ -127,7 +127,7 @@ class BaseScheduler(SchedulerMixin, ConfigMixin):
     # -- the forward process ----------------------------------------------------------------------------------------
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Timesteps) -> Tensor:
-        r"""x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε.
+        r"""Return x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε.
 
         Args:
             original_samples: x_0, shape (B, …).
@@ -144,7 +144,7 @@ class BaseScheduler(SchedulerMixin, ConfigMixin):
         return mix(original_samples, signal, noise, spread).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Timesteps) -> Tensor:
-        r"""v = √ᾱ_t ε - √(1-ᾱ_t) x_0.
+        r"""Return v = √ᾱ_t ε - √(1-ᾱ_t) x_0.
 
         Args:
             sample: x_0, shape (B, …).
@@ -158,7 +158,7 @@ class BaseScheduler(SchedulerMixin, ConfigMixin):
         return mix(noise, signal, sample, -spread).to(sample.dtype)
 
     def scale_model_input(self, sample: Tensor, timestep: Timesteps | None = None) -> Tensor:
-        """The sample itself: DDPM's network takes x_t as it is."""
+        """Return the sample itself: DDPM's network takes x_t as it is."""
         return sample
 
     def __len__(self) -> int:

@@ -166,7 +166,7 @@ class DDPMExtScheduler(BaseScheduler, SchedulerMixin):
         self.custom_timesteps = timesteps is not None
 
     def previous_timestep(self, timestep: Timesteps) -> Tensor:
-        """The step that the reverse chain visits after `timestep`; -1 is the clean image.
+        """Return the step that the reverse chain visits after `timestep`; -1 is the clean image.
 
         Args:
             timestep: int, 0-d or (B,) tensor of steps in the current schedule.
@@ -188,7 +188,7 @@ class DDPMExtScheduler(BaseScheduler, SchedulerMixin):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        r"""One step back: x_s = c1 x̂_0 + c2 x_t + σ z, without noise on the last jump.
+        r"""Take one step back: x_s = c1 x̂_0 + c2 x_t + σ z, without noise on the last jump.
 
         Args:
             model_output: The network's output, shape (B, C, …), or (B, 2C, …) for the learned variances.
@@ -234,7 +234,7 @@ class DDPMExtScheduler(BaseScheduler, SchedulerMixin):
     def p_mean_variance(
         self, model_output: Tensor, timestep: Timesteps, sample: Tensor, *, decoder_variance: DecoderVariance = "base"
     ) -> ReverseStep:
-        """p(x_s | x_t) of the current chain as (mean, var, log_var, pred_original_sample); `reverse.p_mean_variance`.
+        """Return p(x_s | x_t) of the current chain as (mean, var, log_var, x̂_0); see `reverse.p_mean_variance`.
 
         Args:
             model_output: As in `step`.
@@ -265,7 +265,7 @@ class DDPMExtScheduler(BaseScheduler, SchedulerMixin):
         )
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, timestep: Timesteps) -> Gaussian:
-        """q(x_s | x_t, x_0) of the current chain as (mean, var); `process.q_posterior`.
+        """Return q(x_s | x_t, x_0) of the current chain as (mean, var); `process.q_posterior`.
 
         Args:
             x_0: Clean images in [-1, 1], shape (B, C, H, W).

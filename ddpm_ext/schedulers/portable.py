@@ -29,7 +29,7 @@ def stock_words(config: Config) -> dict[str, str]:
     if config["variance_type"] in _PLAIN_VARIANCE:
         words["variance_type"] = _PLAIN_VARIANCE[config["variance_type"]]
     if config["variance_type"] == "learned":
-        # Stock would take the root of the head, which is a logarithm, and paint the NaN black; this word it refuses.
+        # Stock would take the root of the head, which is a logarithm, and draw NaN as black; it refuses this word.
         words["prediction_type"] = f"{config['prediction_type']} with learned log-variance"
     return words
 
