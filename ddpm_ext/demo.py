@@ -403,7 +403,7 @@ def space_files(model: str, repo_id: str, staging: Path) -> dict[str, Path]:
     """Return the files of a Space that shows a model of the Hub: the page, this package, and what it needs.
 
     Raises:
-        ValueError: the model is none of the Hub: a Space reads no folder of this machine.
+        UserError: the model is none of the Hub: a Space reads no folder of this machine.
     """
     if Path(model).exists() or not is_hub_name(model):
         here = "a path on this machine" if Path(model).exists() else "no such name"

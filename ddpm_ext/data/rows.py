@@ -189,9 +189,9 @@ class Reasons:
         first = "; ".join(f"{name}: {why}" for name, why in list(self.names.items())[:3])
         return f"{counted}. The first: {first}"
 
-    def none_readable(self) -> ValueError:
+    def none_readable(self) -> UserError:
         """The error for a set of which nothing can be read."""
-        return ValueError(f"None of the {self.total:,} images can be read: {self}")
+        return UserError(f"None of the {self.total:,} images can be read: {self}")
 
 
 # Decoding -------------------------------------------------------------------------------------------------------------
