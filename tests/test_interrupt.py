@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from networks import tiny_unet
 from terminal import Terminal
 from training import ROOT, TORCHRUN, options, run_here, status
 
+from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
+from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 from ddpm_ext.signals import INTERRUPTED, PREEMPTED
 
 Start = Callable[[Sequence[str]], Terminal]
@@ -95,3 +98,21 @@ def test_through_make_and_a_launcher(launcher: str, in_terminal: Start, tmp_path
     code, shown = terminal.finish()
     assert code != 0 and "the same command continues" in shown, shown
     assert status(tmp_path / "run")["status"] == "preempted"
+
+
+def test_ctrl_c_keeps_whole_images_and_the_same_command_goes_on_from_them(in_terminal: Start, tmp_path: Path) -> None:
+    DDPMExtPipeline(tiny_unet(), DDPMExtScheduler()).save_pretrained(tmp_path / "model")
+    options = "--cpu --num_samples 100000 --num_inference_steps 10 --batch_size 4".split()
+    words = [sys.executable, "scripts/sample.py", "--model", str(tmp_path / "model"), *options]
+    kept: dict[Path, tuple[int, bytes]] = {}
+    for _ in range(2):
+        terminal, more = in_terminal([*words, "--output_dir", str(tmp_path / "out")]), len(kept) + 1
+        terminal.wait_for(lambda count=more: len(list((tmp_path / "out").rglob("*.png"))) >= count)
+        terminal.press_ctrl_c()
+        code, shown = terminal.finish(60)
+        assert code == PREEMPTED and "Traceback" not in shown, shown
+        assert "Stopped. " in shown and shown.rstrip().endswith("; the same command continues."), shown
+        found = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "out").rglob("*.png")}
+        assert kept.items() <= found.items() and len(found) > len(kept)  # none of them is made again
+        kept = found
+    assert not list((tmp_path / "out").rglob("*.tmp"))
