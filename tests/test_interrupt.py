@@ -102,7 +102,7 @@ def test_through_make_and_a_launcher(launcher: str, in_terminal: Start, tmp_path
 
 def test_ctrl_c_keeps_whole_images_and_the_same_command_goes_on_from_them(in_terminal: Start, tmp_path: Path) -> None:
     DDPMExtPipeline(tiny_unet(), DDPMExtScheduler()).save_pretrained(tmp_path / "model")
-    options = "--cpu --num_samples 100000 --num_inference_steps 10 --batch_size 4".split()
+    options = ["--cpu", "--num_samples", "100000", "--num_inference_steps", "10", "--batch_size", "4"]
     words = [sys.executable, "scripts/sample.py", "--model", str(tmp_path / "model"), *options]
     kept: dict[Path, tuple[int, bytes]] = {}
     for _ in range(2):
