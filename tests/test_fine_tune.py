@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from mixture import guided_pipeline
 from PIL import Image
 from training import TINY_UNET, assert_bitwise_equal, run_here, weights
 
 from ddpm_ext.cli.arguments import parse_train_config
 from ddpm_ext.distributed import forget_accelerator
+from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.run_dir import RunError
+from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 from ddpm_ext.signals import PREEMPTED
 from ddpm_ext.training.fine_tune import merged
 from ddpm_ext.training.run import run_training
@@ -89,7 +92,7 @@ def test_a_run_and_its_parts_are_sources(kind: str, half_trained: Path, tmp_path
         ({"variance_type": "fixed_large"}, "variance_type: 'fixed_small' there"),
         ({"variance_type": "learned_range", "loss": "hybrid"}, "added with --init_new_head"),
         ({"unet": "digits"}, "init_from brings its own network"),
-        ({"freeze": ["nothing.*"]}, "fits no weight of the network; its parts are conv_in.*"),
+        ({"freeze": ["nothing.*"]}, "fits no weight that is trained; its parts are conv_in.*"),
         ({"freeze": ["*"]}, "leaves nothing to train"),
         ({"init_from": "runs/nowhere"}, "There is no folder runs/nowhere"),
         ({"lora_rank": 2, "ema": "power_function"}, "not of the adapters"),
@@ -113,6 +116,65 @@ def test_a_learned_variance_is_grown_when_asked_for_and_begins_in_the_middle(sou
     assert here["conv_out.weight"].shape[0] == 2 and not here["conv_out.weight"][1:].any()
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     assert record["init_from"]["new"] == ["conv_out.bias", "conv_out.weight"]
+
+
+def test_what_was_measured_for_the_source_is_left_behind(tmp_path: Path) -> None:
+    scheduler = DDPMExtScheduler(timestep_spacing="trailing")
+    measured = {
+        "mse_eps": [0.5] * 1000,
+        "trajectories": {"2": [0, 999]},
+        "trajectory": "optimal",
+        "guidance_scale": 2.0,
+    }
+    scheduler.register_to_config(_ddpm_ext={**measured, "eta": 0.5})
+    DDPMExtPipeline(UNet2DModel(**TINY_UNET), scheduler).save_pretrained(tmp_path / "source")
+    assert run_here(tmp_path / "run", **FROM, init_from=tmp_path / "source", max_train_steps=1) == 0
+    found: Any = DDPMExtPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert found.scheduler.config["_ddpm_ext"] == {"eta": 0.5}
+    assert found.scheduler.config["timestep_spacing"] == "trailing"
+
+
+def test_weights_that_begin_anew_are_trained_whatever_else_is_not(tmp_path: Path) -> None:
+    there = save(tmp_path / "source")
+    data = {"train_data_dir": pictures(tmp_path / "data", ["a", "b"]), "class_conditional": True}
+    given = {**FROM, "init_from": tmp_path / "source", "init_new_head": True, "max_train_steps": 2, **data}
+    with pytest.raises(ValueError, match=r"would leave class_embedding.weight as drawn"):
+        run_here(tmp_path / "run", **given, freeze=["class_*"])
+    pytest.importorskip("peft", reason="peft is not installed")
+    attention = {
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    }
+    there = save(tmp_path / "source", attention)
+    given |= {"lora_rank": 2, "lr_warmup_steps": 0}
+    assert run_here(tmp_path / "first", **{**given, "max_train_steps": 0}) == 0
+    assert run_here(tmp_path / "second", **given) == 0
+    before, after = exported(tmp_path / "first"), exported(tmp_path / "second")
+    new = json.loads((tmp_path / "second" / "config.json").read_text())["init_from"]["new"]
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert {"class_embedding.weight", "conv_in.weight"} < set(new) <= moved
+    assert all(name in new or ".to_" in name for name in moved) and set(there) <= set(after)
+    with pytest.raises(ValueError, match="fits no weight that is trained"):
+        run_here(tmp_path / "third", **given, freeze=["mid_block.resnets.*"])
+
+
+def test_a_null_row_that_is_kept_and_not_trained_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    guided_pipeline(classes=10).save_pretrained(tmp_path / "source")
+    for dropout in (0.0, 0.1):
+        dropped = {"class_conditional": True, "class_dropout": dropout} if dropout else {}
+        given = {"init_from": tmp_path / "source", "max_train_steps": 1, **dropped}
+        assert run_here(tmp_path / str(dropout), **FROM, **given) == 0
+        said = "what it draws without a class is not trained" in capsys.readouterr().out
+        assert said == (dropout == 0)
+        network = json.loads((tmp_path / str(dropout) / "pipeline" / "unet" / "config.json").read_text())
+        assert network["_ddpm_ext"]["null_label"] == 10
+
+
+def test_a_folder_with_a_variant_alone_says_so(tmp_path: Path) -> None:
+    pipeline = DDPMPipeline(UNet2DModel(**TINY_UNET), DDPMScheduler())  # pyright: ignore[reportArgumentType]
+    pipeline.save_pretrained(tmp_path / "source", variant="fp16")
+    with pytest.raises(ValueError, match=r'weights of the variant fp16 alone: load it with .*variant="fp16"'):
+        run_here(tmp_path / "run", **FROM, init_from=tmp_path / "source")
 
 
 def pictures(folder: Path, classes: list[str]) -> Path:

@@ -57,5 +57,11 @@ def check_parts(folder: Path) -> None:
     weights = [path for path in unet.glob("diffusion_pytorch_model*") if path.suffix in (".safetensors", ".bin")]
     if not weights:
         raise UserError(f"{unet} holds no weights (diffusion_pytorch_model.safetensors): save or download it anew.")
+    if all("." in path.stem for path in weights):
+        variant = weights[0].stem.split(".", 1)[1].split("-")[0]
+        raise UserError(
+            f"{unet} holds weights of the variant {variant} alone: load it with "
+            f'from_pretrained(..., variant="{variant}") and save it without a variant.'
+        )
     for path in weights:
         check_not_pointer(path)

@@ -24,6 +24,7 @@ from ..diffusion.words import (
 from ..errors import UserError, check_word
 
 __all__ = [
+    "OF_WEIGHTS",
     "Extension",
     "GuidanceSetting",
     "SchedulerOptions",
@@ -58,6 +59,13 @@ class GuidanceSetting:
             return "no guidance"
         interval = "" if self.interval is None else " at {:g} <= t <= {:g}".format(*self.interval)
         return f"guidance_scale {self.scale:g}{interval}" + (f", rescaled {self.rescale:g}" if self.rescale else "")
+
+
+# Fields of the extension that were measured or fitted for one network's weights.
+OF_WEIGHTS = (
+    *("mse_eps", "ms_eps", "standard_error", "trajectories", "solver"),
+    *("guidance_scale", "guidance_interval", "guidance_rescale"),
+)
 
 
 def guidance_setting(record: Config, T: int) -> GuidanceSetting:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..pipelines.ddpm import load_pipeline
 from ..pipelines.locate import find_pipeline
 from ..publishing.licenses import base_of_card
 from ..run_dir import JsonRecord, RunError, read_json
+from ..schedulers.config import OF_WEIGHTS
 from ..schedulers.ddpm import DDPMExtScheduler
 from .builders import NetworkOptions, build_scheduler
 from .config import OF_SCHEDULE, TrainConfig
@@ -224,9 +225,15 @@ def _arguments(config: TrainConfig, network: NetworkOptions) -> NetworkOptions:
 
 def _trainable(scheduler: DDPMExtScheduler, config: TrainConfig) -> DDPMExtScheduler:
     """Return the scheduler with the variance that is trained, and nothing that was measured for other weights."""
-    if scheduler.config["variance_type"] == config.variance_type:
+    extra = scheduler.config.get(EXTENSION_KEY) or {}
+    kept = {name: value for name, value in extra.items() if name not in OF_WEIGHTS}
+    if scheduler.config["variance_type"] == config.variance_type and kept == extra:
         return scheduler
-    options = {name: value for name, value in scheduler.config.items() if name != "_ddpm_ext"}
+    if kept.get("trajectory") == "optimal":  # which followed from the errors
+        del kept["trajectory"]
+    if config.variance_type in LEARNED_VARIANCES:  # whose noise η does not choose
+        kept.pop("eta", None)
+    options = {**scheduler.config, EXTENSION_KEY: kept}
     return cast(DDPMExtScheduler, DDPMExtScheduler.from_config(options, variance_type=config.variance_type))
 
 
@@ -302,32 +309,43 @@ def load_weights(network: UNet2DModel, start: Start) -> list[str]:
     return new
 
 
-def freeze(network: nn.Module, patterns: list[str]) -> None:
+def freeze(network: nn.Module, patterns: list[str], new: Collection[str] = ()) -> None:
     """Let the weights whose names fit a pattern stay as they are.
 
     Args:
         network: Changed in place.
         patterns: As in "down_blocks.*" or "*.conv1.weight"; * stands for anything.
+        new: Names of the weights that begin anew.
 
     Raises:
-        UserError: a pattern fits no weight, or nothing is left to train.
+        UserError: a pattern fits no weight that is trained, or one that begins anew, or nothing is left to train.
     """
-    named = dict(network.named_parameters())
+    named = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
     for pattern in patterns:
         fitting = [name for name in named if fnmatch(name, pattern)]
+        if untrained := [name for name in fitting if name in new]:
+            raise UserError(
+                f"--freeze {pattern} would leave {', '.join(untrained)} as drawn: with --init_new_head they begin anew "
+                "and have to be trained."
+            )
         if not fitting:
             some = ", ".join(dict.fromkeys(name.split(".")[0] + ".*" for name in named))
-            raise UserError(f"--freeze {pattern} fits no weight of the network; its parts are {some}.")
+            raise UserError(f"--freeze {pattern} fits no weight that is trained; its parts are {some}.")
         for name in fitting:
             named[name].requires_grad_(False)
     if not any(weight.requires_grad for weight in named.values()):
         raise UserError(f"--freeze {' '.join(patterns)} leaves nothing to train.")
 
 
-def add_lora(network: UNet2DModel, rank: int) -> None:
-    """Put low-rank adapters beside the linear layers of every attention; they alone are trained.
+def add_lora(network: UNet2DModel, rank: int, new: Collection[str] = ()) -> None:
+    """Put low-rank adapters beside the linear layers of every attention; they, and what begins anew, are trained.
 
         W x + B A x,   A of shape (rank, in), B of shape (out, rank), B = 0 at the start
+
+    Args:
+        network: Changed in place.
+        rank: Of B A.
+        new: Names of the weights that begin anew.
 
     Raises:
         UserError: peft is not installed, or the network has no attention.
@@ -342,6 +360,9 @@ def add_lora(network: UNet2DModel, rank: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model  # pyright: ignore[reportMissingImports]
 
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_LORA_TARGETS)), network)
+    for name, weight in network.named_parameters():
+        if name in new:
+            weight.requires_grad_(True)
 
 
 def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -126,8 +126,8 @@ def _build_network(
     if start.weights is not None:
         origin["new"] = load_weights(network, start)
     if config.lora_rank is not None:
-        add_lora(network, config.lora_rank)
-    freeze(network, config.freeze)
+        add_lora(network, config.lora_rank, origin["new"])
+    freeze(network, config.freeze, origin["new"])
     return network, origin
 
 

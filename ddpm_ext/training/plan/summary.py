@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...models.classes import classes_of
+
 if TYPE_CHECKING:
     from ..trainer import Trainer
 
@@ -55,7 +57,14 @@ def _network(trainer: Trainer) -> str:
         trained = sum(weight.numel() for weight in trainer.parameters if weight.requires_grad)
         new = f", begun anew: {', '.join(origin['new'])}" if origin["new"] else ""
         some = "" if trained == count else f" ({trained:,} of them trained)"
-        return f"{text}{some}, {plural(origin['loaded'], 'weight')} from {origin['source']}{new}"
+        classes = classes_of(trainer.network.config)
+        stale = classes is not None and classes.null_label is not None and not config.class_dropout
+        without = (
+            "; what it draws without a class is not trained, --class_conditional --class_dropout 0.1 would"
+            if stale
+            else ""
+        )
+        return f"{text}{some}, {plural(origin['loaded'], 'weight')} from {origin['source']}{new}{without}"
     source = config.model_config_name_or_path
     if source is not None and not source.endswith(".json"):
         return f"{text}, of the options of {source} alone; --init_from {source} would start from its weights"
