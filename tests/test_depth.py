@@ -359,6 +359,42 @@ def test_without_the_library_its_name_is_the_reason(tmp_path: Path, monkeypatch:
         decode_image(stored, form(4, 4, 3))
 
 
+@pytest.mark.parametrize("bands", [2, 4])
+def test_a_stated_range_is_that_of_the_colours_and_not_of_alpha(tmp_path: Path, bands: int) -> None:
+    options = {} if bands == 2 else {"photometric": "rgb"}
+    values = values_of((4, 5, bands), top=4095)
+    values[..., -1] = 65535
+    stored = tiff(values, extrasamples=["unassalpha"], **({"photometric": "minisblack"} | options))
+    seen, twelve = Seen(), {"bits": 12, "value_range": (0, 4095)}
+    levels = decode_image(stored, form(4, 5, bands, **twelve), seen=seen)
+    assert np.array_equal(levels[:-1], values[..., :-1].transpose(2, 0, 1)) and (levels[-1] == 4095).all()
+    assert np.array_equal(decode_image(stored, form(4, 5, bands - 1, **twelve)), levels[:-1])  # on white, all opaque
+    assert seen.largest[16] == values[..., :-1].max()  # so that 12 bits in 16 are told beside opaque alpha, too
+
+
+def test_opaque_alpha_of_eight_bits_stays_opaque_in_a_stated_range() -> None:
+    values = np.dstack([values_of((3, 4, 3), np.uint8), np.full((3, 4), 255, np.uint8)])
+    stored = saved("png", Image.fromarray(values))
+    levels = decode_image(stored, form(3, 4, 3, bits=10, value_range=(0, 1023)))
+    assert np.array_equal(levels, values[..., :3].transpose(2, 0, 1))
+
+
+def test_complex_numbers_are_refused_also_with_a_range() -> None:
+    stored = tiff(np.full((3, 4), 0.5 + 1j, np.complex64))
+    with pytest.raises(Unreadable, match="complex64 values, which are no real numbers"):
+        decode_image(stored, form(3, 4, 1, value_range=(0, 1)))
+
+
+def test_pages_count_as_channels_where_none_are_stated(tmp_path: Path) -> None:
+    (tmp_path / "a.tif").write_bytes(tiff(values_of((3, 6, 5), np.uint8), photometric="minisblack"))
+    assert load_images(train_data_dir=str(tmp_path)).shape == (3, 6, 5)
+
+
+def test_an_axis_that_an_array_has_not_is_named() -> None:
+    with pytest.raises(Unreadable, match="--channel_axis is 0, 1 or 2, got 5"):
+        decode_image(npy(values_of((3, 4, 2))), form(3, 4, 2, channel_axis=5))
+
+
 # Reasons --------------------------------------------------------------------------------------------------------------
 
 

@@ -271,6 +271,10 @@ def test_adapters_alone_are_trained_and_merged_into_the_export(tmp_path: Path) -
     torch.testing.assert_close(here[f"{name}.weight"], there[f"{name}.weight"] + b @ a, rtol=0, atol=1e-6)
     assert torch.linalg.matrix_rank(here[f"{name}.weight"].double() - there[f"{name}.weight"].double(), atol=1e-6) <= 2
     assert run_here(tmp_path / "run", **{**given, "max_train_steps": 4}) == 0  # goes on
+    with pytest.raises(RunError, match="cannot change lora_rank: 2 -> 3, since its checkpoints hold other tensors"):
+        run_here(
+            tmp_path / "run", **{**given, "max_train_steps": 5, "lora_rank": 3, "allow_config_change": ["lora_rank"]}
+        )
     assert run_here(tmp_path / "next", **FROM, init_from=tmp_path / "run", max_train_steps=0) == 0
 
 

@@ -115,8 +115,21 @@ def test_images_beside_class_folders_are_seen_and_make_no_classes(tmp_path: Path
     assert load_images(train_data_dir=folder).num_classes == 2
     found = load_images(train_data_dir=write(tmp_path, {"cover.png": image(9)}))
     assert len(found) == 5
-    with pytest.raises(ValueError, match="have no classes"):
+    with pytest.raises(ValueError, match=r"have no classes.*lie equally deep, and .*cover\.png and .*0\.png do not"):
         found.require_classes()
+
+
+def test_folders_and_archives_that_are_no_classes_say_why(tmp_path: Path) -> None:
+    kinds = ("cat", "dog")
+    folder = write(tmp_path / "inner", {f"{kind}/images/{i}.png": image(i) for kind in kinds for i in range(2)})
+    with pytest.raises(ValueError, match="Each lies in a folder called 'images'"):
+        load_images(train_data_dir=folder).require_classes()
+    (tmp_path / "packed").mkdir()
+    for kind in kinds:
+        with zipfile.ZipFile(tmp_path / "packed" / f"{kind}.zip", "w") as archive:
+            archive.writestr("0.png", image(1))
+    with pytest.raises(ValueError, match="They lie in 2 archives, which are no classes"):
+        load_images(train_data_dir=str(tmp_path / "packed")).require_classes()
 
 
 @pytest.mark.parametrize("files", [{}, {"a.txt": b"x"}, {".DS_Store": b"x"}, {"a/b/README.md": b"x"}, {"a.zip": b"x"}])
@@ -156,14 +169,15 @@ def archive(path: Path, files: dict[str, bytes]) -> None:
             for name, content in files.items():
                 file.writestr(name, content)
         return
-    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as file:
+    packed = next((kind for kind in ("gz", "bz2", "xz") if path.name.endswith(kind)), "")
+    with tarfile.open(path, f"w:{packed}") as file:
         for name, content in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             file.addfile(entry, io.BytesIO(content))
 
 
-@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "tgz"])
+@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "tgz", "tbz2", "txz"])
 def test_an_archive_is_read_as_if_unpacked(kind: str, tmp_path: Path) -> None:
     files = {f"{name}/{i}.png": image(i + 10 * k) for k, name in enumerate(("cat", "dog")) for i in range(3)}
     write(tmp_path / "plain", files)
@@ -186,7 +200,7 @@ def test_archives_in_archives_and_broken_ones_are_named(tmp_path: Path, capsys: 
     inner = tmp_path / "inner.zip"
     archive(inner, {"a.png": image(1)})
     archive(tmp_path / "set" / "outer.zip", {"b.png": image(2), "inner.zip": inner.read_bytes()})
-    write(tmp_path / "set", {"cut.zip": inner.read_bytes()[:30]})
+    write(tmp_path / "set", {"cut.zip": inner.read_bytes()[:30], "none.tar.xz": b"none", "none.tbz2": b"none"})
     assert greys(str(tmp_path / "set")) == [2]
     said = capsys.readouterr().err
     assert "archive in an archive: unpack the outer one (inner.zip)" in said and "broken archive" in said

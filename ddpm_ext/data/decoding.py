@@ -117,8 +117,8 @@ def probe(encoded: Encoded, array_key: str | None = None, channel_axis: int = -1
         if is_array(file):
             return array_samples(file, channel_axis, array_key).values.shape[:3]
         image = _pillow(file)
-        if image is None:
-            return deep_samples(file, None).values.shape[:3]
+        if image is None or (image.format == "TIFF" and getattr(image, "n_frames", 1) > 1):  # pages are bands
+            return deep_samples(file, image).values.shape[:3]
         with image:
             width, height = image.size
             turned = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)  # Pillow turns a TIFF's itself
@@ -209,9 +209,13 @@ def _decode_8_bits(image: Image.Image, form: ImageFormat, place: float, seen: Se
 def _levels(samples: Samples, form: ImageFormat, seen: Seen) -> np.ndarray:
     """Samples as levels, not rounded yet, float64, shape (H, W, S).
 
-    level = (v - lo) / (hi - lo) · (2^bits - 1)
+    level = (v - lo) / (hi - lo) · (2^bits - 1); a stated range is that of the colours, alpha of integers keeps its own.
     """
     values = samples.values
+    if samples.mode in ("LA", "RGBA") and samples.bits is not None:
+        colours = _levels(samples._replace(values=values[..., :-1], mode=None), form, seen)
+        alpha = values[..., -1:].astype(np.float64) * (form.top / (2**samples.bits - 1))
+        return np.concatenate([colours, alpha], axis=2)
     if values.dtype.kind in "fc" and not np.isfinite(values).all():
         raise Unreadable("values that are not finite", "it holds NaN or infinite values.")
     smallest, largest = values.min(), values.max()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import tarfile
 import threading
@@ -20,8 +21,12 @@ import numpy as np
 
 __all__ = ["Unreadable", "archive_kind", "archive_members", "load_array", "paths_of_set", "read_bytes"]
 
-_ARCHIVES = {".zip": "zip", ".tar": "tar", ".tgz": "tar", ".tar.gz": "tar", ".tar.bz2": "tar", ".tar.xz": "tar"}
-_BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError, KeyError)
+_TARS = (".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz")
+_ARCHIVES = {".zip": "zip"} | dict.fromkeys(_TARS, "tar")
+_BROKEN = (
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError),
+    *(EOFError, NotImplementedError, RuntimeError, KeyError),
+)
 
 
 class Unreadable(ValueError):
@@ -83,7 +88,8 @@ def read_bytes(path: str) -> bytes:
 
 @lru_cache(maxsize=64)
 def _archive_of(kind: str, archive: str, version: float) -> tuple[Any, threading.Lock]:
-    packed = {"gz": "gzip", "bz2": "bz2", "xz": "xz"}.get(archive.lower().rpartition(".")[2].replace("tgz", "gz"))
+    ending = archive.lower().rpartition(".")[2]
+    packed = {"gz": "gzip", "tgz": "gzip", "bz2": "bz2", "tbz2": "bz2", "xz": "xz", "txz": "xz"}.get(ending)
     options = {"compression": packed} if kind == "tar" else {}
     return fsspec.filesystem(kind, fo=archive, skip_instance_cache=True, **options), threading.Lock()
 

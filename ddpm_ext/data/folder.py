@@ -261,16 +261,36 @@ def _kind(entry: Entry) -> str:
 
 
 def classes_in_names(paths: Sequence[str]) -> str:
-    """Return what to do about classes that stand in file names, as cat_01.png; nothing where none do."""
+    """Return what to do about classes that stand in file names, as cat_01.png, or in folders that are none as they lie.
+
+    Nothing where neither does.
+    """
     words = [re.match(r"([A-Za-z]+)[ ._-]?\d+\.", path.rpartition("/")[2]) for path in paths]
     found = sorted({word[1] for word in words if word})
     if not 2 <= len(found) <= len(paths) / 2 or not all(words):
-        return ""
+        return _folders_that_are_no_classes(paths)
     some = ", ".join(found[:5]) + (", …" if len(found) > 5 else "")
     return (
         f" Their file names begin with {some}: sort them into folders of these names, or write a metadata.csv with the "
         "columns file_name and label, and give --label_column label."
     )
+
+
+def _folders_that_are_no_classes(paths: Sequence[str]) -> str:
+    """Return why several folders or archives of images are no classes; nothing where there is one."""
+    inner = [PurePosixPath(path.partition("::")[0]) for path in paths]
+    archives = sorted({path.partition("::")[2] for path in paths})
+    depths = {len(path.parts): str(path) for path in reversed(inner)}
+    if len(archives) > 1:
+        return f" They lie in {len(archives)} archives, which are no classes: unpack each to a folder of its own."
+    if len(depths) > 1:
+        least, most = depths[min(depths)], depths[max(depths)]
+        return f" Sub-folders are classes where all images lie equally deep, and {least} and {most} do not."
+    if len({path.parent for path in inner}) > 1:
+        return (
+            f" Each lies in a folder called {inner[0].parent.name!r}: classes are the folders right above the images."
+        )
+    return ""
 
 
 def _told(left_out: dict[str, list[str]]) -> str:

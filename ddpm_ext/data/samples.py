@@ -82,6 +82,11 @@ def array_samples(source: Any, channel_axis: int = -1, key: str | None = None) -
         )
     if values.dtype.kind not in "buif":
         raise Unreadable(f"arrays of {values.dtype}", f"it is an array of {values.dtype}, which are no real numbers.")
+    if values.ndim == 3 and not -3 <= channel_axis < 3:
+        raise Unreadable(
+            "arrays without that --channel_axis",
+            f"it is an array of shape {values.shape}, and --channel_axis is 0, 1 or 2, got {channel_axis}.",
+        )
     values = values[..., None] if values.ndim == 2 else np.moveaxis(values, channel_axis, -1)
     if values.dtype.kind == "b":
         return Samples(values.astype(np.uint8), "L" if values.shape[2] == 1 else None, 1)
@@ -228,6 +233,8 @@ def _page_values(page: Any) -> np.ndarray:
             f"it stores {colours}, in several pages or more than 8 bits: store it as grey, RGB or bands.",
         )
     values = page.asarray()
+    if values.dtype.kind not in "buif":
+        raise Unreadable(f"TIFF of {values.dtype}", f"it holds {values.dtype} values, which are no real numbers.")
     if page.axes == "YX":
         return values[..., None]
     if page.axes in ("YXS", "SYX"):

@@ -36,6 +36,7 @@ _DATA_OPTIONS = (
     *("dataset_name", "dataset_config_name", "train_data_dir", "train_split", "image_column", "label_column"),
     *("resolution", "center_crop", "bits", "preserve_input_precision", "value_range", "channel_axis", "array_key"),
 )
+_TENSOR_OPTIONS = ("lora_rank",)  # they decide which tensors a checkpoint holds
 _BATCH_OPTIONS = ("train_batch_size", "gradient_accumulation_steps", "global_batch_size")
 
 
@@ -224,6 +225,13 @@ def compare(trainer: Trainer, old: JsonRecord) -> None:
     if trainer.intervals.length != old["updates"] and config.lr_scheduler not in ("constant", "constant_with_warmup"):
         name = "max_train_steps" if config.max_train_steps is not None else "num_epochs"
         changes[name] = (was[name] or old["updates"], getattr(config, name))
+    if other := [
+        f"{name}: {changes[name][0]!r} -> {changes[name][1]!r}" for name in _TENSOR_OPTIONS if name in changes
+    ]:
+        raise RunError(
+            f"A run that goes on cannot change {', '.join(other)}, since its checkpoints hold other tensors. Give the "
+            "old value, or --init_from this run with another --output_dir."
+        )
     refused = sorted(name for name in changes if name not in config.allow_config_change)
     if refused:
         lines = [f"  {name}: {changes[name][0]!r} -> {changes[name][1]!r}" for name in refused]
