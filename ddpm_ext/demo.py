@@ -29,6 +29,7 @@ from .models.values import values_of
 from .pipelines.ddpm import DDPMExtPipeline, load_pipeline
 from .pipelines.locate import is_hub_name
 from .pipelines.sampling import shown_bands
+from .run_dir import JsonRecord
 from .schedulers.solver import fitted_solvers
 
 __all__ = ["SHOWN_STEPS", "SIDE", "Buttons", "Studio", "fitted", "in_a_row", "make_page", "space_files"]
@@ -157,7 +158,7 @@ class Studio:
         fits = fitted_solvers(self.pipeline.scheduler.config)
         return [*(f"solver {calls}" for calls in (() if fits is None else fits.solvers)), "ddpm", "ddim"]
 
-    def ranges(self, steps: int, timestep: int, label: int | None = None) -> tuple[dict[str, Any], ...]:
+    def ranges(self, steps: int, timestep: int, label: int | None = None) -> tuple[JsonRecord, ...]:
         """Return what fits the model in the page's fields, whose values stay where they fit.
 
         Args:

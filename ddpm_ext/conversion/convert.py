@@ -12,12 +12,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
+from ..diffusion.words import Arguments
 from ..hub.pipeline_files import PICKLES
 from ..pipelines.ddpm import DDPMExtPipeline, load_pipeline
 from ..pipelines.locate import is_hub_name
@@ -217,14 +218,14 @@ def _head_channels(shape: Shape, options: ConvertOptions) -> int | None:
     return widths[0] // heads
 
 
-def _unet_arguments(shape: Shape, layout: Layout, settings: _Settings) -> dict[str, Any]:
+def _unet_arguments(shape: Shape, layout: Layout, settings: _Settings) -> Arguments:
     """Return the arguments of the UNet2DModel that computes the same."""
     levels = range(len(shape.widths))
     down, up = (
         ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if shape.is_residual else ("DownBlock2D", "UpBlock2D")
     )
     is_ho = layout.name == "ddim"  # TensorFlow's padding on the right alone, its eps, and half - 1 in the embedding
-    arguments: dict[str, Any] = {
+    arguments: Arguments = {
         "sample_size": settings.resolution,
         "in_channels": shape.in_channels,
         "out_channels": shape.out_channels,
@@ -251,7 +252,7 @@ def _unet_arguments(shape: Shape, layout: Layout, settings: _Settings) -> dict[s
 def _scheduler(layout: Layout, settings: _Settings, options: ConvertOptions) -> DDPMExtScheduler:
     """Return the process with which the code samples."""
     T = settings.T
-    arguments: dict[str, Any] = {
+    arguments: Arguments = {
         "num_train_timesteps": T,
         "beta_schedule": _SCHEDULES[str(options.noise_schedule)],
         "prediction_type": settings.prediction_type,

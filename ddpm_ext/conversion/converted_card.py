@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -16,7 +15,7 @@ from ..hub.files import RENDERED
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..publishing.licenses import License, license_of
 from ..publishing.model_card import STOCK_CANNOT
-from ..run_dir import write_atomically
+from ..run_dir import JsonRecord, write_atomically
 from .config import ConvertOptions
 
 __all__ = ["fingerprint", "write_converted_card"]
@@ -114,7 +113,7 @@ def write_converted_card(folder: Path, pipeline: DDPMExtPipeline, options: Conve
     words = {pipeline.scheduler.config["prediction_type"], pipeline.scheduler.config["variance_type"]}
     own = seen["labelled"] or not words.isdisjoint(STOCK_CANNOT)  # else Diffusers alone can sample it
     license = License(options.license) if options.license else (None if is_file else _upstream_license(options))
-    of_license: dict[str, Any] = {} if license is None else license.entries()
+    of_license: JsonRecord = {} if license is None else license.entries()
     data = ModelCardData(
         **of_license,
         base_model=name if is_on_hub else None,

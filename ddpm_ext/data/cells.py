@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 import numpy as np
@@ -16,6 +16,7 @@ from .files import read_bytes
 
 __all__ = [
     "Cell",
+    "Row",
     "Rows",
     "Source",
     "array_cell",
@@ -25,8 +26,9 @@ __all__ = [
     "undecoded",
 ]
 
+Row: TypeAlias = dict[str, Any]  # of a table, by column
 # One cell of an image column as `datasets` gives it undecoded, an array; None where it is empty.
-Cell = dict[str, Any] | np.ndarray | None
+Cell = Row | np.ndarray | None
 
 
 class Source(NamedTuple):
@@ -55,7 +57,7 @@ def undecoded(table: Any, column: str, label_column: str | None = None) -> Any:
         raise UserError(f"image_column {column!r} does not hold images: {table.features[column]}.") from error
 
 
-def _array_type(feature: Any) -> str | None:
+def _array_type(feature: object) -> str | None:
     """The type of the numbers of a column of arrays or of lists of lists; None for another column."""
     while isinstance(feature, (datasets.List, datasets.LargeList, list)):
         feature = feature[0] if isinstance(feature, list) else feature.feature
@@ -64,7 +66,7 @@ def _array_type(feature: Any) -> str | None:
     return feature.dtype if isinstance(feature, (datasets.Array2D, datasets.Array3D)) else None
 
 
-def array_cell(value: Any, feature: Any) -> Cell:
+def array_cell(value: Any, feature: object) -> Cell:
     """Return a cell as it is decoded: lists as the array they are, in the type of their column."""
     kind = _array_type(feature)
     if kind is None or value is None:

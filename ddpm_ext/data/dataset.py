@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Features
 from datasets.config import HF_DATASETS_CACHE
 from torch import Tensor
 
 from ..errors import UserError
+from ..run_dir import JsonRecord
 from .cells import Rows
 from .folder import classes_in_names
 from .order import Batch, as_tensor, positions_to_indices
@@ -115,11 +117,11 @@ class ImageSet:
         """The images at these global positions of a training with this seed; see `positions_to_indices`."""
         return self.batch(positions_to_indices(positions, len(self), seed))
 
-    def state_dict(self, position: int) -> dict[str, Any]:
+    def state_dict(self, position: int) -> JsonRecord:
         """What must be stored to go on at a global position: nothing, the order is a formula."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: JsonRecord) -> None:
         """Go on where `state_dict` was called: there is nothing to restore."""
 
 
@@ -243,7 +245,9 @@ def open_images(spec: DataSpec, reading: Reading | None = None) -> ImageSet:
     )
 
 
-def _training_names(spec: DataSpec, features: Any, column: str | None, cache_dir: str | None) -> tuple[str, ...] | None:
+def _training_names(
+    spec: DataSpec, features: Features, column: str | None, cache_dir: str | None
+) -> tuple[str, ...] | None:
     """The classes of the split "train" for another split whose labels are words, which would be numbered anew."""
     kind = None if column is None else features[column]
     if spec.split.startswith("train") or getattr(kind, "dtype", None) not in ("string", "large_string"):

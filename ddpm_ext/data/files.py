@@ -14,7 +14,7 @@ import zlib
 from functools import lru_cache
 from io import BytesIO
 from pathlib import PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import numpy as np
@@ -168,7 +168,7 @@ def _array_of_set(file: str, key: str | None, version: int) -> np.ndarray:
         return load_array(opened, key)
 
 
-def load_array(file: Any, key: str | None) -> np.ndarray:
+def load_array(file: IO[bytes], key: str | None) -> np.ndarray:
     """Return the array of an open .npy or .npz file.
 
     Args:

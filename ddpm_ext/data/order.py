@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from torch import Tensor
 from ..errors import UserError
 
 __all__ = ["Batch", "as_tensor", "epoch_order", "positions_to_indices", "prefetch", "random_flip"]
+
+Request = TypeVar("Request")
 
 
 class Batch(NamedTuple):
@@ -84,7 +86,7 @@ def random_flip(pixels: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.to(pixels.device)[:, None, None, None], pixels.flip(-1), pixels)
 
 
-def prefetch(ask: Callable[[Any], Batch], requests: Iterator[Any], ahead: int = 2) -> Iterator[Batch]:
+def prefetch(ask: Callable[[Request], Batch], requests: Iterator[Request], ahead: int = 2) -> Iterator[Batch]:
     """`map(ask, requests)` with up to `ahead` batches read by a thread while the caller computes, in the same order.
 
     Args:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import re
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -52,7 +53,7 @@ class Samples(NamedTuple):
         return self._replace(values=np.stack([np.asarray(band.transpose(turn)) for band in bands], axis=2))
 
 
-def is_array(file: Any) -> bool:
+def is_array(file: IO[bytes]) -> bool:
     """Whether an open file is a .npy or .npz."""
     magic = file.read(6)
     file.seek(0)
@@ -62,7 +63,7 @@ def is_array(file: Any) -> bool:
 # Samples --------------------------------------------------------------------------------------------------------------
 
 
-def array_samples(source: Any, channel_axis: int = -1, key: str | None = None) -> Samples:
+def array_samples(source: np.ndarray | IO[bytes], channel_axis: int = -1, key: str | None = None) -> Samples:
     """Return the samples of an array, or of an open .npy or .npz file.
 
     Args:
@@ -98,7 +99,7 @@ def _bits_of_type(dtype: np.dtype) -> int | None:
     return {"uint8": 8, "uint16": 16}.get(dtype.name)
 
 
-def deep_samples(file: Any, image: Any) -> Samples:
+def deep_samples(file: IO[bytes], image: Image.Image | None) -> Samples:
     """Return all samples of an image file, each in its own depth.
 
     Args:
@@ -144,7 +145,7 @@ def _pillow_keeps(image: Any, depth: Stored) -> bool:
     return depth.bits <= 8 and not signed
 
 
-def _library(name: str, what: str) -> Any:
+def _library(name: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -154,7 +155,7 @@ def _library(name: str, what: str) -> Any:
         ) from error
 
 
-def _code_samples(file: Any, image: Any, bits: int) -> Samples:
+def _code_samples(file: IO[bytes], image: Image.Image, bits: int) -> Samples:
     """Colour of more than 8 bits, which Pillow cuts."""
     file.seek(0)
     data = file.read()
@@ -182,7 +183,7 @@ def _code_samples(file: Any, image: Any, bits: int) -> Samples:
     )
 
 
-def _tiff_samples(file: Any) -> Samples:
+def _tiff_samples(file: IO[bytes]) -> Samples:
     """Every band and page of a TIFF; pages become bands."""
     tifffile = _library("tifffile", "TIFF files of several bands, pages or more than 8 bits")
     file.seek(0)

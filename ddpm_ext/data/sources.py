@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 DIGITS_DIR = Path(__file__).parent / "digits"
+_load_dataset: Callable[..., Any] = datasets.load_dataset  # its overloads know no variable `streaming`
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -92,13 +93,13 @@ def _open_digits(split: str, streaming: bool) -> Source:
 
 def _open_listing(listing: Listing, split: str, streaming: bool) -> Source:
     """A folder of images as a table of their paths."""
-    columns: dict[str, Any] = {"image": [{"bytes": None, "path": path} for path in listing.paths]}
-    features: dict[str, Any] = {"image": datasets.Image(decode=False)}
+    columns: dict[str, list[object]] = {"image": [{"bytes": None, "path": path} for path in listing.paths]}
+    features: dict[str, datasets.Image | datasets.ClassLabel] = {"image": datasets.Image(decode=False)}
     if listing.classes is not None and listing.class_names is not None:
         number = {name: i for i, name in enumerate(listing.class_names)}
         columns["label"] = [number[name] for name in listing.classes]
         features["label"] = datasets.ClassLabel(names=listing.class_names)
-    table: Any = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     return Source(table.to_iterable_dataset() if streaming else table, listing.note, listing.paths)
 
 
@@ -114,13 +115,12 @@ def _open_folder(folder: Path, config: str | None, split: str, cache_dir: str | 
     """A local folder, by what lies in it; files that are no data change nothing."""
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return Source(_open_saved(folder, split, streaming))
-    load: Callable[..., Any] = datasets.load_dataset  # its overloads know no variable `streaming`
     # In a cache beside the folder, `datasets` would write into the folder itself and read that as data the next time.
     cache = None if cache_dir is None else str(Path(cache_dir) / "opened_folders")
     options = {"split": split, "cache_dir": cache, "streaming": streaming}
     entries = local_entries(folder)
     if config is not None or _card_names_files(folder / "README.md"):
-        return Source(load(str(folder), config, **options))
+        return Source(_load_dataset(str(folder), config, **options))
     tables = [entry for entry in entries if entry.name.endswith(".parquet") and not entry.name.startswith(".")]
     images, rows = image_count(entries), _rows_of_images([entry.path for entry in tables])
     if rows and rows == images:
@@ -130,15 +130,15 @@ def _open_folder(folder: Path, config: str | None, split: str, cache_dir: str | 
     if rows > images or (tables and not images):
         other = len(entries) - len(tables)
         note = f"{folder}: {len(tables)} parquet files are read; left out: {other} other files." if other else None
-        return Source(load("parquet", data_files=_parquet_splits(tables), **options), note)
+        return Source(_load_dataset("parquet", data_files=_parquet_splits(tables), **options), note)
     metadata = [entry for entry in entries if _is_metadata(entry)]
     if metadata:  # a table that names the images and says something of each
         base = _metadata_folder(folder, split, metadata)
-        return Source(load("imagefolder", data_files={split: [str(base / "**")]}, **options))
+        return Source(_load_dataset("imagefolder", data_files={split: [str(base / "**")]}, **options))
     return _open_listing(list_images(entries, split, str(folder)), split, streaming)
 
 
-def _open_saved(folder: Path, split: str, streaming: bool) -> Any:
+def _open_saved(folder: Path, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
     """What `save_to_disk` wrote."""
     saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.DatasetDict):
@@ -212,10 +212,9 @@ def _metadata_folder(folder: Path, split: str, metadata: Sequence[Entry]) -> Pat
 
 def _open_hub(name: str, config: str | None, split: str, cache_dir: str | None, streaming: bool) -> Source:
     """A set on the Hub: one of image files as a folder of them, others by `datasets`."""
-    load: Callable[..., Any] = datasets.load_dataset
     repository = None if config is not None else _image_repository(name, cache_dir)
     if repository is None:
-        return Source(load(name, config, split=split, cache_dir=cache_dir, streaming=streaming))
+        return Source(_load_dataset(name, config, split=split, cache_dir=cache_dir, streaming=streaming))
     revision, names = repository
     if streaming:
         entries = [Entry(file, f"hf://datasets/{name}@{revision}/{file}") for file in names]
@@ -223,8 +222,10 @@ def _open_hub(name: str, config: str | None, split: str, cache_dir: str | None, 
         packed = any(archive_kind(file) is not None for file in names)
         part = "" if packed else split_prefix(names, split)
         wanted = [f"{part}*"] if part else None  # not the images of other splits
-        options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": wanted}
-        folder = Path(snapshot_download(name, repo_type="dataset", **options))
+        where = snapshot_download(
+            name, repo_type="dataset", revision=revision, cache_dir=cache_dir, allow_patterns=wanted
+        )
+        folder = Path(where)
         entries = [Entry(file, str(folder / file)) for file in names]
     return _open_listing(list_images(entries, split, name), split, streaming)
 
@@ -251,7 +252,7 @@ def _image_repository(name: str, cache_dir: str | None) -> tuple[str, list[str]]
 # Columns --------------------------------------------------------------------------------------------------------------
 
 
-def _may_be_images(name: str, feature: Any) -> bool:
+def _may_be_images(name: str, feature: object) -> bool:
     """Whether a column holds images or, under a name that says so, arrays or encoded files."""
     if isinstance(feature, (datasets.Image, datasets.Array2D, datasets.Array3D)):
         return True
@@ -305,7 +306,7 @@ def read_labels(table: datasets.Dataset, column: str | None, known: Sequence[str
 
 
 def number_labels(
-    values: Sequence[Any], names: Sequence[str] | None, column: str, known: Sequence[str] | None = None
+    values: Sequence[object], names: Sequence[str] | None, column: str, known: Sequence[str] | None = None
 ) -> Labels:
     """Number labels as training did; see `read_labels`. Where there is none (None, NaN, below 0) it is -1.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..run_dir import JsonRecord
 
 if TYPE_CHECKING:
     from .dataset import ImageSet
@@ -95,12 +96,12 @@ class DataSpec:
 
     # -- to and from files --------------------------------------------------------------------------------------------
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonRecord:
         """Return the record as plain JSON values."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> DataSpec:
+    def from_dict(cls, record: JsonRecord) -> DataSpec:
         """Build a spec from what `to_dict` returned.
 
         Raises:
@@ -112,7 +113,7 @@ class DataSpec:
                 f"The record of the data has {', '.join(unknown)}, which this version of ddpm_ext does not know. "
                 "Read it with the version that wrote it, or a later one."
             )
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+        values: JsonRecord = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
         return cls(**values)
 
     @classmethod
@@ -140,7 +141,7 @@ class DataSpec:
         return None
 
     @classmethod
-    def _from_options(cls, record: dict[str, Any]) -> DataSpec:
+    def _from_options(cls, record: JsonRecord) -> DataSpec:
         """A spec from the options of a run and its network: all that config.json held before it had "data"."""
         options, network = record["config"], record["network"]
         size = network["sample_size"]
@@ -207,7 +208,7 @@ class DataSpec:
         return found
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A value in a sentence."""
     if isinstance(value, tuple):
         return " x ".join(map(str, value)) if len(value) == 2 else ", ".join(map(str, value))

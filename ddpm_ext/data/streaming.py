@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .cells import Cell, array_cell, file_bytes, undecoded
+from ..run_dir import JsonRecord
+from .cells import Cell, Row, array_cell, file_bytes, undecoded
 from .order import Batch, as_tensor
 from .rows import Decoder, Reading, image_format, say_once, tell_of
 from .sources import find_image_column, find_label_column, number_labels, open_source
@@ -51,7 +52,7 @@ class Place(NamedTuple):
     epoch: int
     block: int  # number of the block in its epoch
     shard: int  # place in the epoch's order of shards
-    rows: dict[str, Any] | None  # state of `datasets` inside that shard; None at its beginning
+    rows: JsonRecord | None  # state of `datasets` inside that shard; None at its beginning
     row: int = 0  # how many rows of the shard lie before
 
 
@@ -150,7 +151,7 @@ class ImageStream:
                 "asked for."
             )
 
-    def state_dict(self, position: int) -> dict[str, Any]:
+    def state_dict(self, position: int) -> JsonRecord:
         """What must be stored to go on at a global position, on any number of processes; plain JSON."""
         with self._lock:
             behind = [place for place in self._places if place.position <= position]
@@ -158,7 +159,7 @@ class ImageStream:
                 raise UserError(f"position {position} lies before what is remembered, {self._places[0].position}.")
             return {"seed": self._seed, "block_rows": self._block_rows, **behind[-1]._asdict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: JsonRecord) -> None:
         """Go on from what `state_dict` returned."""
         state = copy.deepcopy(state)
         seed, block_rows = state.pop("seed"), state.pop("block_rows")
@@ -200,7 +201,7 @@ class ImageStream:
         num_shards = self._rows.num_shards
         while True:
             order = _generator(seed, place.epoch).permutation(num_shards)
-            rows: list[dict[str, Any]] = []
+            rows: list[Row] = []
             names: list[str] = []
             for number in range(place.shard, num_shards):
                 at = place if number == place.shard else None
@@ -220,7 +221,7 @@ class ImageStream:
                 raise UserError("The stream has no rows.")
             place = Place(place.position + len(rows), place.epoch + 1, 0, 0, None)
 
-    def _permuted(self, start: Place, rows: list[dict[str, Any]], names: list[str], seed: int) -> Block:
+    def _permuted(self, start: Place, rows: list[Row], names: list[str], seed: int) -> Block:
         """One block in its permuted order."""
         order = _generator(seed, start.epoch, 1 + start.block).permutation(len(rows))
         images, labels = self._rows.read([rows[number] for number in order])
@@ -261,7 +262,7 @@ class _StreamRows:
         """Return the cells of the first rows."""
         return self.read(list(islice(iter(self._table), count)))[0]
 
-    def read(self, rows: list[dict[str, Any]]) -> tuple[list[Cell], np.ndarray | None]:
+    def read(self, rows: list[Row]) -> tuple[list[Cell], np.ndarray | None]:
         """Return images and labels of rows."""
         images = [array_cell(row[self.column], self._feature) for row in rows]
         if self.label_column is None:
@@ -279,7 +280,7 @@ class _StreamRows:
         shard.load_state_dict(place.rows)
         return shard, place.row
 
-    def state(self, shard: Any) -> dict[str, Any] | None:
+    def state(self, shard: datasets.IterableDataset) -> JsonRecord | None:
         """Return what `datasets` needs to go on in a shard."""
         return None if self._in_files else shard.state_dict()
 
@@ -301,7 +302,7 @@ def _shard_files(table: Any) -> list[list[str]]:
     return shards
 
 
-def _file_names(source: Any) -> Iterator[str]:
+def _file_names(source: object) -> Iterator[str]:
     """The file names in what `datasets` calls a source: names, tuples and lists of them, opened sets."""
     if isinstance(source, str):
         yield source

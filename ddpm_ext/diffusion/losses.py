@@ -6,7 +6,7 @@ Losses come back with shape (B,); reducing them is the caller's, who knows what 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .loss_options import check_loss_options
 from .process import check_range, check_same_shape, check_steps, compute_dtype, jump, per_image, training_target
 from .reverse import decoder_log_var, p_mean_variance, split_output, variance_bounds
 from .tables import Tables
-from .words import Loss, PredictionType, VarianceType
+from .words import Arguments, Loss, PredictionType, VarianceType
 
 __all__ = [
     "REMEMBERED",
@@ -86,7 +86,7 @@ def training_loss(
     """
     check_loss_options(loss, variance_type, snr_gamma)
     check_steps(t, x_t, tables)
-    judged: dict[str, Any] = {"prediction_type": prediction_type, "variance_type": variance_type, "bits": bits}
+    judged: Arguments = {"prediction_type": prediction_type, "variance_type": variance_type, "bits": bits}
     if loss == "vlb":
         bound = bound_term(output, x_0, x_t, t, tables, **judged)
         return bound * (tables.num_timesteps / math.log(2))

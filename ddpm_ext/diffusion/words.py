@@ -13,6 +13,7 @@ __all__ = [
     "INDEX",
     "LEARNED_VARIANCES",
     "SPACINGS",
+    "Arguments",
     "BetaSchedule",
     "Cdf",
     "Config",
@@ -44,6 +45,7 @@ ReferenceKind = Literal["clipped", "clipped_raw", "unclipped"]  # what a solver 
 TrajectoryCost = Literal["analytic", "fixed_small", "fixed_large"]
 
 Config = Mapping[str, Any]  # options of a scheduler, a network or a pipeline of Diffusers by name
+Arguments = dict[str, Any]  # the same, while they are being put together
 INDEX = "model_index.json"  # in the folder of a saved pipeline: names its parts
 # The one key of ours in the configs of Diffusers: stock classes neither warn about nor drop a leading "_".
 EXTENSION_KEY = "_ddpm_ext"

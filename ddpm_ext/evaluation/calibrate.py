@@ -23,7 +23,7 @@ from ..hub import upload
 from ..pipelines.config import guidance_conditions
 from ..pipelines.ddpm import load_pipeline
 from ..pipelines.guidance import make_guidance
-from ..run_dir import write_atomically, write_json
+from ..run_dir import JsonRecord, write_atomically, write_json
 from ..schedulers.ddpm import DDPMExtScheduler
 from ..schedulers.solver import DDPMExtSolverScheduler, fitted_record
 from ..signals import interruptible
@@ -60,7 +60,7 @@ class Calibration(NamedTuple):
     standard_error: list[float]  # of mse_eps
     standard_error_ms_eps: list[float]  # for the record only
     trajectories: dict[str, list[int]]  # K -> ascending code indices
-    guidance: dict[str, Any]  # under which all of this was measured; {} for none
+    guidance: JsonRecord  # under which all of this was measured; {} for none
 
     def scheduler(self, loaded: Scheduler, variance_type: str, trajectory: str, eta: float = 1.0) -> DDPMExtScheduler:
         """Return a model's scheduler, calibrated, sampling one way.
@@ -79,7 +79,7 @@ class Calibration(NamedTuple):
         return made
 
 
-def calibrate(config: CalibrateConfig) -> dict[str, Any]:
+def calibrate(config: CalibrateConfig) -> JsonRecord:
     """Measure, store and judge; return what calibration.json holds.
 
     Args:
@@ -140,14 +140,14 @@ class _Calibration:
             check_bound(runner.unet, self.scheduler, self.training, BoundOptions())
         self.fits = self._fits() if config.fitted_steps else None
         self.solver: DDPMExtSolverScheduler | None = None
-        self.of_solver: dict[str, Any] = {}
+        self.of_solver: JsonRecord = {}
         self.test = runner.images.load(config.test_split, "test_split") if "bpd" in config.scores else None
         if "fid" in config.scores:
             self.features.check(self.training, {"fid": 2})
 
     # -- measuring --------------------------------------------------------------------------------------------------
 
-    def measure(self) -> tuple[Calibration, dict[str, Any]]:
+    def measure(self) -> tuple[Calibration, JsonRecord]:
         """Measure the network's errors on training images; return them with trajectories, and how they were made."""
         runner, config = self.runner, self.config
         runner.start_clock()
@@ -222,7 +222,7 @@ class _Calibration:
         pipeline.save_pretrained(self.config.folder / "pipeline")
         pipeline.register_modules(scheduler=self.runner.scheduler)
 
-    def write(self, record: dict[str, Any], results: list[Result]) -> None:
+    def write(self, record: JsonRecord, results: list[Result]) -> None:
         """Write calibration.json and calibration.md as far as they are known."""
         self.config.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.config.folder / "calibration.json", record)

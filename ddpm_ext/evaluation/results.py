@@ -12,10 +12,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypedDict, get_args
+from typing import TypedDict, get_args
 
 from ..errors import UserError
-from ..run_dir import read_json, write_json
+from ..run_dir import JsonRecord, read_json, write_json
 from .words import Sampler
 
 __all__ = ["Dataset", "Outcome", "Provenance", "Result", "read_results", "write_results"]
@@ -143,7 +143,7 @@ class Result:
         return _finite({_KEYS.get(name, name): value for name, value in record.items()})
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Result:
+    def from_json(cls, record: JsonRecord) -> Result:
         """Read an entry of eval.json, of this version or an earlier one; keys that are not known are left out."""
         names = {_KEYS.get(f.name, f.name): f.name for f in fields(cls)}
         known = {names[key]: value for key, value in record.items() if key in names}

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..diffusion.words import INDEX
 from ..errors import HubError
+from ..run_dir import JsonRecord
 from .checksums import has_checksum
 from .client import Client, State
 from .failures import is_connection_error, response_of, short
@@ -71,7 +72,7 @@ def pull_config(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     retry: RetryPolicy | None = None,
-) -> dict[str, Any]:
+) -> JsonRecord:
     """Return the object in the first of these JSON files that a repository of the Hub holds.
 
     Args:
@@ -103,7 +104,7 @@ class _Pull:
     """One pull: ask for the repository's state, download, compare with the checksums, once more where they differ."""
 
     def __init__(
-        self, download: Callable[..., Any], repo_id: str, options: dict[str, Any], retry: RetryPolicy | None
+        self, download: Callable[..., Any], repo_id: str, options: JsonRecord, retry: RetryPolicy | None
     ) -> None:
         self.download, self.repo_id, self.options, self.retry = download, repo_id, options, retry
         self.revision, self.variant, self.token = options["revision"], options.get("variant"), options["token"]

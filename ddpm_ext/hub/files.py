@@ -18,7 +18,6 @@ import shutil
 import unicodedata
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 import torch
@@ -27,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from ..diffusion.words import INDEX
 from ..errors import HubError
+from ..run_dir import JsonRecord
 from .pipeline_files import (
     Files,
     Weights,
@@ -270,7 +270,7 @@ def _full_name(name: str) -> str:
 def minimal_card(repo_id: str, files: Files) -> str:
     """Return a card that says how to load the pipeline, with its number of steps and, if it has classes, a class."""
 
-    def config(name: str) -> dict[str, Any]:
+    def config(name: str) -> JsonRecord:
         return json.loads(files[name].read_text(encoding="utf-8")) if name in files else {}
 
     steps = config("scheduler/scheduler_config.json").get("num_train_timesteps", 1000)

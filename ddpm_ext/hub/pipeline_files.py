@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..diffusion.words import INDEX
 from ..errors import HubError
+from ..run_dir import JsonRecord
 
 __all__ = [
     "PICKLES",
@@ -325,7 +326,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> JsonRecord:
     """Return the object in a JSON file.
 
     Raises:
@@ -337,7 +338,7 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> object:
     check_not_pointer(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..diffusion.words import EXTENSION_KEY, Config
+from ..diffusion.words import EXTENSION_KEY, Arguments, Config
 from ..errors import UserError
 
 __all__ = [
@@ -32,7 +32,7 @@ class Classes(NamedTuple):
     names: tuple[str, ...] | None  # of 0 .. C - 1
 
 
-def class_options(number: int, names: Sequence[str] | None = None, *, with_null_label: bool = False) -> dict[str, Any]:
+def class_options(number: int, names: Sequence[str] | None = None, *, with_null_label: bool = False) -> Arguments:
     """Return the config entries of a UNet2DModel with classes; `classes_of` reads them.
 
     The null label is the embedding's last row, so that stock Diffusers loads the network and 0 .. C - 1 keep their
@@ -43,7 +43,7 @@ def class_options(number: int, names: Sequence[str] | None = None, *, with_null_
         names: Of the classes, in the order of their labels.
         with_null_label: Whether the network learns what to draw without a class.
     """
-    ours: dict[str, Any] = {"null_label": number} if with_null_label else {}
+    ours: Arguments = {"null_label": number} if with_null_label else {}
     if names is not None:
         ours["class_names"] = list(names)
     return {"num_class_embeds": number + with_null_label, **({EXTENSION_KEY: ours} if ours else {})}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ..diffusion.words import EXTENSION_KEY, Config
+from ..diffusion.words import EXTENSION_KEY, Arguments, Config
 from ..errors import UserError
 
 __all__ = ["Values", "value_options", "values_of"]
@@ -17,9 +17,9 @@ class Values(NamedTuple):
     value_range: tuple[float, float] | None = None  # the stored values of the lowest and the highest level
 
 
-def value_options(bits: int, value_range: tuple[float, float] | None = None) -> dict[str, Any]:
+def value_options(bits: int, value_range: tuple[float, float] | None = None) -> Arguments:
     """Return what a network's config says of the depth, under its key of ours; nothing for plain 8-bit images."""
-    found: dict[str, Any] = {} if bits == 8 else {"bits": bits}
+    found: Arguments = {} if bits == 8 else {"bits": bits}
     return found if value_range is None else {**found, "value_range": list(value_range)}
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypedDict
 
 from ..errors import UserError
 from ..options import option, required
+from ..run_dir import JsonRecord
 
 __all__ = ["GuidanceConfig", "GuidanceOptions", "SampleConfig", "guidance_conditions"]
 
@@ -27,7 +28,7 @@ class GuidanceOptions(TypedDict, total=False):
     guider: Any
 
 
-def guidance_conditions(guidance: GuidanceOptions | None) -> dict[str, Any]:
+def guidance_conditions(guidance: GuidanceOptions | None) -> JsonRecord:
     """Return the guidance of a score, a fit or a measurement as it is recorded: what is in effect, {} for none."""
     return {name: value for name, value in (guidance or {}).items() if value}
 

@@ -206,7 +206,7 @@ def _ask(guider: Any, eps: Tensor, eps_without: Tensor) -> Tensor:
     return found if isinstance(found, Tensor) else found.pred
 
 
-def _check_guider(guider: Any) -> None:
+def _check_guider(guider: object) -> None:
     """Refuse an object that is no guider, or one that changes the network instead of mixing two predictions."""
     names = getattr(type(guider), "_input_predictions", None)
     prepare = getattr(getattr(type(guider), "prepare_models", None), "__qualname__", "")

@@ -10,14 +10,16 @@ import torch
 from diffusers import UNet2DModel
 
 from ..diffusion.words import EXTENSION_KEY, Config
+from ..run_dir import JsonRecord
 
 if TYPE_CHECKING:
+    from ..schedulers.contract import Scheduler
     from .ddpm import DDPMExtPipeline
 
 __all__ = ["identity", "key_hash", "key_text", "network_hash", "scheduler_options", "weights_hash"]
 
 
-def identity(pipeline: DDPMExtPipeline) -> dict[str, Any]:
+def identity(pipeline: DDPMExtPipeline) -> JsonRecord:
     """Return the hashes of a pipeline's weights and network and its scheduler's options: equal ones draw alike."""
     return {
         "weights": weights_hash(pipeline.unet),
@@ -41,7 +43,7 @@ def network_hash(unet: UNet2DModel) -> str:
     return key_hash(_options_as_text(unet.config))
 
 
-def scheduler_options(scheduler: Any) -> dict[str, str]:
+def scheduler_options(scheduler: Scheduler) -> dict[str, str]:
     """Return a scheduler's class and options as text."""
     return {"class": type(scheduler).__name__, **_options_as_text(scheduler.config)}
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
-from ..diffusion.words import INDEX
+from ..diffusion.words import INDEX, Arguments
 from ..errors import UserError
 from ..hub.download import pull_config
 from ..hub.pipeline_files import check_not_pointer, component_names, read_record
@@ -15,7 +14,7 @@ from .locate import find_pipeline
 __all__ = ["check_parts", "load_network_config"]
 
 
-def load_network_config(source: str | os.PathLike[str], cache_dir: str | None = None) -> dict[str, Any]:
+def load_network_config(source: str | os.PathLike[str], cache_dir: str | None = None) -> Arguments:
     """Load the options of a UNet2DModel, without its weights.
 
     Args:

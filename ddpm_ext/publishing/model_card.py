@@ -10,7 +10,6 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -18,7 +17,7 @@ from ..diffusion.words import INDEX
 from ..evaluation.report import markdown
 from ..hub.files import RENDERED, shown_images
 from ..models.classes import number_of_classes
-from ..run_dir import read_json, write_atomically
+from ..run_dir import JsonRecord, read_json, write_atomically
 from .licenses import License, as_license, license_of
 from .results import TASK, model_index, provenance_lines, results_of
 from .training_record import Record, base_model, compute_cost, hub_datasets, summary, training_data, training_rows
@@ -99,7 +98,7 @@ def render_card(run: str | Path, repo_id: str | None = None, license: str | Lice
     network = _network_config(pipeline)
     size, base, images = _size_words(network), base_model(record), _gallery(run)
     named = as_license(license)
-    of_license: dict[str, Any] = {} if named is None else named.entries()
+    of_license: JsonRecord = {} if named is None else named.entries()
     data = ModelCardData(
         **of_license,
         library_name="diffusers",
@@ -169,7 +168,7 @@ def _plots(run: Path) -> list[dict[str, str]]:
     return [{"path": path.relative_to(run).as_posix(), "caption": caption} for path, caption in found]
 
 
-def _gallery(run: Path) -> list[dict[str, Any]]:
+def _gallery(run: Path) -> list[JsonRecord]:
     """Return path and caption of the gallery's images: the newest samples first."""
     newest = [name for name in shown_images(run) if name.startswith("samples/")][-1:]
     found = [{"path": name, "caption": _sample_caption(name)} for name in newest]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import diffusers
 
-from ..diffusion.words import EXTENSION_KEY, Config
+from ..diffusion.words import EXTENSION_KEY, Arguments, Config
 from ..errors import UserError
 
 __all__ = ["stock_words", "true_config", "true_defaults"]
@@ -34,7 +33,7 @@ def stock_words(config: Config) -> dict[str, str]:
     return words
 
 
-def true_config(config: Config, cls: type) -> dict[str, Any]:
+def true_config(config: Config, cls: type) -> Arguments:
     """Return a config read from disk or from a stock scheduler as it is meant.
 
     The true words that a portable config keeps in `_ddpm_ext` go back to their places, except where the word on disk
@@ -100,7 +99,7 @@ def _stock_classes() -> tuple[type, ...]:
     return tuple(one for one in found if isinstance(one, type) and hasattr(one, "from_config"))
 
 
-def _defaults(cls: type) -> dict[str, Any]:
+def _defaults(cls: type) -> Arguments:
     parameters = inspect.signature(cls).parameters.values()
     return {one.name: one.default for one in parameters if one.kind is not one.VAR_KEYWORD}
 
@@ -109,7 +108,7 @@ def _is_default(config: Config, name: str, defaults: Config) -> bool:
     return repr(config.get(name)) == repr(defaults[name])
 
 
-def _without_old_words(config: dict[str, Any]) -> dict[str, Any]:
+def _without_old_words(config: Arguments) -> Arguments:
     """The config in today's words; what is listed as a default counts as not said."""
     old = {name: config.pop(name) for name in (*_RENAMED, "predict_epsilon", *_WITHOUT_EFFECT) if name in config}
     said = {_RENAMED[name]: value for name, value in old.items() if name in _RENAMED}

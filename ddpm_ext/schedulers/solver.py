@@ -31,8 +31,9 @@ from ..diffusion.solvers import (
     solver_step,
 )
 from ..diffusion.tables import Tables
-from ..diffusion.words import EXTENSION_KEY, ReferenceKind
+from ..diffusion.words import EXTENSION_KEY, Config, ReferenceKind
 from ..errors import UserError, check_word
+from ..run_dir import JsonRecord
 from .base import BaseScheduler
 from .checks import Generators, Timesteps, as_int, check_generators
 from .config import GuidanceSetting, guidance_setting, warn_of_other_guidance
@@ -72,12 +73,12 @@ class FittedSolvers:
 
     reference: ReferenceKind
     solvers: Mapping[int, Solver]
-    setting: Mapping[str, Any]
+    setting: Config
 
 
 def solver_record(
-    reference: ReferenceKind, solvers: Mapping[int, Solver], scheduler: Any, notes: Mapping[int, Mapping[str, Any]]
-) -> dict[str, Any]:
+    reference: ReferenceKind, solvers: Mapping[int, Solver], scheduler: BaseScheduler, notes: Mapping[int, Config]
+) -> JsonRecord:
     """Return the `solver` of `_ddpm_ext`: what a scheduler needs to draw with fitted solvers, as JSON holds it.
 
     Args:
@@ -97,18 +98,18 @@ def solver_record(
     return {"reference": reference, "setting": setting_of(scheduler), "steps": steps}
 
 
-def fitted_record(scheduler: Any) -> dict[str, Any]:
+def fitted_record(scheduler: BaseScheduler) -> JsonRecord:
     """Return what is stored of each number of calls: steps, coefficients, notes."""
     return dict(scheduler.config[EXTENSION_KEY]["solver"]["steps"])
 
 
-def setting_of(scheduler: Any) -> dict[str, Any]:
+def setting_of(scheduler: BaseScheduler) -> JsonRecord:
     """Return the options that a fit depends on, and the mean of ᾱ, which stands for the noise schedule."""
     alpha_bar = scheduler.tables.alpha_bar.mean().item()
     return {**{name: scheduler.config[name] for name in SETTING}, "mean_alpha_bar": float(f"{alpha_bar:.9g}")}
 
 
-def fitted_solvers(config: Mapping[str, Any]) -> FittedSolvers | None:
+def fitted_solvers(config: Config) -> FittedSolvers | None:
     """Return the fitted solvers of a scheduler's config, checked; None where it has none.
 
     Raises:
@@ -150,7 +151,7 @@ def _solver_of(K: str, record: Any, T: int) -> Solver:
     return Solver(tuple(times), rows)
 
 
-def is_portable_solver(config: Mapping[str, Any]) -> bool:
+def is_portable_solver(config: Config) -> bool:
     """Say whether a stock DPM-Solver's config is a DDPMExtSolverScheduler as it lies on disk.
 
     A stock solver that somebody chose in its place, or whose lu lambdas were switched off since, is none.
@@ -384,7 +385,7 @@ class DDPMExtSolverScheduler(BaseScheduler, SchedulerMixin):
             self._tables_of_rows[device] = self._tables_of_rows[torch.device("cpu")].to(dtype).to(device)
         return self._tables_of_rows[device]
 
-    def _warn_of_other_setting(self, setting: Mapping[str, Any]) -> None:
+    def _warn_of_other_setting(self, setting: Config) -> None:
         here = setting_of(self)
         changed = [
             f"{name} {setting.get(name)!r} -> {here[name]!r}" for name in here if here[name] != setting.get(name)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ...diffusion.images import half_range
+from ...diffusion.words import Config
 from ...errors import UserError
 from ...models.classes import ClassLabels, check_labels
 from ...models.unet import check_resolution
@@ -54,7 +54,7 @@ def grid_images(images: Tensor, bits: int = 8) -> Tensor:
     return level.round() / half - 1
 
 
-def _network_config(model: object) -> Mapping[str, Any]:
+def _network_config(model: object) -> Config:
     """Return a network's configuration, empty where it has none."""
     config = getattr(model, "config", None)
     return config if isinstance(config, Mapping) else {}

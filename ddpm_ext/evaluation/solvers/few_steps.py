@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...run_dir import JsonRecord
+from ...schedulers.contract import Scheduler
 from ...schedulers.ddpm import DDPMExtScheduler
 from ...schedulers.solver import DDPMExtSolverScheduler, fitted_solvers
 from ..features.extractors import Extractor, extract
@@ -42,7 +44,7 @@ __all__ = [
 ]
 
 FEW_STEPS = 20  # from here down a table carries the stock solvers
-Draw = Callable[[Any, int, int], Tensor]  # (scheduler, K, number of the seed) -> features of the samples, (N, d)
+Draw = Callable[[Scheduler, int, int], Tensor]  # (scheduler, K, number of the seed) -> features of the samples, (N, d)
 # What stock solvers raise where they do not go together with a model (no such prediction, ᾱ_T = 0, too few steps).
 _STOCK_REFUSES = (ValueError, NotImplementedError, FloatingPointError, IndexError, RuntimeError)
 
@@ -73,12 +75,12 @@ class FewStepScore:
         """Deviation over the seeds; None of one."""
         return torch.tensor(self.values, dtype=torch.float64).std().item() if len(self.values) > 1 else None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonRecord:
         """Return the cell as it is written to files."""
         return {**asdict(self), "std": self.std}
 
 
-def fitted_setting(kind: str, scheduler: Any) -> SamplerSetting:
+def fitted_setting(kind: str, scheduler: Scheduler) -> SamplerSetting:
     """Return the row of a fitted solver."""
     return SamplerSetting(f"fitted ({REFERENCE_WORDS[kind]})", lambda _: scheduler)
 
@@ -139,7 +141,7 @@ def stock_settings(spacings: Sequence[str] = ()) -> list[SamplerSetting]:
 def compare(
     draw: Draw,
     real: FeatureStatistics,
-    scheduler: Any,
+    scheduler: Scheduler,
     plan: Sequence[tuple[str, SamplerSetting, Sequence[int]]],
     num_seeds: int,
     near: tuple[SamplerSetting, int] | None = None,
@@ -185,7 +187,7 @@ def compare(
 def few_step_results(
     features: SampleFeatures,
     images: ImageSet,
-    fitted: Any,
+    fitted: DDPMExtSolverScheduler | None,
     steps: Sequence[int],
     num_samples: int,
     num_seeds: int = 1,
@@ -203,14 +205,13 @@ def few_step_results(
     runner = features.runner
     real, base = features.reference(images), ancestral(runner.scheduler)
 
-    def draw(scheduler: Any, K: int, number: int) -> Tensor:
+    def draw(scheduler: Scheduler, K: int, number: int) -> Tensor:
         drawing = Drawing(num_samples=num_samples, steps=K, seed=runner.config.seed + number * num_samples)
         return features.draw(scheduler, images, drawing).features.features
 
     plan: list[tuple[str, SamplerSetting, Sequence[int]]] = []
     near = None
-    known = None if fitted is None else fitted_solvers(fitted.config)
-    if known is not None:
+    if fitted is not None and (known := fitted_solvers(fitted.config)) is not None:
         calls = int(known.setting.get("reference_steps", 200))
         row = reference_setting(base, Candidate(known.reference, calls))
         near = (row, calls)
@@ -238,7 +239,7 @@ def few_step_results(
             warnings.warn(f"{name} cannot be drawn with this model and is left out: {reason}", stacklevel=2)
 
 
-def own_solver(scheduler: Any) -> DDPMExtSolverScheduler | None:
+def own_solver(scheduler: Scheduler) -> DDPMExtSolverScheduler | None:
     """Return the fitted solver that a model comes with; None where it has none."""
     found = fitted_solvers(scheduler.config)
     return None if found is None else DDPMExtSolverScheduler.from_config(scheduler.config)

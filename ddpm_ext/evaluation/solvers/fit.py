@@ -27,6 +27,7 @@ from ...errors import UserError
 from ...models.classes import classes_of
 from ...pipelines.config import GuidanceOptions, guidance_conditions
 from ...pipelines.guidance import guided_prediction, make_guidance
+from ...run_dir import JsonRecord
 from ...schedulers.ddpm import DDPMExtScheduler
 from ...schedulers.solver import DDPMExtSolverScheduler, solver_record
 
@@ -54,7 +55,7 @@ SEARCH_NOISES = 64  # that are fitted, and as many that judge, while steps are c
 # 0.0017 and 24.3 ± 0.3 of 2,000). Candidates nearer than this are not told apart, and the first of them is taken.
 TIE = 0.05
 
-Run = Callable[[str, dict[str, Any], int, int, Callable[[range], dict[str, Tensor]]], dict[str, Tensor]]
+Run = Callable[[str, JsonRecord, int, int, Callable[[range], dict[str, Tensor]]], dict[str, Tensor]]
 
 
 class Candidate(NamedTuple):
@@ -229,7 +230,7 @@ class FittedNetwork:
         """Return the steps of a reference, descending."""
         return respaced_timesteps("even", len(self.scheduler), candidate.steps)[::-1]
 
-    def key(self, candidate: Candidate) -> dict[str, Any]:
+    def key(self, candidate: Candidate) -> JsonRecord:
         """Return everything that the pieces depend on beside the model."""
         options = self.options
         return {
