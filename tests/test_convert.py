@@ -395,9 +395,13 @@ def test_a_checkpoint_is_read_as_data_alone(tmp_path: Path) -> None:
     with pytest.raises(ConvertError, match="can run code"):
         read_weights(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
-    (tmp_path / "text.pt").write_text("no checkpoint")
-    with pytest.raises(ConvertError, match="no checkpoint that can be read"):
-        read_weights(tmp_path / "text.pt")
+    torch.save({"head.weight": torch.ones(4000)}, tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    broken = {"text": b"no checkpoint", "memo": b"hi", "empty": b"", "cut": whole[:5000], "short": whole[:9]}
+    for name, content in broken.items():
+        (tmp_path / f"{name}.pt").write_bytes(content)
+        with pytest.raises(ConvertError, match="no checkpoint that can be read"):
+            read_weights(tmp_path / f"{name}.pt")
 
 
 ONE = {"head.weight": torch.ones(1), "tail.2.bias": torch.full((1,), 2.0)}

@@ -18,6 +18,11 @@ __all__ = ["read_weights"]
 
 _AVERAGE = "ema_model"  # pytorch-ddpm's entry that its own evaluation takes
 _PREFIXES = ("module", "model", "_orig_mod", "net_model", "ema_model", "ema")
+# What PyTorch raises for a file that is cut short, or that is none of its own; it reads any text as a pickle.
+_UNREADABLE = (
+    *(pickle.UnpicklingError, SafetensorError, EOFError, OSError, RuntimeError),
+    *(KeyError, IndexError, ValueError, TypeError, AttributeError),
+)
 _OPTIMISER = {"state", "param_groups"}
 
 
@@ -62,10 +67,11 @@ def _load(path: Path) -> object:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, SafetensorError) as error:
+    except _UNREADABLE as error:
+        reason = (str(error).splitlines() or [""])[0].split(". ")[0] or type(error).__name__
         raise ConvertError(
             f"{path} is no checkpoint that can be read as data alone, and others are not opened, since they can run "
-            f"code: {str(error).splitlines()[0].split('. ')[0]}"
+            f"code: {reason}"
         ) from error
 
 
