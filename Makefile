@@ -71,7 +71,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 # 297 test digits, 1,000 samples each: bits/dim, Frechet distances, plots, the table runs/digits/eval.md. Two processes of
-# one thread: the digits' network is too small to share a picture's work, and the figures do not depend on their number.
+# one thread: the digits' network is too small to share an image's work, and the results do not depend on their number.
 EVALUATE := OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml --num_processes 2 \
 	scripts/evaluate.py --cpu --extractor pixels --num_samples 1000 --plots
 evaluate: $(STAMP)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import sys
 import textwrap
@@ -281,6 +282,15 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message[0].upper()}{message[1:]}. --help lists all options.")
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        """Refuse a word that is not one of the option's, in the words that can be typed: none, not None."""
+        if action.choices is None or value in action.choices:
+            return
+        words = ["none" if word is None else str(word) for word in action.choices]
+        near = difflib.get_close_matches(str(value).lower(), words, n=1)
+        meant = f", did you mean {near[0]}?" if near else ""
+        raise argparse.ArgumentError(action, f"invalid choice: {value!r}{meant} (choose from {', '.join(words)})")
 
 
 def _make_parser(

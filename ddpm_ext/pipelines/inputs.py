@@ -120,7 +120,7 @@ def clean_image(image: Tensor | Image.Image, unet: UNet2DModel, device: torch.de
 
 
 def checked_output_type(output_type: str, channels: int) -> OutputType:
-    """Return the word for what comes out; a UserError for none of them, or a picture of too many channels."""
+    """Return the word for what comes out; a UserError for none of them, or PIL images of too many channels."""
     output_type = "np" if output_type == "numpy" else output_type  # stock's older word
     check_word("output_type", output_type, get_args(OutputType))
     if output_type == "pil" and channels > 4:
@@ -129,7 +129,7 @@ def checked_output_type(output_type: str, channels: int) -> OutputType:
 
 
 def to_output(x_0: Tensor, output_type: OutputType) -> Images:
-    """Return x_0, about [-1, 1], as what was asked for: values in [0, 1], pictures, or itself."""
+    """Return x_0, about [-1, 1], as what was asked for: values in [0, 1], PIL images, or itself."""
     if output_type == "latent":
         return x_0
     images = (x_0 / 2 + 0.5).clamp(0, 1)
