@@ -447,6 +447,17 @@ def test_frames_are_refused_by_number_and_one_is_read(kind: str) -> None:
     assert decode_image(saved(kind, *frames_of(1)), form(8, 8, 3, bits=8)).shape == (3, 8, 8)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "I;16", "RGB"])
+def test_several_images_in_one_netpbm_file_are_refused(mode: str) -> None:
+    depth = b"P5\n# 12 bits\n5 4\n4095\n" + bytes(2 * 20) if mode == "I;16" else saved("PPM", Image.new(mode, (5, 4)))
+    assert decode_image(depth, form(4, 5, 3 if mode == "RGB" else 1, bits=16 if mode == "I;16" else 8)).shape[1:] == (
+        4,
+        5,
+    )
+    with pytest.raises(Unreadable, match="it holds 2 images and one is read of a file: split it"):
+        decode_image(depth + depth, form(4, 5, 3 if mode == "RGB" else 1, bits=16 if mode == "I;16" else 8))
+
+
 def test_sizes_of_an_icon_are_refused_and_a_preview_of_a_camera_is_none() -> None:
     icon = Image.new("RGB", (64, 64), "red")
     with pytest.raises(Unreadable, match="it holds 2 images"):

@@ -240,7 +240,7 @@ def test_a_card_that_names_files_is_obeyed(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # `datasets` leaves the table open
-def test_a_table_of_images_gives_their_labels(tmp_path: Path) -> None:
+def test_a_table_of_images_gives_their_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {f"{i}.png": image(10 * i) for i in range(3)}
     folder = write(tmp_path, {**files, "metadata.csv": b"file_name,kind\n2.png,dog\n0.png,cat\n"})
     found = load_images(train_data_dir=folder, label_column="kind")
@@ -248,6 +248,7 @@ def test_a_table_of_images_gives_their_labels(tmp_path: Path) -> None:
     labels = found.batch(range(2)).labels
     assert labels is not None
     assert dict(zip(found.batch(range(2)).pixels[:, 0, 0, 0].tolist(), labels.tolist(), strict=True)) == {0: 0, 20: 1}
+    assert "2 of 3 images are read" in capsys.readouterr().err
 
 
 # Classes --------------------------------------------------------------------------------------------------------------

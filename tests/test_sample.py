@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
 from training import TORCHRUN, finish, forget_accelerator, run_here, start, weights
 
-from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
+from ddpm_ext import DIGITS, DDPMExtPipeline, DDPMExtScheduler
 from ddpm_ext.cli.arguments import parse_options
 from ddpm_ext.errors import UserError
 from ddpm_ext.pipelines.sampling import SampleConfig, make_grid, sample_to_folder, save_png
@@ -129,6 +129,17 @@ def test_a_record_that_names_no_weights_is_settled_by_its_first_image(saved: Pat
     assert sample(saved, out) == 0
     assert (out / "000000.png").read_bytes() == (tmp_path / "kept.png").read_bytes()
     assert "weights" in json.loads((out / "samples.json").read_text())
+
+
+def test_without_a_number_of_steps_the_chain_is_the_models_own(tiny_unet: Any, tmp_path: Path) -> None:
+    scheduler = DDPMExtScheduler(num_train_timesteps=60, beta_end=0.2)
+    DDPMExtPipeline(tiny_unet, scheduler).save_pretrained(str(tmp_path / "short"))
+    sample(tmp_path / "short", tmp_path / "own", num_inference_steps=None)
+    sample(tmp_path / "short", tmp_path / "named", num_inference_steps=60)
+    assert json.loads((tmp_path / "own" / "samples.json").read_text())["num_inference_steps"] == 60
+    assert all(np.array_equal(image, read(tmp_path / "named")[name]) for name, image in read(tmp_path / "own").items())
+    with pytest.raises(UserError, match="must be one of 3, 4, 5, 6, 8, 10, for which a solver was fitted"):
+        sample(DIGITS, tmp_path / "digits", num_inference_steps=None)
 
 
 @pytest.mark.parametrize("changes", [{"num_inference_steps": 2000}, {"class_label": "3"}])

@@ -58,6 +58,14 @@ def test_scores_are_logged_the_best_weights_kept_and_the_run_is_the_same(tmp_pat
     assert again["bits_per_dim"] == pytest.approx(best["bits_per_dim"], rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*x_T:UserWarning")  # the linear betas of 20 steps leave an image in x_T
+def test_a_short_chain_is_judged_in_full(tmp_path: Path) -> None:
+    """Of 20 steps the bound is exact: the fifty that are drawn of longer chains are not there."""
+    assert run_here(tmp_path / "short", **EVALUATED, ddpm_num_steps=20, ddpm_num_inference_steps=20) == 0
+    best = json.loads(RunDir(tmp_path / "short").best_record.read_text())
+    assert 0 < best["bits_per_dim"] < 20
+
+
 def test_a_score_is_better_below_the_best_so_far(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert is_better(run, {"fid": 9.0}, "fid")

@@ -243,6 +243,23 @@ def refuse_more(image: Image.Image) -> None:
         )
 
 
+def _is_followed(file: IO[bytes] | None) -> bool:
+    """Whether another image comes after the first of a binary PBM, PGM or PPM file, as its format allows."""
+    gap = rb"(?:#[^\n]*\n|\s)+"
+    header = re.match(rb"P([456])" + gap + rb"(\d+)" + gap + rb"(\d+)(?:" + gap + rb"(\d+))?\s", _head(file, 4096))
+    if header is None:
+        return False
+    kind, width, height = header[1], int(header[2]), int(header[3])
+    if kind == b"4":
+        end = re.match(rb"P4" + gap + rb"\d+" + gap + rb"\d+\s", header[0])
+        length = (width + 7) // 8 * height
+    else:
+        end = header
+        length = width * height * (3 if kind == b"6" else 1) * (2 if int(header[4] or 255) > 255 else 1)
+    start = (end or header).end() + length
+    return re.match(rb"P[1-6]\s", _head(file, start + 3)[start:]) is not None
+
+
 def _images_in(image: Image.Image) -> int:
     """Number of frames, pages, sizes of an icon, or faces of a texture."""
     if image.format in ("ICO", "ICNS"):
@@ -252,6 +269,8 @@ def _images_in(image: Image.Image) -> int:
         volume = int.from_bytes(head[24:28], "little") if head[114] & 0x20 else 1
         array = int.from_bytes(head[140:144], "little") if head[84:88] == b"DX10" else 1
         return (6 if head[113] & 0xFE else 1) * max(volume, array, 1)
+    if image.format == "PPM":
+        return 1 + _is_followed(getattr(image, "fp", None))
     frames = int(getattr(image, "n_frames", 1))
     if image.format == "MPO" and frames > 1:  # a camera's smaller preview or gain map is no second image
         size, same = image.size, 1

@@ -134,7 +134,8 @@ def _open_folder(folder: Path, config: str | None, split: str, cache_dir: str | 
     metadata = [entry for entry in entries if _is_metadata(entry)]
     if metadata:  # a table that names the images and says something of each
         base = _metadata_folder(folder, split, metadata)
-        return Source(_load_dataset("imagefolder", data_files={split: [str(base / "**")]}, **options))
+        source = _load_dataset("imagefolder", data_files={split: [str(base / "**")]}, **options)
+        return Source(source, _unnamed(source, base))
     return _open_listing(list_images(entries, split, str(folder)), split, streaming)
 
 
@@ -208,6 +209,14 @@ def _metadata_folder(folder: Path, split: str, metadata: Sequence[Entry]) -> Pat
     if splits or split != "train":
         raise UserError(f"the folder has tables of images for {splits or ['train']}. Ask for what is there.")
     return folder
+
+
+def _unnamed(source: datasets.Dataset | datasets.IterableDataset, folder: Path) -> str | None:
+    """A note of the images of a folder that its table does not name; None where it names all, or nobody has counted."""
+    images = image_count(local_entries(folder))
+    if not isinstance(source, datasets.Dataset) or len(source) == images:
+        return None
+    return f"{folder}: {len(source)} of {images} images are read, those that the table of images names."
 
 
 def _open_hub(name: str, config: str | None, split: str, cache_dir: str | None, streaming: bool) -> Source:

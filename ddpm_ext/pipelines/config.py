@@ -64,7 +64,7 @@ class SampleConfig(GuidanceConfig):
     num_samples: int = option(64, "Number of images.")
     batch_size: int = option(64, "Images of one process at a time.")
     seed: int = option(0, "Image i is drawn from torch.Generator().manual_seed(seed + i).")
-    num_inference_steps: int = option(1000, "Denoising steps.")
+    num_inference_steps: int | None = option(None, "Denoising steps; none: all T of the model.")
     class_label: str | None = option(None, "Class of all images, by name or number, for conditional networks.")
     bits: int | None = option(None, "Depth of the files, 8 or 16 (PNG; arrays as .npy); none: the network's images'.")
     rgb_bands: list[int] | None = option(
@@ -75,8 +75,9 @@ class SampleConfig(GuidanceConfig):
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "batch_size", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}.")
         if self.bits not in (None, 8, 16):
             raise UserError(f"bits must be 8 or 16, got {self.bits}.")
         if self.rgb_bands is not None and (len(self.rgb_bands) != 3 or min(self.rgb_bands) < 1):

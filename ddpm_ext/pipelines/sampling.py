@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -139,8 +139,10 @@ class _Folder:
     """The folder of one model's images: samples.json says what they are made of."""
 
     def __init__(self, config: SampleConfig, accelerator: Accelerator) -> None:
-        self.config, self.path = config, Path(config.output_dir)
         self.pipeline = load_pipeline(config.model).to(accelerator.device)
+        if config.num_inference_steps is None:
+            config = replace(config, num_inference_steps=self.pipeline.scheduler.config["num_train_timesteps"])
+        self.config, self.path = config, Path(config.output_dir)
         network = self.pipeline.unet.config
         self.label = None if config.class_label is None else label_number(str(config.class_label), network)
         self.bits = config.bits or (8 if values_of(network).bits <= 8 else 16)
@@ -191,6 +193,7 @@ class _Folder:
     def draw(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
         """Draw the images of these numbers in batches, uint8, shape (b, H, W, C)."""
         config = self.config
+        assert config.num_inference_steps is not None
         return sample_images(
             self.pipeline,
             [config.seed + i for i in numbers],

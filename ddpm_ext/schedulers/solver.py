@@ -32,7 +32,7 @@ from ..diffusion.solvers import (
 )
 from ..diffusion.tables import Tables
 from ..diffusion.words import EXTENSION_KEY, Config, ReferenceKind
-from ..errors import UserError, check_word
+from ..errors import UserError, check_word, is_whole
 from ..run_dir import JsonRecord
 from .base import BaseScheduler
 from .checks import Generators, Timesteps, as_int, check_generators
@@ -127,7 +127,10 @@ def fitted_solvers(config: Config) -> FittedSolvers | None:
     check_word("reference", record["reference"], REFERENCES)
     if not isinstance(record["steps"], Mapping) or not record["steps"]:
         raise UserError(f"steps of a fitted solver must map a number of calls to its fit, got {record['steps']!r}.")
-    solvers = {int(K): _solver_of(K, one, config["num_train_timesteps"]) for K, one in record["steps"].items()}
+    if not isinstance(record.get("setting") or {}, Mapping):
+        raise UserError(f"setting of a fitted solver must map options to their values, got {record['setting']!r}.")
+    solvers = {K: _solver_of(K, one, config["num_train_timesteps"]) for K, one in record["steps"].items()}
+    solvers = {int(K): solver for K, solver in solvers.items()}
     return FittedSolvers(record["reference"], dict(sorted(solvers.items())), record.get("setting") or {})
 
 
@@ -141,7 +144,9 @@ def _solver_of(K: str, record: Any, T: int) -> Solver:
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"{expected}, got {K!r}: {type(error).__name__} {error}. Calibrate again.") from None
     whole = all(isinstance(t, int) and not isinstance(t, bool) for t in times)
-    ordered = whole and times == sorted(set(times), reverse=True) and bool(times) and 0 <= times[-1] <= times[0] < T
+    ordered = (
+        whole and times == sorted(set(times), reverse=True) and bool(times) and times[0] == T - 1 and times[-1] >= 0
+    )
     if rows.ndim == 2 and rows.shape[1] % 2 == 1:  # of a record before there was a d_0
         c, d = rows.tensor_split([rows.shape[1] // 2 + 1], 1)
         rows = torch.cat([c, rows.new_zeros(len(rows), 1), d], 1)
@@ -253,12 +258,13 @@ class DDPMExtSolverScheduler(BaseScheduler, SchedulerMixin):
                 "4,5,10, or sample with DDPMExtScheduler.from_config(scheduler.config)."
             )
         K = num_inference_steps
-        if K is None or isinstance(K, bool) or K not in fitted.solvers:
+        if K is None or not is_whole(K) or int(K) not in fitted.solvers:
             raise UserError(
                 f"num_inference_steps must be one of {', '.join(map(str, fitted.solvers))}, for which a solver was "
                 f"fitted, got {K!r}. Fit others with scripts/calibrate.py --solver_steps, or sample "
                 "with DDPMExtScheduler.from_config(scheduler.config)."
             )
+        K = int(K)
         self._warn_of_other_setting(fitted.setting)
         solver = fitted.solvers[K]
         self._visit(list(solver.times), device)

@@ -200,6 +200,7 @@ def make_validation(config: TrainConfig, data: DataSpec, accelerator: Accelerato
         ValidationOptions(
             num_samples=config.eval_samples,
             num_inference_steps=min(config.eval_num_inference_steps, config.ddpm_num_steps),
+            num_timesteps_sampled=50 if config.ddpm_num_steps > 50 else None,
             batch_size=config.train_batch_size,
             seed=config.seed,
         ),
