@@ -207,6 +207,7 @@ def stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def stopping(self: Trainer) -> None:
         update(self)
+        self.settle()
         if self.state.update == count:
             os.kill(os.getpid(), signal.SIGTERM)
 

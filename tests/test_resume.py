@@ -85,6 +85,7 @@ def test_stopped_after_any_update_it_goes_on_bitwise(changes, tmp_path: Path, mo
     def stop_after(count: int):
         def stopping(self: Trainer) -> None:
             update(self)
+            self.settle()
             if self.state.update == count:
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -344,6 +345,7 @@ def stopping_after(count: int):
 
     def stopping(self: Trainer) -> None:
         update(self)
+        self.settle()
         if self.state.update == count:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -283,6 +283,7 @@ def test_a_corrupt_picture_of_a_stream_is_told_when_met_counted_once_and_written
 
     def stopping(self: Trainer) -> None:
         update(self)
+        self.settle()
         if self.state.update == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -514,6 +515,7 @@ def test_a_stop_is_heard_during_an_evaluation(tmp_path: Path, monkeypatch: pytes
 
     def stopping(self: Trainer) -> None:
         update(self)
+        self.settle()
         if self.state.update == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -582,6 +584,7 @@ def test_a_stream_goes_on_exactly_where_it_was_stopped(
 
     def stopping(self: Trainer) -> None:
         update(self)
+        self.settle()
         if self.state.update == 5:
             os.kill(os.getpid(), signal.SIGUSR1)
 
