@@ -8,8 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from huggingface_hub import HfApi, constants
-from huggingface_hub.utils import get_session, hf_raise_for_status
+from huggingface_hub import HfApi, ModelCard, constants
 
 from .. import __version__
 from ..errors import HubError
@@ -74,7 +73,7 @@ class Client:
             ValueError: it does not.
         """
         if (card := files.get("README.md")) is not None and self.repo_type == "model":
-            self.call(self._validate, card.read_text(encoding="utf-8"))
+            self.call(ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).validate)
 
     def text(self, repo_id: str, name: str, revision: str) -> str:
         """Return a small file of a repository."""
@@ -125,17 +124,6 @@ class Client:
                 f"The files are at {repo_id}, commit {commit[:10]}, but the tag {tag!r} already stands on commit "
                 f"{placed[:10]} and is not moved. Take another name for it."
             )
-
-    def _validate(self, card: str) -> None:
-        # As ModelCard.validate, which before huggingface_hub 2.2 asks huggingface.co whatever HF_ENDPOINT says.
-        response = get_session().post(
-            f"{self.api.endpoint}/api/validate-yaml",
-            json={"repoType": self.repo_type, "content": card},
-            headers={"Accept": "text/plain"},
-        )
-        if response.status_code == 400:
-            raise ValueError(response.text)
-        hf_raise_for_status(response)
 
     def _info(self, repo_id: str, **options: Any) -> Any:
         return self.call(self.api.repo_info, repo_id, repo_type=self.repo_type, timeout=60, **options)
