@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import UserError, check_word
 from .images import half_range
+from .tables import widest_float
 from .words import Cdf
 
 __all__ = [
@@ -125,7 +126,7 @@ def discretized_log_likelihood(
         Nats, in the dtype of the images but at least float32.
     """
     dtype = torch.promote_types(torch.promote_types(x_0.dtype, mean.dtype), torch.float32)
-    wide = torch.float32 if x_0.device.type == "mps" else torch.float64  # P is a difference of two near numbers
+    wide = widest_float(x_0.device)  # P is a difference of two near numbers
     x_0, mean, log_var = x_0.to(wide), mean.to(wide), log_var.to(wide)
 
     half_bin = 0.5 / half_range(bits)

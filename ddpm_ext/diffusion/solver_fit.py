@@ -33,7 +33,7 @@ from .solvers import (
     solve,
     solver_step,
 )
-from .tables import Tables
+from .tables import Tables, widest_float
 
 __all__ = ["Fit", "Problem", "choose_times", "fit_solver", "power_times", "refine_solver", "restore_contrast"]
 
@@ -261,7 +261,7 @@ def _least_squares(
     The normal equations are summed in float64, a few images at a time, and solved with a unit diagonal; directions
     that the ridge leaves undetermined (an estimate that never changes) get 0.
     """
-    size, dtype = len(basis), torch.float32 if wanted.device.type == "mps" else torch.float64
+    size, dtype = len(basis), widest_float(wanted.device)
     gram = torch.zeros(size + 1, size + 1, dtype=torch.float64)
     for start in range(0, count, chunk):
         some = slice(start, min(start + chunk, count))
@@ -355,7 +355,7 @@ def _derivatives(problem: Problem, solver: Solver, entries: Sequence[tuple[int, 
     """Normal equations of x_0 in the coefficients, by differences: (J^T J, J^T (x_0* - x_0)), float64 on the CPU."""
     some = slice(None, min(problem.fitted, DERIVATIVE_NOISES))
     x_T, wanted = problem.reference.states[0][some], problem.reference.states[-1][some]
-    rows, dtype = solver.coefficients.tolist(), torch.float32 if x_T.device.type == "mps" else torch.float64
+    rows, dtype = solver.coefficients.tolist(), widest_float(x_T.device)
 
     def run(x: Tensor, before: tuple[Estimate, ...], start: int) -> Iterator[tuple[Tensor, Estimate, tuple]]:
         for i in range(start, len(rows)):
@@ -388,7 +388,7 @@ def _derivatives(problem: Problem, solver: Solver, entries: Sequence[tuple[int, 
 
 
 def _mean_square(x: Tensor) -> float:
-    return x.double().square().mean().item() if x.device.type != "mps" else x.square().mean().item()
+    return x.to(widest_float(x.device)).square().mean().item()
 
 
 def _variance(images: Tensor) -> float:

@@ -8,9 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Tables", "tables_of_betas", "warn_if_signal_remains"]
+__all__ = ["Tables", "tables_of_betas", "warn_if_signal_remains", "widest_float"]
 
 FAR_FROM_ZERO = 0.02  # ᾱ_T above this leaves an x_T that is visibly not standard normal
+
+
+def widest_float(device: torch.device | str) -> torch.dtype:
+    """Return float64, or float32 on MPS, which has no float64."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Tables:
 
     def to(self, device: torch.device | str) -> Tables:
         """Return the same tables on another device; rounded to float32 on MPS, which has no float64."""
-        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        dtype = widest_float(device)
         return Tables(*(getattr(self, name).to(dtype).to(device) for name in self.__dataclass_fields__))
 
 

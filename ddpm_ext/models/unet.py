@@ -15,7 +15,7 @@ from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from ..diffusion.words import Config
+from ..diffusion.words import Arguments, Config
 from ..errors import UserError
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
 ]
 
 Initialisation = Literal["ddpm", "iddpm", "torch"]
-Arguments = dict[str, Any]  # of UNet2DModel, by name
 
 
 class UNetPreset(NamedTuple):

@@ -30,7 +30,7 @@ from ..diffusion.solvers import (
     jump_weights,
     solver_step,
 )
-from ..diffusion.tables import Tables
+from ..diffusion.tables import Tables, widest_float
 from ..diffusion.words import EXTENSION_KEY, Config, ReferenceKind
 from ..errors import UserError, check_word, is_whole
 from ..run_dir import JsonRecord
@@ -129,9 +129,9 @@ def fitted_solvers(config: Config) -> FittedSolvers | None:
         raise UserError(f"steps of a fitted solver must map a number of calls to its fit, got {record['steps']!r}.")
     if not isinstance(record.get("setting") or {}, Mapping):
         raise UserError(f"setting of a fitted solver must map options to their values, got {record['setting']!r}.")
-    solvers = {K: _solver_of(K, one, config["num_train_timesteps"]) for K, one in record["steps"].items()}
-    solvers = {int(K): solver for K, solver in solvers.items()}
-    return FittedSolvers(record["reference"], dict(sorted(solvers.items())), record.get("setting") or {})
+    found = [_solver_of(K, one, config["num_train_timesteps"]) for K, one in record["steps"].items()]
+    solvers = {len(solver.times): solver for solver in sorted(found, key=lambda solver: len(solver.times))}
+    return FittedSolvers(record["reference"], solvers, record.get("setting") or {})
 
 
 def _solver_of(K: str, record: Any, T: int) -> Solver:
@@ -387,8 +387,8 @@ class DDPMExtSolverScheduler(BaseScheduler, SchedulerMixin):
 
     def _table_on(self, device: torch.device) -> Tensor:
         if device not in self._tables_of_rows:
-            dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-            self._tables_of_rows[device] = self._tables_of_rows[torch.device("cpu")].to(dtype).to(device)
+            rows = self._tables_of_rows[torch.device("cpu")]
+            self._tables_of_rows[device] = rows.to(widest_float(device)).to(device)
         return self._tables_of_rows[device]
 
     def _warn_of_other_setting(self, setting: Config) -> None:

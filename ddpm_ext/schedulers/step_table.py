@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..diffusion import analytic, process, reverse
 from ..diffusion.schedules import respaced_timesteps
-from ..diffusion.tables import Tables
+from ..diffusion.tables import Tables, widest_float
 from ..diffusion.words import LEARNED_VARIANCES, Trajectory
 from ..errors import UserError, check_word
 from .arithmetic import Weight
@@ -55,7 +55,7 @@ class Rows(NamedTuple):
 
     def to(self, device: torch.device) -> Rows:
         """Return the same rows on another device; rounded to float32 on MPS, which has no float64."""
-        dtype = torch.float32 if device.type == "mps" else torch.float64
+        dtype = widest_float(device)
         return Rows(self.weights.to(dtype).to(device), self.previous.to(device), self.log_optimal.to(dtype).to(device))
 
 

@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ...diffusion.tables import widest_float
+
 __all__ = ["QUARTERS", "Meter", "Unreadable", "tell_unreadable"]
 
 QUARTERS = 4
@@ -22,8 +24,7 @@ class Meter:
     """
 
     def __init__(self, device: torch.device, num_timesteps: int) -> None:
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.sums = torch.zeros(3, QUARTERS, dtype=dtype, device=device)
+        self.sums = torch.zeros(3, QUARTERS, dtype=widest_float(device), device=device)
         self.num_timesteps = num_timesteps
 
     def add_losses(self, losses: Tensor, t: Tensor, weight: Tensor | None = None) -> None:
