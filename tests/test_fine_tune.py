@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from mixture import guided_pipeline
 from PIL import Image
-from training import TINY_UNET, assert_bitwise_equal, run_here, weights
+from training import TINY_UNET, assert_bitwise_equal, run_here, stopping_after, weights
 
 from ddpm_ext.cli.arguments import parse_train_config
 from ddpm_ext.distributed import forget_accelerator
@@ -202,18 +200,6 @@ def test_other_channels_and_classes_need_a_word_and_the_rest_is_loaded(source: P
         run_here(tmp_path / "next", **FROM, init_from=tmp_path / "run", **other)
 
 
-def stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    update = Trainer.update
-
-    def stopping(self: Trainer) -> None:
-        update(self)
-        self.settle()
-        if self.state.update == count:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Trainer, "update", stopping)
-
-
 @pytest.mark.parametrize(
     "changes",
     [{"ema": "constant"}, {"ema": "warmup"}, {"ema": "power_function"}, {"freeze": ["down_blocks.*", "conv_in.*"]}],
@@ -227,7 +213,7 @@ def test_a_stopped_fine_tune_goes_on_bitwise_without_its_source(
     given = {**FROM, "init_from": source, "max_train_steps": 4, "checkpointing_steps": 100, **changes}
     assert run_here(tmp_path / "whole", **given) == 0
     with monkeypatch.context() as patched:
-        stop_after(2, patched)
+        patched.setattr(Trainer, "update", stopping_after(2))
         assert run_here(tmp_path / "stopped", **given) == PREEMPTED
     source.rename(tmp_path / "gone")
     assert run_here(tmp_path / "stopped", **given) == 0
@@ -316,7 +302,7 @@ def test_from_a_half_trained_network_the_digits_are_good_in_fewer_updates_than_f
         return code, [line["eval/fid"] for line in lines if "eval/fid" in line]
 
     with monkeypatch.context() as patched:  # half of 1200 updates would be good already, at the edge
-        stop_after(501, patched)  # after the evaluation
+        patched.setattr(Trainer, "update", stopping_after(501))  # after the evaluation
         code, scratch = distances(
             "scratch", "--preset", "digits", "--checkpointing_steps", "500", "--eval_steps", "500"
         )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +20,7 @@ from training import (
     run_here,
     start,
     status,
+    stopping_after,
     weights,
 )
 
@@ -81,20 +80,11 @@ def test_stopped_after_any_update_it_goes_on_bitwise(changes, tmp_path: Path, mo
     short = {"max_train_steps": 6, "checkpointing_steps": 100, **ALL_DRAWS, **changes}
     assert run_here(tmp_path / "whole", **short) == 0
     update = Trainer.update
-
-    def stop_after(count: int):
-        def stopping(self: Trainer) -> None:
-            update(self)
-            self.settle()
-            if self.state.update == count:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        return stopping
-
-    monkeypatch.setattr(Trainer, "update", stop_after(2))
+    first, second = stopping_after(2), stopping_after(5)
+    monkeypatch.setattr(Trainer, "update", first)
     assert run_here(tmp_path / "stopped", **short) == PREEMPTED
     assert status(tmp_path / "stopped") | {"time": ""} == {"status": "preempted", "update": 2, "updates": 6, "time": ""}
-    monkeypatch.setattr(Trainer, "update", stop_after(5))
+    monkeypatch.setattr(Trainer, "update", second)
     assert run_here(tmp_path / "stopped", **short) == PREEMPTED
     monkeypatch.setattr(Trainer, "update", update)
     assert run_here(tmp_path / "stopped", **short) == 0
@@ -338,18 +328,6 @@ def test_going_back_leaves_the_other_course_behind_also_over_a_preemption(
     assert run_here(folder, **again) == 0 and len(json.loads((folder / "config.json").read_text())["starts"]) == len(
         starts
     )
-
-
-def stopping_after(count: int):
-    update = Trainer.update
-
-    def stopping(self: Trainer) -> None:
-        update(self)
-        self.settle()
-        if self.state.update == count:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return stopping
 
 
 def test_snapshots_of_the_course_that_was_left_go_before_the_first_new_one(

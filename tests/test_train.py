@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -33,6 +32,7 @@ from training import (
     run_here,
     start,
     status,
+    stopping_after,
     weights,
 )
 
@@ -280,14 +280,7 @@ def test_a_corrupt_picture_of_a_stream_is_told_when_met_counted_once_and_written
 ) -> None:
     given = {"train_data_dir": broken_pictures, "resolution": "8", "streaming": True, "train_batch_size": 8}
     update = Trainer.update
-
-    def stopping(self: Trainer) -> None:
-        update(self)
-        self.settle()
-        if self.state.update == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Trainer, "update", stopping)
+    monkeypatch.setattr(Trainer, "update", stopping_after(5))
     assert run_here(tmp_path / "run", **given) == PREEMPTED
     monkeypatch.setattr(Trainer, "update", update)
     assert capsys.readouterr().err.count(BROKEN) == 1
@@ -512,14 +505,7 @@ def test_the_progress_line_shows_step_loss_images_per_second_and_time_left(tmp_p
 def test_a_stop_is_heard_during_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ddpm_ext.evaluation.features.reference.default_cache", lambda: tmp_path / "references")
     update = Trainer.update
-
-    def stopping(self: Trainer) -> None:
-        update(self)
-        self.settle()
-        if self.state.update == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Trainer, "update", stopping)
+    monkeypatch.setattr(Trainer, "update", stopping_after(3))
     watched = {"eval_steps": 3, "eval_samples": 6, "eval_num_inference_steps": 3, "eval_max_images": 40}
     assert run_here(tmp_path / "run", **watched) == PREEMPTED
     assert not any("eval/fid" in record for record in log_without_speed(tmp_path / "run"))
@@ -581,14 +567,7 @@ def test_a_stream_goes_on_exactly_where_it_was_stopped(
     given = {"train_data_dir": pictures, "resolution": "8", "streaming": True, "max_train_steps": 8}
     assert run_here(tmp_path / "whole", **given) == 0
     update = Trainer.update
-
-    def stopping(self: Trainer) -> None:
-        update(self)
-        self.settle()
-        if self.state.update == 5:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-    monkeypatch.setattr(Trainer, "update", stopping)
+    monkeypatch.setattr(Trainer, "update", stopping_after(5, signal.SIGUSR1))
     assert run_here(tmp_path / "stopped", **given) == PREEMPTED
     monkeypatch.setattr(Trainer, "update", update)
     assert run_here(tmp_path / "stopped", **given) == 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ddpm_ext.cli.arguments import parse_train_config
 from ddpm_ext.distributed import forget_accelerator
 from ddpm_ext.training.run import run_training
 from ddpm_ext.training.state.checkpoint import checkpoint_name
+from ddpm_ext.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY: dict[str, Any] = {
@@ -55,6 +57,19 @@ def run_here(folder: Path, **changes: Any) -> int:
     """Train in this process; the exit code."""
     forget_accelerator()
     return run_training(parse_train_config(options(folder, **changes)))
+
+
+def stopping_after(count: int, number: signal.Signals = signal.SIGTERM) -> Callable[[Trainer], None]:
+    """`Trainer.update` as it is now, and after update `count` a signal to this process."""
+    update = Trainer.update
+
+    def stopping(self: Trainer) -> None:
+        update(self)
+        self.settle()  # on a device the count is known a step later
+        if self.state.update == count:
+            os.kill(os.getpid(), number)
+
+    return stopping
 
 
 def start(
