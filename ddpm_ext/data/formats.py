@@ -111,12 +111,12 @@ def unknown(file: IO[bytes]) -> Unreadable | None:
     )
 
 
-def _head(file: IO[bytes] | None, count: int) -> bytes:
-    """The first bytes of a file, which stays where it is."""
+def _head(file: IO[bytes] | None, count: int, start: int = 0) -> bytes:
+    """The first bytes of a file, or those from another place on; the file stays where it is."""
     if file is None:
         return b""
     place = file.tell()
-    file.seek(0)
+    file.seek(start)
     head = file.read(count)
     file.seek(place)
     return head
@@ -244,20 +244,19 @@ def refuse_more(image: Image.Image) -> None:
 
 
 def _is_followed(file: IO[bytes] | None) -> bool:
-    """Whether another image comes after the first of a binary PBM, PGM or PPM file, as its format allows."""
+    """Whether another image comes after the first of a binary PBM (P4), PGM (P5) or PPM (P6) file."""
     gap = rb"(?:#[^\n]*\n|\s)+"
-    header = re.match(rb"P([456])" + gap + rb"(\d+)" + gap + rb"(\d+)(?:" + gap + rb"(\d+))?\s", _head(file, 4096))
+    header = re.match(  # a PBM names no largest value
+        rb"P(?:4|([56]))" + gap + rb"(\d+)" + gap + rb"(\d+)(?(1)" + gap + rb"(\d+))\s", _head(file, 4096)
+    )
     if header is None:
         return False
-    kind, width, height = header[1], int(header[2]), int(header[3])
-    if kind == b"4":
-        end = re.match(rb"P4" + gap + rb"\d+" + gap + rb"\d+\s", header[0])
-        length = (width + 7) // 8 * height
+    width, height = int(header[2]), int(header[3])
+    if header[1] is None:
+        row = (width + 7) // 8
     else:
-        end = header
-        length = width * height * (3 if kind == b"6" else 1) * (2 if int(header[4] or 255) > 255 else 1)
-    start = (end or header).end() + length
-    return re.match(rb"P[1-6]\s", _head(file, start + 3)[start:]) is not None
+        row = width * (3 if header[1] == b"6" else 1) * (2 if int(header[4]) > 255 else 1)
+    return re.match(rb"P[1-6]\s", _head(file, 3, header.end() + row * height)) is not None
 
 
 def _images_in(image: Image.Image) -> int:

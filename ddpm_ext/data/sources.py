@@ -135,7 +135,7 @@ def _open_folder(folder: Path, config: str | None, split: str, cache_dir: str | 
     if metadata:  # a table that names the images and says something of each
         base = _metadata_folder(folder, split, metadata)
         source = _load_dataset("imagefolder", data_files={split: [str(base / "**")]}, **options)
-        return Source(source, _unnamed(source, base))
+        return Source(source, _unnamed(source, base, [one for one in entries if Path(one.path).is_relative_to(base)]))
     return _open_listing(list_images(entries, split, str(folder)), split, streaming)
 
 
@@ -211,9 +211,9 @@ def _metadata_folder(folder: Path, split: str, metadata: Sequence[Entry]) -> Pat
     return folder
 
 
-def _unnamed(source: datasets.Dataset | datasets.IterableDataset, folder: Path) -> str | None:
-    """A note of the images of a folder that its table does not name; None where it names all, or nobody has counted."""
-    images = image_count(local_entries(folder))
+def _unnamed(source: datasets.Dataset | datasets.IterableDataset, folder: Path, entries: Sequence[Entry]) -> str | None:
+    """A note of the images that a table does not name; None where it names all, or nobody has counted its rows."""
+    images = image_count(entries)
     if not isinstance(source, datasets.Dataset) or len(source) == images:
         return None
     return f"{folder}: {len(source)} of {images} images are read, those that the table of images names."

@@ -39,6 +39,8 @@ from ..config import TrainConfig
 
 __all__ = ["Validation", "ValidationOptions", "make_validation"]
 
+SAMPLED_TIMESTEPS = 50  # of the bound per image, where the chain has more
+
 
 @dataclass(frozen=True)
 class ValidationOptions:
@@ -57,7 +59,7 @@ class ValidationOptions:
     num_samples: int = 256
     num_inference_steps: int = 50
     num_held_out: int = 64
-    num_timesteps_sampled: int | None = 50
+    num_timesteps_sampled: int | None = SAMPLED_TIMESTEPS
     batch_size: int = 64
     seed: int = 0
     quantization: Quantization = "uint8"
@@ -200,7 +202,7 @@ def make_validation(config: TrainConfig, data: DataSpec, accelerator: Accelerato
         ValidationOptions(
             num_samples=config.eval_samples,
             num_inference_steps=min(config.eval_num_inference_steps, config.ddpm_num_steps),
-            num_timesteps_sampled=50 if config.ddpm_num_steps > 50 else None,
+            num_timesteps_sampled=SAMPLED_TIMESTEPS if config.ddpm_num_steps > SAMPLED_TIMESTEPS else None,
             batch_size=config.train_batch_size,
             seed=config.seed,
         ),
