@@ -125,9 +125,12 @@ def test_a_network_that_reuses_the_memory_of_its_output_does_no_harm():
 def test_numbers_of_calls_that_were_not_fitted_are_refused():
     scheduler = make()
     scheduler.set_timesteps(4)
-    for K in (3, 1000, 0, True, None, 4.5):
+    for K in (3, 1000, 0, True, None, 4.5, 4.0, [4], "4"):
         with pytest.raises(ValueError, match="2, 4, 12"):
             scheduler.set_timesteps(K)  # pyright: ignore[reportArgumentType]
+    for K in (np.int64(4), torch.tensor(4)):
+        scheduler.set_timesteps(K)  # pyright: ignore[reportArgumentType]
+        assert len(scheduler.timesteps) == 4
     for more in ({"timesteps": [999, 0]}, {"num_inference_steps": 4, "trajectory": "even"}):
         with pytest.raises(ValueError, match="steps of its own"):
             scheduler.set_timesteps(**more)
@@ -162,6 +165,9 @@ def test_steps_out_of_turn_are_refused():
     scheduler.step(x[:1], 999, x[:1])  # other images, from the start
 
 
+ONE_FIT = {"2": {"timesteps": [999, 0], "coefficients": [[0.0, 0.0]] * 2}}
+
+
 @pytest.mark.parametrize(
     ("record", "words"),
     [
@@ -170,6 +176,11 @@ def test_steps_out_of_turn_are_refused():
         ({"reference": "raw", "steps": {}}, "reference must be"),
         ({"reference": "clipped", "steps": {}}, "number of calls"),
         ({"reference": "clipped", "steps": {}, "more": 1}, "a field of"),
+        (
+            {"reference": "clipped", "steps": {"two": {"timesteps": [999, 0], "coefficients": [[0.0, 0.0]] * 2}}},
+            "'two'",
+        ),
+        ({"reference": "clipped", "steps": ONE_FIT, "setting": "abc"}, "setting of a fitted solver"),
         *(
             ({"reference": "clipped", "steps": {"2": one}}, "descending")
             for one in (
@@ -177,6 +188,7 @@ def test_steps_out_of_turn_are_refused():
                 {"timesteps": [0, 999], "coefficients": [[0.0]] * 2},
                 {"timesteps": [999, 999], "coefficients": [[0.0]] * 2},
                 {"timesteps": [1000, 0], "coefficients": [[0.0]] * 2},
+                {"timesteps": [998, 0], "coefficients": [[0.0, 0.0]] * 2},  # x_T would be taken for x_998
                 {"timesteps": [999, -1], "coefficients": [[0.0]] * 2},
                 {"timesteps": [999, 0.5], "coefficients": [[0.0]] * 2},
                 {"timesteps": [999, 0], "coefficients": [[0.0]]},
