@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -23,6 +24,7 @@ __all__ = [
     "exit_process",
     "interruptible",
     "launched",
+    "let_go",
     "report_error",
 ]
 
@@ -120,6 +122,15 @@ def interruptible(kept: str) -> Iterator[None]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def let_go(interruption: KeyboardInterrupt) -> None:
+    """Free what the interrupted functions held; objects that were half built may fail at that, which is no news."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        traceback.clear_frames(interruption.__traceback__)
+    finally:
+        sys.unraisablehook = hook
 
 
 def launched() -> bool:

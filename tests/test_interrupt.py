@@ -12,9 +12,10 @@ from networks import tiny_unet
 from terminal import Terminal
 from training import ROOT, TORCHRUN, options, run_here, status
 
+from ddpm_ext.cli.main import main
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
-from ddpm_ext.signals import INTERRUPTED, PREEMPTED
+from ddpm_ext.signals import INTERRUPTED, PREEMPTED, Stopped
 
 Start = Callable[[Sequence[str]], Terminal]
 ENDLESS: dict[str, Any] = {"max_train_steps": 100_000, "checkpointing_steps": 100_000, "logging_steps": 5}
@@ -98,6 +99,40 @@ def test_through_make_and_a_launcher(launcher: str, in_terminal: Start, tmp_path
     code, shown = terminal.finish()
     assert code != 0 and "the same command continues" in shown, shown
     assert status(tmp_path / "run")["status"] == "preempted"
+
+
+@pytest.mark.parametrize(
+    ("interruption", "code", "said"),
+    [(Stopped("All is kept."), PREEMPTED, "Stopped. All is kept."), (KeyboardInterrupt(), INTERRUPTED, "interrupted.")],
+    ids=["stopped", "interrupted"],
+)
+def test_an_object_that_was_half_built_when_the_stop_came_shows_no_traceback(
+    interruption: KeyboardInterrupt,
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Bar:
+        """As tqdm, whose end asks for what its start had no time to set."""
+
+        def __init__(self) -> None:
+            raise interruption
+
+        def __del__(self) -> None:
+            ended.append(self)
+            self.pos  # noqa: B018
+
+    ended: list[Bar] = []
+    shown: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", shown.append)
+    hook = sys.unraisablehook
+    monkeypatch.setattr("ddpm_ext.cli.main._command", lambda _: lambda _: Bar())
+    assert main(["sample"]) == code and sys.unraisablehook is hook
+    told = capsys.readouterr()
+    assert told.out.strip() + told.err.strip().removeprefix("error: ") == said
+    interruption.__traceback__ = None
+    assert len(ended) == 1 and not shown
 
 
 def test_ctrl_c_keeps_whole_images_and_the_same_command_goes_on_from_them(in_terminal: Start, tmp_path: Path) -> None:

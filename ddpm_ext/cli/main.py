@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import UsageError, UserError
-from ..signals import PREEMPTED, Stopped, exit_process, report_error
+from ..signals import PREEMPTED, Stopped, exit_process, let_go, report_error
 from ..threads import set_thread_defaults
 from .commands import COMMANDS
 
@@ -38,9 +38,11 @@ def main(argv: list[str] | None = None) -> int:
         return leaving.code if isinstance(leaving.code, int) else 0
     except Stopped as stop:
         code = PREEMPTED
+        let_go(stop)
         if os.environ.get("RANK", "0") == "0":
             print(f"Stopped. {stop}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
+        let_go(interruption)
         return report_error(UserError("interrupted."), 130)
     except Exception as error:
         if not is_expected(error):
