@@ -58,7 +58,7 @@ PARTS: dict[str, tuple[float, float]] = {
     "cifar10": (1.0, math.inf),
 }
 SAMPLING_STEPS = 50
-LONG = 12.0  # minutes of the whole from which on the run is compiled and measured at some length
+LONG = 12.0  # minutes of the whole from which on the run is measured at some length
 COMPILE_SECONDS = 45  # a row that compiles is not begun with less time left
 
 Note = Callable[[Row], None]
@@ -71,7 +71,8 @@ class GpuOptions:
     minutes: float = option(30.0, "Minutes of the whole; CIFAR-10 trains in what the other parts leave.")
     data: str | None = option(None, "Local folder of CIFAR-10, as of images or parquet files; none: no CIFAR-10 run.")
     output: str | None = option(None, "Markdown file to write; none: docs/gpu/<card>.md.")
-    parts: str = option(",".join(PARTS), "Which parts, separated by commas.")
+    extractor: str = option("pixels", "Features of the CIFAR-10 run's Fréchet distance, as of `ddpm-ext evaluate`.")
+    parts: str = option(",".join(PARTS), "Which parts, separated by commas; the page keeps the rows of the others.")
     batch_size: int = option(128, "Images of a training update.")
     rehearse: bool = option(False, "Tiny sizes on the simulated accelerator: shows that every part runs.")
     part: str | None = option(None, "Inner use: run this part in this process.")
@@ -460,8 +461,8 @@ def run_cifar10(options: GpuOptions, budget: Budget, note: Note) -> None:
     row: Row = {"name": "CIFAR-10", "card": str(Path(folder.name) / "README.md")}
     try:
         with guarded(row, note):
-            rate, compiled = measured_rate(options)
             reserve = 45 + 0.2 * budget.left  # start, decoding, the last grid, evaluation, card
+            rate, compiled = measured_rate(options, budget.left - reserve)
             updates = 2 if options.rehearse else max(2, int((budget.left - reserve) * 0.8 * rate / options.batch_size))
             row |= {"updates": updates, "expected_rate": rate, "compiled": compiled}
             command(options, "train", budget.left - 5, **cifar10_options(options, run, updates, compiled))
@@ -511,28 +512,28 @@ def evaluation_options(options: GpuOptions, run: Path) -> dict[str, Any]:
             "num_inference_steps": 2,
             "batch_size": 20,
         }
-    brief = {"metrics": "fid", "num_samples": 500, "max_reference_images": 5000}
+    brief = {"metrics": "fid", "num_samples": 2000, "max_reference_images": 10000}
     full = {"metrics": "bpd,fid", "num_samples": 5000, "max_bpd_images": 256, "num_timesteps_sampled": 50}
     return {
         "model": run / "pipeline",
         "dataset_name": options.data,
-        "extractor": "pixels",
-        "num_inference_steps": 50,
+        "extractor": options.extractor,
+        "num_inference_steps": 100,
         **(brief if options.minutes < LONG else full),
     }
 
 
-def measured_rate(options: GpuOptions) -> tuple[float, bool]:
-    """Images/s of our bf16 training as measured before, or a slow guess; and whether the run is to be compiled.
+def measured_rate(options: GpuOptions, seconds: float) -> tuple[float, bool]:
+    """Images/s that our bf16 training is to reach in so many seconds, by the rows measured before, and if compiled.
 
-    A short run would spend its time on compiling.
+    Compiled where that makes more images in the time, compiling counted; a slow guess where nothing was measured.
     """
-    rows = [row for row in read_rows(options).get("training", []) if "images_per_second" in row]
-    for compiled in (True, False) if options.minutes >= LONG else (False,):
-        for row in rows:
-            if (row["code"], row["precision"], row["compile"]) == ("ddpm_ext", "bf16", compiled):
-                return row["images_per_second"], compiled
-    return 500.0, False
+    rates = [
+        (row["images_per_second"] * max(0.0, 1 - row["first_seconds"] / seconds), bool(row["compile"]))
+        for row in read_rows(options).get("training", [])
+        if "images_per_second" in row and (row["code"], row["precision"]) == ("ddpm_ext", "bf16")
+    ]
+    return max(rates, default=(500.0, False))
 
 
 def command(options: GpuOptions, name: str, seconds: float, **words: Any) -> None:
@@ -617,8 +618,9 @@ def run_all(options: GpuOptions) -> int:
     """Run the parts one after the other and write the page after each."""
     budget, page, rows = Budget(options.minutes * 60), page_of(options), rows_file(options)
     page.parent.mkdir(parents=True, exist_ok=True)
-    rows.unlink(missing_ok=True)
     asked = options.parts.split(",")
+    kept = [row for part, found in read_rows(options).items() if part not in asked for row in found]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     for part in asked:
         share, most = PARTS[part]
         seconds = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,34 @@ def test_options_out_of_range_are_refused() -> None:
     for wrong in ({"minutes": 0.0}, {"parts": "training,dancing"}, {"batch_size": 0}):
         with pytest.raises(ValueError, match=r"minutes|parts"):
             GpuOptions(**wrong)
+
+
+def test_a_run_is_compiled_where_that_makes_more_images_in_its_time(tmp_path: Path) -> None:
+    options = GpuOptions(output=str(tmp_path / "page.md"))
+    assert gpu.measured_rate(options, 300) == (500.0, False), "nothing was measured"
+    row = {"part": "training", "code": "ddpm_ext", "precision": "bf16", "images_per_second": 1000.0}
+    rows = [row | {"compile": False, "first_seconds": 0.0}, row | {"compile": True, "first_seconds": 60.0}]
+    rows[1]["images_per_second"] = 2000.0
+    rows.append(rows[1] | {"code": "Diffusers", "images_per_second": 9000.0})
+    rows.append({"part": "training", "code": "ddpm_ext", "precision": "bf16", "error": "out of memory"})
+    gpu.rows_file(options).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert gpu.measured_rate(options, 300) == (2000 * 0.8, True)
+    assert gpu.measured_rate(options, 90) == (1000.0, False)  # compiling takes two thirds of it
+
+
+def test_a_page_keeps_the_rows_of_the_parts_that_are_not_run_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = GpuOptions(output=str(tmp_path / "page.md"), parts="sampling", rehearse=True)
+    rows = [
+        {"part": part, "name": "tests marked gpu", "result": f"old {part}", "failed": []}
+        for part in ("tests", "sampling")
+    ]
+    gpu.rows_file(options).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(gpu, "run_guarded", lambda *_: None)
+    assert gpu.run_all(options) == 0
+    assert gpu.read_rows(options) == {"tests": rows[:1]}
+    assert "old tests" in (tmp_path / "page.md").read_text("utf-8")
 
 
 @pytest.mark.slow
