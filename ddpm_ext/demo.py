@@ -18,8 +18,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from torch import Tensor
 
-from .data.decoding import ImageFormat, decode_image, reason
-from .data.formats import UNREADABLE
+from .data.decoding.formats import UNREADABLE
+from .data.decoding.levels import ImageFormat, decode_image, reason
 from .diffusion.images import to_uint8, to_x_0
 from .errors import UserError
 from .evaluation.bound.bits_per_dim import bits_per_dim

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from ddpm_ext.data import dataset, rows
 from ddpm_ext.data.dataset import ImageSet, load_images
-from ddpm_ext.data.decoding import ImageFormat, decode_image
+from ddpm_ext.data.decoding.levels import ImageFormat, decode_image
 from ddpm_ext.data.order import Batch, epoch_order, positions_to_indices, prefetch, random_flip
 
 

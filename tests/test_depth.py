@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from ddpm_ext.data.dataset import load_images
-from ddpm_ext.data.decoding import ImageFormat, Seen, decode_image
-from ddpm_ext.data.files import Unreadable
+from ddpm_ext.data.decoding.files import Unreadable
+from ddpm_ext.data.decoding.levels import ImageFormat, Seen, decode_image
 from ddpm_ext.data.streaming import stream_images
 
 RANDOM = np.random.default_rng(0)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow
 
 from ..errors import UserError
-from .files import read_bytes
+from .decoding.files import read_bytes
 
 __all__ = [
     "Cell",

@@ -156,7 +156,7 @@ def load_images(
         label_column: Column of the labels; None takes the only one that holds labels, or none.
         resolution: H = W, or (H, W): larger and smaller images are scaled and cropped. None keeps the size, which
             must then be one for all.
-        channels: The network's in_channels (see `decoding`); None takes the first image's.
+        channels: The network's in_channels (see `decoding.levels`); None takes the first image's.
         center_crop: Crop in the middle; False gives each image a place of its own, drawn from its number.
         bits: Levels 0 … 2^bits - 1 of each value, 1 to 16. None is 8; with a value_range 16, or the bits of a range
             of whole numbers like 0 to 4095.

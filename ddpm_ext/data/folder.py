@@ -21,8 +21,8 @@ from typing import NamedTuple
 from PIL import Image
 
 from ..errors import UserError
-from .files import archive_kind, archive_members
-from .formats import NO_IMAGES, is_image
+from .decoding.files import archive_kind, archive_members
+from .decoding.formats import NO_IMAGES, is_image
 
 __all__ = [
     "ARRAYS",

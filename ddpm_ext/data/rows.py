@@ -20,8 +20,8 @@ from filelock import FileLock
 
 from ..errors import UserError
 from .cells import Cell, Rows, encoded_image, file_bytes, image_name
-from .decoding import ImageFormat, Seen, decode_image, probe, reason
-from .formats import UNREADABLE
+from .decoding.formats import UNREADABLE
+from .decoding.levels import ImageFormat, Seen, decode_image, probe, reason
 from .spec import DataSpec
 
 __all__ = [

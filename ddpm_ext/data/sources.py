@@ -23,7 +23,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 
 from ..errors import UserError
 from .cells import Source
-from .files import archive_kind, paths_of_set
+from .decoding.files import archive_kind, paths_of_set
 from .folder import ARRAYS, SPLIT_FOLDERS, Entry, Listing, image_count, list_images, local_entries, split_prefix
 from .spec import DIGITS, DataSpec
 
