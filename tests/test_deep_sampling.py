@@ -15,7 +15,8 @@ from ddpm_ext.data.spec import DataSpec
 from ddpm_ext.models.classes import class_options, label_number
 from ddpm_ext.models.values import Values, value_options, values_of
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
-from ddpm_ext.pipelines.sampling import SampleConfig, sample_to_folder, save_png, shown_bands
+from ddpm_ext.pipelines.sampling import SampleConfig, sample_to_folder, save_png
+from ddpm_ext.publishing.model_card import render_card
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 from tests.training import run_here
 
@@ -73,20 +74,47 @@ def test_files_have_the_depth_of_the_network_or_the_one_asked_for(
     record = json.loads((tmp_path / "images" / "samples.json").read_text())
     assert record.get("bits", 8) == bits
     with Image.open(tmp_path / "images" / "grid.png") as grid:
-        assert grid.mode == ["L", "LA" if bits == 8 else "RGBA", "RGB", "RGBA", "", "L"][channels - 1]
+        assert grid.mode == ["L", "LA", "RGB", "RGBA", "", "L"][channels - 1]
     if asked == 16:
         with pytest.raises(ValueError, match="bits"):
             sample(model, tmp_path / "images", bits=8)
 
 
-def test_previews_show_the_bands_asked_for(tmp_path: Path) -> None:
-    model = pipeline_of(tmp_path / "model", 5)
-    assert sample(model, tmp_path / "images", rgb_bands=[5, 1, 3]) == 0
-    values = np.load(tmp_path / "images" / "000001.npy")
+@pytest.mark.parametrize("channels", [4, 5])
+def test_previews_and_grids_show_the_bands_asked_for(channels: int, tmp_path: Path) -> None:
+    model = pipeline_of(tmp_path / "model", channels)
+    assert sample(model, tmp_path / "images", rgb_bands=[4, 1, 3]) == 0
+    if channels == 5:
+        values = np.load(tmp_path / "images" / "000001.npy")
     with Image.open(tmp_path / "images" / "000001.png") as image:
-        assert np.array_equal(np.asarray(image), values[..., [4, 0, 2]])
-    with pytest.raises(ValueError, match="have 5 bands"):
-        shown_bands(values, [6, 1, 1])
+        values = np.asarray(image) if channels == 4 else values
+        assert np.array_equal(np.asarray(image), values[..., [3, 0, 2]] if channels == 5 else values)
+    with Image.open(tmp_path / "images" / "grid.png") as grid:  # of 2 images, 6 times enlarged, borders of 4 pixels
+        shown = np.asarray(grid)[4 : 4 + 48 : 6, 56 + 4 : 56 + 52 : 6]
+    assert np.array_equal(shown, values[..., [3, 0, 2]])
+    with pytest.raises(ValueError, match=f"between 1 and {channels}, the bands of the images"):
+        sample(model, tmp_path / "images", rgb_bands=[6, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("channels", "ours", "rgb_bands", "preview", "grid"),
+    [
+        (1, {}, None, None, "8 bits"),
+        (3, {"bits": 16}, None, None, "16 bits, drawn at 8 bits"),
+        (2, {"bits": 12, "value_range": [0, 4095]}, None, None, None),
+        (5, {"bits": 16}, None, "16 bits; band 1 of 5 as grey", "16 bits; band 1 of 5 as grey, drawn at 8 bits"),
+        (5, {}, [3, 2, 1], *["8 bits; bands 3, 2, 1 of 5 as red, green, blue"] * 2),
+    ],
+)
+def test_images_say_their_depth_and_bands(
+    channels: int, ours: Any, rgb_bands: Any, preview: Any, grid: Any, tmp_path: Path, capsys: Any
+) -> None:
+    grid = grid or "12 bits for values of 0 to 4095; bands 1, 2 of 2 as grey, alpha, drawn at 8 bits"
+    assert sample(pipeline_of(tmp_path / "model", channels, **ours), tmp_path / "images", rgb_bands=rgb_bands) == 0
+    for name, words in (("000000.png", preview), ("grid.png", grid)):
+        with Image.open(tmp_path / "images" / name) as image:
+            assert image.info.get("Description") == words
+    assert f"({grid})" in capsys.readouterr().out
 
 
 def test_a_class_is_named_by_its_folder() -> None:
@@ -119,7 +147,14 @@ def test_six_bands_of_twelve_bits_are_trained_recorded_and_sampled(loss: str, tm
     options: dict[str, Any] = {"train_data_dir": str(tmp_path / "set"), "dataset_name": None, "loss": loss}
     options |= {"model_config_name_or_path": str(tmp_path / "net.json"), "unet": None, "value_range": [0, 4095]}
     options |= {"class_conditional": True, "max_train_steps": 2, "train_batch_size": 2, "eval_batch_size": 2}
-    assert run_here(tmp_path / "run", **options) == 0
+    assert run_here(tmp_path / "run", **options, rgb_bands=[6, 2, 1]) == 0
+    words = "12 bits for values of 0 to 4095; bands 6, 2, 1 of 6 as red, green, blue, drawn at 8 bits"
+    with Image.open(tmp_path / "run" / "samples" / "step-00000002.png") as grid:
+        assert (grid.mode, grid.info["Description"]) == ("RGB", words)
+    card = str(render_card(tmp_path / "run"))
+    assert f"![Samples after update 2 ({words})](samples/step-00000002.png)" in card
+    with pytest.raises(ValueError, match="between 1 and 6"):  # before anything is trained
+        run_here(tmp_path / "other", **options, rgb_bands=[7, 2, 1])
     spec = DataSpec.from_run(tmp_path / "run" / "pipeline")
     assert spec is not None
     assert (spec.bits, spec.value_range, spec.channels, spec.class_counts) == (12, (0.0, 4095.0), 6, (3, 3))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from ..errors import UserError
+from ..models.values import check_bands
 from ..options import option, required
 from ..run_dir import JsonRecord
 
@@ -68,7 +69,7 @@ class SampleConfig(GuidanceConfig):
     class_label: str | None = option(None, "Class of all images, by name or number, for conditional networks.")
     bits: int | None = option(None, "Depth of the files, 8 or 16 (PNG; arrays as .npy); none: the network's images'.")
     rgb_bands: list[int] | None = option(
-        None, "Three bands, counted from 1, that previews and grids show of more than four; none: the first."
+        None, "Three bands, counted from 1, that previews and grids show; none: all of up to four, else the first."
     )
     dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "Of the weights.")
     cpu: bool = option(False, "Use the CPU even where there is an accelerator.")
@@ -80,5 +81,4 @@ class SampleConfig(GuidanceConfig):
                 raise UserError(f"{name} must be at least 1, got {value}.")
         if self.bits not in (None, 8, 16):
             raise UserError(f"bits must be 8 or 16, got {self.bits}.")
-        if self.rgb_bands is not None and (len(self.rgb_bands) != 3 or min(self.rgb_bands) < 1):
-            raise UserError(f"rgb_bands must be three numbers from 1, as 3 2 1, got {self.rgb_bands}.")
+        check_bands(self.rgb_bands)

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from ..diffusion.words import Config
 from ..distributed import check_world
 from ..errors import UserError
 from ..models.classes import label_number
-from ..models.values import values_of
+from ..models.values import check_bands, values_of
 from ..run_dir import read_json, whole_file, write_json
 from ..signals import die_with_launcher, exit_process, interruptible
 from .config import SampleConfig
@@ -31,6 +33,8 @@ __all__ = [
     "sample_to_folder",
     "save_png",
     "shown_bands",
+    "shown_grid",
+    "shown_words",
 ]
 
 # Options that change no image, or stand in the record as they come out.
@@ -60,35 +64,69 @@ def make_grid(images: np.ndarray, min_side: int = 48) -> np.ndarray:
 
 
 def shown_bands(image: np.ndarray, rgb_bands: Sequence[int] | None = None) -> np.ndarray:
-    """Return the channels that an image of an image shows: all of up to four, of more the first, or three named ones.
+    """Return the channels of an image that are shown: all of up to four, of more the first, or three named ones.
 
     Args:
         image: Shape (..., C).
-        rgb_bands: Three bands, counted from 1.
-
-    Raises:
-        UserError: the image has no such band.
+        rgb_bands: Bands of the image, counted from 1.
     """
-    channels = image.shape[-1]
     if rgb_bands is not None:
-        if max(rgb_bands) > channels:
-            raise UserError(f"--rgb_bands {' '.join(map(str, rgb_bands))}: the images have {channels} bands.")
         return image[..., [band - 1 for band in rgb_bands]]
-    return image if channels <= 4 else image[..., :1]
+    return image if image.shape[-1] <= 4 else image[..., :1]
 
 
-def save_png(image: np.ndarray, path: Path) -> None:
-    """Write one image (H, W, C) whole or not at all, uint8 or uint16: L, LA, RGB, RGBA; of more channels the first."""
+def shown_words(config: Config, rgb_bands: Sequence[int] | None = None) -> str:
+    """Say depth and bands of what is shown of a network's images: "16 bits; bands 3, 2, 1 of 5 as red, green, blue".
+
+    Args:
+        config: Of the network.
+        rgb_bands: As for `shown_bands`.
+    """
+    depth, channels = values_of(config), config["in_channels"]
+    if rgb_bands is None and channels in (1, 3):
+        return str(depth)
+    bands = rgb_bands or (range(1, channels + 1) if channels <= 4 else (1,))
+    colours = {1: "grey", 2: "grey, alpha", 3: "red, green, blue", 4: "red, green, blue, alpha"}[len(bands)]
+    named = f"band{'s' * (len(bands) > 1)} {', '.join(map(str, bands))} of {channels}"
+    return f"{depth}; {named} as {colours}"
+
+
+def shown_grid(
+    images: np.ndarray, config: Config, rgb_bands: Sequence[int] | None = None
+) -> tuple[np.ndarray, str]:
+    """Return the grid of some images of a network, drawn at 8 bits, and the words that say what it shows.
+
+    Args:
+        images: uint8, shape (N, H, W, C).
+        config: Of the network.
+        rgb_bands: As for `shown_bands`.
+    """
+    drawn = ", drawn at 8 bits" if values_of(config).bits > 8 else ""
+    return make_grid(shown_bands(images, rgb_bands)), f"{shown_words(config, rgb_bands)}{drawn}"
+
+
+def save_png(image: np.ndarray, path: Path, description: str = "") -> None:
+    """Write one image whole or not at all: L, LA, RGB, RGBA; of more channels the first.
+
+    Args:
+        image: uint8 or uint16, shape (H, W, C).
+        path: The file; its folder is made if missing.
+        description: What the file says of itself, in a text chunk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     image = shown_bands(image)
     with whole_file(path) as temporary:
         if image.dtype == np.uint16:
-            temporary.write_bytes(_png_of_16_bits(image))
+            temporary.write_bytes(_png_of_16_bits(image, description))
         else:
-            Image.fromarray(image if image.shape[-1] > 1 else image[..., 0]).save(temporary, format="png")
+            text = PngInfo()
+            if description:
+                text.add_text("Description", description)
+            shown = Image.fromarray(image if image.shape[-1] > 1 else image[..., 0])
+            shown.save(temporary, format="png", pnginfo=text)
 
 
-def _png_of_16_bits(image: np.ndarray) -> bytes:
+def _png_of_16_bits(image: np.ndarray, description: str) -> bytes:
     """A PNG of uint16 values (H, W, C), C 1 to 4, which Pillow writes in grey alone (PNG specification, section 11)."""
     height, width, channels = image.shape
     colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
@@ -99,7 +137,8 @@ def _png_of_16_bits(image: np.ndarray) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
-    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(filtered.tobytes())), (b"IEND", b""))
+    text = [(b"tEXt", b"Description\0" + description.encode("latin-1"))] if description else []
+    parts = ((b"IHDR", header), *text, (b"IDAT", zlib.compress(filtered.tobytes())), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
@@ -154,6 +193,7 @@ class _Folder:
             self.pipeline.to(getattr(torch, config.dtype))
         self.pipeline.set_progress_bar_config(disable=not accelerator.is_main_process)
         self.is_array = self.pipeline.unet.config["in_channels"] > 4
+        check_bands(config.rgb_bands, network["in_channels"])
         self.check()
 
     def image(self, i: int) -> Path:
@@ -215,8 +255,10 @@ class _Folder:
 
     def write(self, image: np.ndarray, path: Path) -> None:
         """Write one image; of an array the preview first, since the array says that both are there."""
-        save_png(shown_bands(image, self.config.rgb_bands) if self.is_array else image, path)
-        if self.is_array:
+        if not self.is_array:
+            save_png(image, path)
+        else:
+            save_png(shown_bands(image, self.config.rgb_bands), path, shown_words(self.pipeline.unet.config, self.config.rgb_bands))
             with whole_file(path.with_suffix(".npy")) as temporary, temporary.open("wb") as file:
                 np.save(file, image)
 
@@ -226,16 +268,18 @@ class _Folder:
             return _eight_bits(np.load(self.image(i).with_suffix(".npy")))
         with Image.open(self.image(i)) as image:  # of 16 bits in colour Pillow gives the high byte
             pixels = np.asarray(image)
+        if self.pipeline.unet.config["in_channels"] == 2:  # and RGBA of grey and alpha
+            pixels = pixels[..., [0, -1]]
         return _eight_bits(pixels[..., None] if pixels.ndim == 2 else pixels)
 
     def draw_grid(self) -> None:
         """Write grid.png of the first images, and say what is there."""
         number = self.config.num_samples
         shown = np.stack([self.read(i) for i in range(min(number, _IN_GRID))])
-        bands = self.config.rgb_bands if self.is_array else None
-        save_png(make_grid(shown_bands(shown, bands)), self.path / "grid.png")
+        grid, words = shown_grid(shown, self.pipeline.unet.config, self.config.rgb_bands)
+        save_png(grid, self.path / "grid.png", words)
         images = "1 image" if number == 1 else f"{number:,} images"
-        print(f"{images} in {self.path}, the first of them in {self.path / 'grid.png'}")
+        print(f"{images} in {self.path}, the first of them in {self.path / 'grid.png'} ({words})")
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image
 
 from ..diffusion.words import INDEX
 from ..evaluation.report import markdown
@@ -171,11 +173,15 @@ def _plots(run: Path) -> list[dict[str, str]]:
 def _gallery(run: Path) -> list[JsonRecord]:
     """Return path and caption of the gallery's images: the newest samples first."""
     newest = [name for name in shown_images(run) if name.startswith("samples/")][-1:]
-    found = [{"path": name, "caption": _sample_caption(name)} for name in newest]
+    found = [{"path": name, "caption": _sample_caption(run / name)} for name in newest]
     return found + [{"path": name, "caption": text} for name, text in _CAPTIONS.items() if (run / name).is_file()]
 
 
-def _sample_caption(name: str) -> str:
-    """Return what a grid of samples is called, by the update in its name."""
-    update = re.search(r"step-0*(\d+)", name)
-    return f"Samples after update {int(update[1]):,}" if update else "Samples"
+def _sample_caption(grid: Path) -> str:
+    """Return what a grid of samples is called: by the update in its name, and by what it says of depth and bands."""
+    update = re.search(r"step-0*(\d+)", grid.name)
+    name = f"Samples after update {int(update[1]):,}" if update else "Samples"
+    words = None
+    with suppress(OSError), Image.open(grid) as image:
+        words = image.info.get("Description")
+    return f"{name} ({words})" if words else name

@@ -22,7 +22,7 @@ from ..diffusion.words import EXTENSION_KEY, LEARNED_VARIANCES
 from ..errors import UserError
 from ..models.classes import class_options
 from ..models.unet import UNET_PRESETS, build_unet, unet_config
-from ..models.values import value_options
+from ..models.values import check_bands, value_options
 from ..pipelines.loading import load_network_config
 from ..run_dir import RunError
 from ..schedulers.ddpm import DDPMExtScheduler
@@ -88,6 +88,7 @@ def network_config(config: TrainConfig) -> NetworkOptions:
     size = None if config.size is None else list(config.size)
     found = unet_config(base, sample_size=size, dropout=config.dropout)
     channels = found.setdefault("in_channels", 3)
+    check_bands(config.rgb_bands, channels)
     if config.variance_type in LEARNED_VARIANCES:
         found["out_channels"] = 2 * channels
     return found

@@ -266,7 +266,7 @@ class RunOptions:
     )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "Tracker.", neutral=True)
     rgb_bands: list[int] | None = option(
-        None, "Three bands, counted from 1, that grids show of more than four; none: the first.", neutral=True
+        None, "Three bands, counted from 1, that grids show; none: all of up to four, else the first.", neutral=True
     )
     eval_batch_size: int = option(64, "Images of a sample grid.", at_least=1, neutral=True)
     save_images_steps: int | None = option(

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...distributed import on_main
 from ...models.classes import number_of_classes
 from ...pipelines.ddpm import DDPMExtPipeline
-from ...pipelines.sampling import make_grid, save_png, shown_bands
+from ...pipelines.sampling import save_png, shown_grid
 from ...pipelines.seeds import sample_images
 from ...run_dir import RunDir, read_json, write_json
 from ..fine_tune import merged
@@ -58,8 +58,8 @@ class Exporter:
         gathered = accelerator.gather((images, torch.tensor(numbers, device=accelerator.device)))
         if accelerator.is_main_process:
             images = _by_number(*cast(tuple[Tensor, Tensor], gathered)).cpu().numpy()
-            grid = make_grid(shown_bands(images, config.rgb_bands if images.shape[-1] > 4 else None))
-            save_png(grid, self.run.samples / f"{checkpoint_name(self.state.update)}.png")
+            grid, words = shown_grid(images, self.trainer.network.config, config.rgb_bands)
+            save_png(grid, self.run.samples / f"{checkpoint_name(self.state.update)}.png", words)
             track_images(accelerator, grid, self.state.update)
 
     def sample(self, numbers: list[int], num_inference_steps: int | None = None) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...models.classes import classes_of
+from ...models.values import Values
 
 if TYPE_CHECKING:
     from ..trainer import Trainer
@@ -75,7 +76,8 @@ def _images(trainer: Trainer) -> str:
     channels, height, width = trainer.data.shape
     count = "a stream" if trainer.num_images is None else plural(trainer.num_images, "image")
     classes = trainer.data.num_classes if trainer.config.class_conditional else None
-    text = f"{count} of {plural(channels, 'channel')}, {height} x {width}"
+    depth = Values(trainer.data.spec.bits, trainer.data.spec.value_range)
+    text = f"{count} of {plural(channels, 'channel')}, {height} x {width}, {depth}"
     return text if classes is None else f"{text}, {plural(classes, 'class', 'classes')}"
 
 
