@@ -91,9 +91,7 @@ def shown_words(config: Config, rgb_bands: Sequence[int] | None = None) -> str:
     return f"{depth}; {named} as {colours}"
 
 
-def shown_grid(
-    images: np.ndarray, config: Config, rgb_bands: Sequence[int] | None = None
-) -> tuple[np.ndarray, str]:
+def shown_grid(images: np.ndarray, config: Config, rgb_bands: Sequence[int] | None = None) -> tuple[np.ndarray, str]:
     """Return the grid of some images of a network, drawn at 8 bits, and the words that say what it shows.
 
     Args:
@@ -258,7 +256,8 @@ class _Folder:
         if not self.is_array:
             save_png(image, path)
         else:
-            save_png(shown_bands(image, self.config.rgb_bands), path, shown_words(self.pipeline.unet.config, self.config.rgb_bands))
+            bands = self.config.rgb_bands
+            save_png(shown_bands(image, bands), path, shown_words(self.pipeline.unet.config, bands))
             with whole_file(path.with_suffix(".npy")) as temporary, temporary.open("wb") as file:
                 np.save(file, image)
 
