@@ -20,8 +20,7 @@ from ddpm_ext.data.dataset import ImageSet
 from ddpm_ext.data.spec import DataSpec
 from ddpm_ext.diffusion.images import to_uint8, to_x_0
 from ddpm_ext.diffusion.process import q_sample
-from ddpm_ext.diffusion.schedules import make_tables
-from ddpm_ext.diffusion.tables import Tables
+from ddpm_ext.diffusion.schedules import Tables, make_tables
 from ddpm_ext.evaluation.samplers import ancestral
 from ddpm_ext.models.classes import number_of_classes
 from ddpm_ext.options import option

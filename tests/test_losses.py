@@ -13,8 +13,7 @@ from torch.testing import assert_close
 
 from ddpm_ext.diffusion.losses import bound_term, min_snr_weight, training_loss, uniform_timesteps
 from ddpm_ext.diffusion.process import jump, q_sample, training_target
-from ddpm_ext.diffusion.schedules import make_tables
-from ddpm_ext.diffusion.tables import Tables
+from ddpm_ext.diffusion.schedules import Tables, make_tables
 
 TIMES = torch.tensor([0, 1, 7, 400, 999])
 SMALL = make_tables("squaredcos_cap_v2", 12)

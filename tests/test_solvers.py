@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ddpm_ext.diffusion.images import clip_x_0
-from ddpm_ext.diffusion.schedules import make_tables
+from ddpm_ext.diffusion.schedules import Tables, make_tables
 from ddpm_ext.diffusion.solver_fit import (
     Problem,
     choose_times,
@@ -32,7 +32,6 @@ from ddpm_ext.diffusion.solvers import (
     solve,
     solve_reference,
 )
-from ddpm_ext.diffusion.tables import Tables
 from ddpm_ext.diffusion.words import ReferenceKind
 
 F64 = torch.float64

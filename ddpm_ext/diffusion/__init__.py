@@ -9,8 +9,7 @@ if TYPE_CHECKING:
     from .losses import training_loss
     from .process import predict_x_0, q_posterior, q_sample, training_target
     from .reverse import p_mean_variance
-    from .schedules import make_tables
-    from .tables import Tables
+    from .schedules import Tables, make_tables
     from .textbook import DenoiseDiffusion
 
 __all__ = [

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import UserError, check_word
 from .images import HALF_RANGE
 from .process import Jump, jump
-from .tables import Tables
+from .schedules import Tables
 from .words import TrajectoryCost
 
 __all__ = [

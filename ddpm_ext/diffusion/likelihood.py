@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import UserError, check_word
 from .images import half_range
-from .tables import widest_float
+from .schedules import widest_float
 from .words import Cdf
 
 __all__ = [

@@ -16,7 +16,7 @@ from .likelihood import decoder_nll, mean_over_dims, step_kl
 from .loss_options import check_loss_options
 from .process import check_range, check_same_shape, check_steps, compute_dtype, jump, per_image, training_target
 from .reverse import decoder_log_var, p_mean_variance, split_output, variance_bounds
-from .tables import Tables
+from .schedules import Tables
 from .words import Arguments, Loss, PredictionType, VarianceType
 
 __all__ = [

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, check_word
-from .tables import Tables
+from .schedules import Tables
 from .words import PredictionType
 
 __all__ = [

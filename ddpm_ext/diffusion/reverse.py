@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import UserError, check_word
 from .images import Clip, clip_x_0
 from .process import Jump, compute_dtype, jump, per_image, predict_x_0, weighted_sum
-from .tables import Tables
+from .schedules import Tables
 from .words import LEARNED_VARIANCES, DecoderVariance, PredictionType, VarianceType
 
 __all__ = [

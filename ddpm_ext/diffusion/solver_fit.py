@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .images import clip_x_0
+from .schedules import Tables, widest_float
 from .solvers import (
     Estimate,
     JumpWeights,
@@ -33,7 +34,6 @@ from .solvers import (
     solve,
     solver_step,
 )
-from .tables import Tables, widest_float
 
 __all__ = ["Fit", "Problem", "choose_times", "fit_solver", "power_times", "refine_solver", "restore_contrast"]
 

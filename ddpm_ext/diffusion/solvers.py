@@ -25,8 +25,7 @@ from torch import Tensor
 from ..errors import UserError, check_word
 from .images import Clip, clip_x_0
 from .process import PredictionType, eps_weights, x_0_weights
-from .schedules import respaced_timesteps
-from .tables import Tables
+from .schedules import Tables, respaced_timesteps
 from .words import ReferenceKind
 
 __all__ = [

@@ -16,8 +16,7 @@ from ..errors import check_word
 from .losses import training_loss, uniform_timesteps
 from .process import Gaussian, q_marginal, q_sample
 from .reverse import p_mean_variance
-from .schedules import make_tables
-from .tables import warn_if_signal_remains
+from .schedules import make_tables, warn_if_signal_remains
 from .words import VarianceType
 
 __all__ = ["DenoiseDiffusion"]

@@ -15,8 +15,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 from ..diffusion import process
-from ..diffusion.schedules import make_tables
-from ..diffusion.tables import Tables
+from ..diffusion.schedules import Tables, make_tables
 from ..diffusion.words import BetaSchedule, PredictionType, TimestepSpacing, VarianceType
 from ..errors import UserError
 from .arithmetic import mix

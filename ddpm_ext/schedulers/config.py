@@ -10,7 +10,7 @@ from functools import partial
 from typing import get_args
 
 from ..diffusion import images
-from ..diffusion.tables import Tables, warn_if_signal_remains
+from ..diffusion.schedules import Tables, warn_if_signal_remains
 from ..diffusion.words import (
     EXTENSION_KEY,
     LEARNED_VARIANCES,

@@ -19,6 +19,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from ..diffusion import images, process, reverse
+from ..diffusion.schedules import Tables, widest_float
 from ..diffusion.solvers import (
     REFERENCES,
     Estimate,
@@ -30,7 +31,6 @@ from ..diffusion.solvers import (
     jump_weights,
     solver_step,
 )
-from ..diffusion.tables import Tables, widest_float
 from ..diffusion.words import EXTENSION_KEY, Config, ReferenceKind
 from ..errors import UserError, check_word, is_whole
 from ..run_dir import JsonRecord

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion import analytic, process, reverse
-from ..diffusion.schedules import respaced_timesteps
-from ..diffusion.tables import Tables, widest_float
+from ..diffusion.schedules import Tables, respaced_timesteps, widest_float
 from ..diffusion.words import LEARNED_VARIANCES, Trajectory
 from ..errors import UserError, check_word
 from .arithmetic import Weight

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...diffusion.likelihood import BoundTerms, decoder_nll, mean_over_dims, prior_kl, step_kl
 from ...diffusion.process import jump, per_image, q_sample
-from ...diffusion.tables import Tables
+from ...diffusion.schedules import Tables
 from ...diffusion.words import Cdf, DecoderVariance
 from ...errors import UserError, check_word, is_whole
 from ...schedulers.checks import Generators, check_generators

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ...diffusion.tables import widest_float
+from ...diffusion.schedules import widest_float
 
 __all__ = ["QUARTERS", "Meter", "Unreadable", "tell_unreadable"]
 
