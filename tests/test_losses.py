@@ -11,7 +11,7 @@ from tensors import PREDICTIONS, TABLES, images, noise
 from torch import Tensor
 from torch.testing import assert_close
 
-from ddpm_ext.diffusion.losses import bound_term, min_snr_weight, training_loss, uniform_timesteps
+from ddpm_ext.diffusion.losses import LossOptions, bound_term, min_snr_weight, training_loss, uniform_timesteps
 from ddpm_ext.diffusion.process import jump, q_sample, training_target
 from ddpm_ext.diffusion.schedules import Tables, make_tables
 
@@ -50,18 +50,8 @@ def example(variance_type: str, prediction_type: str, tables: Tables = TABLES, t
 )
 def test_losses_equal_the_literal_oracle(loss: str, variance_type: str, gamma: float | None, prediction_type: str):
     output, x_0, x_t, eps, t = example(variance_type, prediction_type)
-    ours = training_loss(
-        output,
-        x_0,
-        x_t,
-        eps,
-        t,
-        TABLES,
-        prediction_type=prediction_type,
-        variance_type=variance_type,
-        loss=loss,
-        snr_gamma=gamma,
-    )
+    options = LossOptions(loss, prediction_type, variance_type, gamma)  # pyright: ignore[reportArgumentType]
+    ours = training_loss(output, x_0, x_t, eps, t, TABLES, options)
     assert ours.shape == (5,) and ours.dtype == torch.float64
     exact = [
         oracles.training_loss_of_image(
@@ -96,17 +86,8 @@ def test_vlb_over_uniform_t_is_the_bound(variance_type: str, prediction_type: st
     for i in range(12):
         t = torch.full((2,), i)
         x_t = q_sample(x_0, t, steps[i], SMALL)
-        total += training_loss(
-            model(x_t, i),
-            x_0,
-            x_t,
-            steps[i],
-            t,
-            SMALL,
-            prediction_type=prediction_type,
-            variance_type=variance_type,
-            loss="vlb",
-        )
+        options = LossOptions("vlb", prediction_type, variance_type)  # pyright: ignore[reportArgumentType]
+        total += training_loss(model(x_t, i), x_0, x_t, steps[i], t, SMALL, options)
     _, terms, decoder = oracles.bound_in_bits(
         lambda x, t: model(torch.from_numpy(x), t).numpy(),
         SMALL.beta.numpy(),
@@ -125,7 +106,7 @@ def test_hybrid_teaches_the_mean_by_the_simple_loss_alone():
     grads = {}
     for loss in ("hybrid", "vlb"):
         leaf = output.clone().requires_grad_()
-        training_loss(leaf, x_0, x_t, eps, t, TABLES, variance_type="learned_range", loss=loss).sum().backward()
+        training_loss(leaf, x_0, x_t, eps, t, TABLES, LossOptions(loss, variance_type="learned_range")).sum().backward()
         grads[loss] = leaf.grad
     leaf = output[:, :2].clone().requires_grad_()
     training_loss(leaf, x_0, x_t, eps, t, TABLES).sum().backward()
@@ -138,7 +119,7 @@ def test_hybrid_counts_the_bound_by_T_over_1000():
     times = torch.tensor([0, 1, 5, 8, 11])
     output, x_0, x_t, eps, t = example("learned_range", "epsilon", SMALL, times)
     options = {"variance_type": "learned_range"}
-    hybrid = training_loss(output, x_0, x_t, eps, t, SMALL, loss="hybrid", **options)
+    hybrid = training_loss(output, x_0, x_t, eps, t, SMALL, LossOptions("hybrid", **options))
     simple = training_loss(output[:, :2], x_0, x_t, eps, t, SMALL)
     bound = bound_term(output, x_0, x_t, t, SMALL, **options)
     assert_close(hybrid, simple + 12 / 1000 * bound / math.log(2))
@@ -164,9 +145,8 @@ def test_min_snr_weights_agree_on_what_they_weigh():
     losses = []
     for prediction_type in PREDICTIONS:
         output = training_target(wrong, x_t, wrong_eps, TIMES, TABLES, prediction_type)
-        losses.append(
-            training_loss(output, x_0, x_t, eps, TIMES, TABLES, prediction_type=prediction_type, snr_gamma=5.0)
-        )
+        options = LossOptions(prediction_type=prediction_type, snr_gamma=5.0)  # pyright: ignore[reportArgumentType]
+        losses.append(training_loss(output, x_0, x_t, eps, TIMES, TABLES, options))
     snr = TABLES.alpha_bar[TIMES] / TABLES.one_minus_alpha_bar[TIMES]
     expected = snr.clamp(max=5) * ((wrong - x_0) ** 2).flatten(1).mean(1)
     for loss in losses:
@@ -203,7 +183,7 @@ def test_the_bound_keeps_its_digits_in_float32(prediction_type: str):
 def test_half_precision_outputs_are_summed_in_float32():
     output, x_0, x_t, eps, t = example("fixed_small", "sample")
     args = [z.bfloat16() for z in (output, x_0, x_t, eps)]
-    loss = training_loss(*args, t, TABLES, prediction_type="sample")
+    loss = training_loss(*args, t, TABLES, LossOptions(prediction_type="sample"))
     assert loss.dtype == torch.float32
     exact = ((args[1].double() - args[0].double()) ** 2).flatten(1).mean(1)
     assert_close(loss.double(), exact, rtol=1e-5, atol=0)
@@ -215,7 +195,7 @@ def test_gradients_are_finite_at_every_step(loss: str):
     x_0, eps = images(shape=(1000, 1, 1, 2)).float(), noise(1, (1000, 1, 1, 2)).float()
     x_t = q_sample(x_0, t, eps, TABLES)
     output = noise(2, (1000, 2, 1, 2)).float().requires_grad_()
-    training_loss(output, x_0, x_t, eps, t, TABLES, variance_type="learned_range", loss=loss).sum().backward()
+    training_loss(output, x_0, x_t, eps, t, TABLES, LossOptions(loss, variance_type="learned_range")).sum().backward()
     assert output.grad is not None and torch.isfinite(output.grad).all()
 
 
@@ -242,9 +222,8 @@ def test_uniform_timesteps_are_uniform_and_repeatable():
     ],
 )
 def test_options_that_do_not_go_together(options: dict, sentence: str):
-    output, x_0, x_t, eps, t = example("fixed_small", "epsilon")
     with pytest.raises(ValueError, match=sentence):
-        training_loss(output, x_0, x_t, eps, t, TABLES, **options)
+        LossOptions(**options)
 
 
 def test_shapes_and_steps_that_do_not_fit():
@@ -252,13 +231,13 @@ def test_shapes_and_steps_that_do_not_fit():
     with pytest.raises(ValueError, match="must have the same shape"):
         training_loss(output, x_0, x_t, eps[:1], t, TABLES)  # would broadcast
     with pytest.raises(ValueError, match="must have the same shape"):
-        training_loss(output, x_0[:1], x_t, eps, t, TABLES, prediction_type="sample")
+        training_loss(output, x_0[:1], x_t, eps, t, TABLES, LossOptions(prediction_type="sample"))
     with pytest.raises(ValueError, match="must have the same shape"):
-        training_loss(output, x_0[:1], x_t, eps, t, TABLES, loss="vlb")
+        training_loss(output, x_0[:1], x_t, eps, t, TABLES, LossOptions("vlb"))
     with pytest.raises(ValueError, match="model_output must have shape"):
         training_loss(output[:, :1], x_0, x_t, eps, t, TABLES)
     for loss in ("simple", "vlb"):
         with pytest.raises(ValueError, match=r"t must lie in 0\.\.999, got values from -1"):
-            training_loss(output, x_0, x_t, eps, t - 1, TABLES, loss=loss)
+            training_loss(output, x_0, x_t, eps, t - 1, TABLES, LossOptions(loss))
     with pytest.raises(ValueError, match=r"t must lie in 0\.\.999"):
         min_snr_weight(torch.tensor([-1]), TABLES, "sample", 5.0)

@@ -160,16 +160,16 @@ def test_add_noise_and_velocity_compile():
 
 
 def test_a_training_loss_compiles():
-    from ddpm_ext.diffusion.losses import training_loss
+    from ddpm_ext.diffusion.losses import LossOptions, training_loss
     from ddpm_ext.diffusion.process import q_sample
 
-    tables = DDPMExtScheduler().tables
+    tables, options = DDPMExtScheduler().tables, LossOptions(snr_gamma=5.0)
     x_0, eps, t = noise(1, SHAPE).tanh(), noise(2, SHAPE), torch.tensor([0, 5, 999])
     weight = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
 
     def loss(x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         x_t = q_sample(x_0, t, eps, tables)
-        return training_loss(weight * x_t, x_0, x_t, eps, t, tables, snr_gamma=5.0).mean()
+        return training_loss(weight * x_t, x_0, x_t, eps, t, tables, options).mean()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     a, b = (torch.autograd.grad(f(x_0, eps, t), weight)[0] for f in (compiled, loss))

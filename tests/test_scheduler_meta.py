@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ext.diffusion.loss_options import check_loss_options
-from ddpm_ext.diffusion.losses import training_loss
+from ddpm_ext.diffusion.losses import LossOptions, training_loss
 from ddpm_ext.diffusion.process import jump
 from ddpm_ext.diffusion.reverse import decoder_log_var
 from ddpm_ext.diffusion.schedules import make_tables
@@ -63,13 +62,12 @@ def test_losses_look_at_no_value(loss: Any, options: dict[str, Any]) -> None:
     scheduler = DDPMExtScheduler(**options)
     variance = scheduler.variance_type
     try:
-        check_loss_options(loss, variance, None)
+        words = LossOptions(loss, scheduler.options.prediction_type, variance)
     except ValueError:
         pytest.skip("do not go together")
     x, output = images(scheduler)
     t, tables = torch.empty(2, dtype=torch.int64, device="meta"), scheduler.tables.to("meta")
-    kind = scheduler.options.prediction_type
-    found = training_loss(output, x, x, x, t, tables, prediction_type=kind, variance_type=variance, loss=loss)
+    found = training_loss(output, x, x, x, t, tables, words)
     assert found.shape == (2,) and found.device.type == "meta"
 
 

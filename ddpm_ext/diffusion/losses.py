@@ -13,15 +13,16 @@ from torch import Tensor
 
 from ..errors import check_word
 from .likelihood import decoder_nll, mean_over_dims, step_kl
-from .loss_options import check_loss_options
 from .process import check_range, check_same_shape, check_steps, compute_dtype, jump, per_image, training_target
 from .reverse import decoder_log_var, p_mean_variance, split_output, variance_bounds
 from .schedules import Tables
-from .words import Arguments, Loss, PredictionType, VarianceType
+from .words import LossOptions, PredictionType, VarianceType
 
 __all__ = [
     "REMEMBERED",
+    "SIMPLE",
     "LossHistory",
+    "LossOptions",
     "bound_term",
     "empty_history",
     "loss_aware_probabilities",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 REMEMBERED = 10  # losses of each t that decide how often it is drawn
+SIMPLE = LossOptions()  # of ε, as in DDPM
 UNIFORM_SHARE = 0.001  # of the draws, so that no t is forgotten
 
 
@@ -44,18 +46,7 @@ class LossHistory(NamedTuple):
 
 
 def training_loss(
-    output: Tensor,
-    x_0: Tensor,
-    x_t: Tensor,
-    eps: Tensor,
-    t: Tensor,
-    tables: Tables,
-    *,
-    prediction_type: PredictionType = "epsilon",
-    variance_type: VarianceType = "fixed_small",
-    loss: Loss = "simple",
-    snr_gamma: float | None = None,
-    bits: int = 8,
+    output: Tensor, x_0: Tensor, x_t: Tensor, eps: Tensor, t: Tensor, tables: Tables, options: LossOptions = SIMPLE
 ) -> Tensor:
     r"""Return the loss of each image.
 
@@ -72,37 +63,32 @@ def training_loss(
         eps: The noise.
         t: int64, shape (B,), 0 <= t < T.
         tables: One schedule, on t's device.
-        prediction_type: What the network predicts.
-        variance_type: The reverse variance that vlb and hybrid judge.
-        loss: One of the words above.
-        snr_gamma: γ of min-SNR weighting; None for none.
-        bits: Depth of the images, whose levels L_0 counts.
+        options: Which loss of which prediction.
 
     Returns:
         Shape (B,), at least float32.
 
     Raises:
-        UserError: options that do not go together (`check_loss_options`), or shapes that do not fit.
+        UserError: shapes or steps that do not fit.
     """
-    check_loss_options(loss, variance_type, snr_gamma)
     check_steps(t, x_t, tables)
-    judged: Arguments = {"prediction_type": prediction_type, "variance_type": variance_type, "bits": bits}
-    if loss == "vlb":
-        bound = bound_term(output, x_0, x_t, t, tables, **judged)
+    kind, variance_type, bits = options.prediction_type, options.variance_type, options.bits
+    if options.loss == "vlb":
+        bound = bound_term(output, x_0, x_t, t, tables, prediction_type=kind, variance_type=variance_type, bits=bits)
         return bound * (tables.num_timesteps / math.log(2))
 
     prediction, head = split_output(output, x_t, variance_type)
-    target = training_target(x_0, x_t, eps, t, tables, prediction_type)
+    target = training_target(x_0, x_t, eps, t, tables, kind)
     dtype = compute_dtype(prediction)
     check_same_shape("the target", target, "the prediction", prediction)
     simple = mean_over_dims((target.to(dtype) - prediction.to(dtype)) ** 2)
-    if snr_gamma is not None:
-        simple = simple * min_snr_weight(t, tables, prediction_type, snr_gamma).to(simple.dtype)
-    if loss == "simple" or head is None:
+    if options.snr_gamma is not None:
+        simple = simple * min_snr_weight(t, tables, kind, options.snr_gamma).to(simple.dtype)
+    if options.loss == "simple" or head is None:
         return simple
 
     detached = torch.cat([prediction.detach(), head], dim=1)
-    bound = bound_term(detached, x_0, x_t, t, tables, **judged)
+    bound = bound_term(detached, x_0, x_t, t, tables, prediction_type=kind, variance_type=variance_type, bits=bits)
     return simple + bound * (tables.num_timesteps / 1000 / math.log(2))
 
 

@@ -12,14 +12,16 @@ rounded once, where they meet an image; half-precision images are computed in fl
 
 from __future__ import annotations
 
-from typing import NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError, check_word
-from .schedules import Tables
 from .words import PredictionType
+
+if TYPE_CHECKING:
+    from .schedules import Tables
 
 __all__ = [
     "Gaussian",

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
-from ..diffusion.loss_options import check_loss_options
+from ..diffusion.words import LossOptions
 from ..errors import UserError
 from ..options import option, required
 from .options import (
@@ -59,6 +59,10 @@ class TrainConfig(
         _check_data_and_network(self)
         _check_updates(self)
         _check_launch_and_evaluation(self)
+
+    def loss_options(self, bits: int = 8) -> LossOptions:
+        """Return what is minimised on images of this depth; a UserError where the words do not go together."""
+        return LossOptions(self.loss, self.prediction_type, self.variance_type, self.snr_gamma, bits)
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -141,7 +145,7 @@ def _check_pairs(config: TrainConfig) -> None:
 
 def _check_data_and_network(config: TrainConfig) -> None:
     if config.init_from is None or config.resolved:  # else the variance is not known yet
-        check_loss_options(config.loss, config.variance_type, config.snr_gamma)
+        config.loss_options()
     if config.init_from is not None and (config.unet or config.model_config_name_or_path) is not None:
         raise UserError("init_from brings its own network; leave unet and model_config_name_or_path out.")
     steps, sampled = config.ddpm_num_steps, config.ddpm_num_inference_steps

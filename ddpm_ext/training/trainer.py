@@ -85,6 +85,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.parameters = list(self.network.parameters())
         self.tables = self.scheduler.tables.to(self.accelerator.device)
+        self.loss_options = self.config.loss_options(self.spec.bits)
         self.batches = self._read()
 
     def update(self) -> None:
@@ -151,19 +152,7 @@ class Trainer:
         x_t = q_sample(x_0, t, eps, self.tables)
         labels = self._labels(batch, rows)
         output = self.unet(x_t, t, class_labels=labels, return_dict=False)[0]
-        losses = training_loss(
-            output,
-            x_0,
-            x_t,
-            eps,
-            t,
-            self.tables,
-            prediction_type=config.prediction_type,
-            variance_type=config.variance_type,
-            loss=config.loss,
-            snr_gamma=config.snr_gamma,
-            bits=self.spec.bits,
-        )
+        losses = training_loss(output, x_0, x_t, eps, t, self.tables, self.loss_options)
         self.state.meter.add_losses(losses, t, weight)
         self.state.timesteps.see(t, losses)
         return losses.mean() if weight is None else (losses * weight).mean()
