@@ -94,6 +94,7 @@ def test_a_run_and_its_parts_are_sources(kind: str, half_trained: Path, tmp_path
         ({"freeze": ["*"]}, "leaves nothing to train"),
         ({"init_from": "runs/nowhere"}, "There is no folder runs/nowhere"),
         ({"lora_rank": 2, "ema": "power_function"}, "not of the adapters"),
+        ({"class_dropout": 0.1}, "class_dropout: the network knows no classes, add them with --class_conditional"),
     ],
 )
 def test_what_contradicts_the_source_is_refused_and_leaves_nothing(
@@ -198,6 +199,36 @@ def test_other_channels_and_classes_need_a_word_and_the_rest_is_loaded(source: P
     other = {**data, "train_data_dir": pictures(tmp_path / "other", ["a", "c"])}
     with pytest.raises(RunError, match="was trained on the classes a, b, and these images have a, c"):
         run_here(tmp_path / "next", **FROM, init_from=tmp_path / "run", **other)
+    other |= {"seed": 1, "init_new_head": True}  # as many rows of another meaning
+    assert run_here(tmp_path / "next", **FROM, init_from=tmp_path / "run", **other) == 0
+    anew = weights(tmp_path / "next", 0)
+    differing = [name for name, tensor in here.items() if not torch.equal(tensor, anew[name])]
+    record = json.loads((tmp_path / "next" / "config.json").read_text())
+    assert differing == record["init_from"]["new"] == ["class_embedding.weight"]
+
+
+@pytest.mark.parametrize("kind", ["run", "checkpoint"])
+def test_that_it_knows_classes_and_what_is_no_class_comes_from_the_source(kind: str, tmp_path: Path) -> None:
+    assert run_here(tmp_path / "source", max_train_steps=1, class_conditional=True) == 0
+
+    def from_there(folder: Path, name: str, **more: Any) -> dict[str, torch.Tensor]:
+        update = max(int(path.name[-8:]) for path in (folder / "checkpoints").iterdir())
+        given = folder if kind == "run" else folder / "checkpoints" / f"step-{update:08d}"
+        here = tmp_path / name
+        assert run_here(here, **FROM, init_from=given, max_train_steps=0, **more) == 0
+        assert json.loads((here / "pipeline" / "unet" / "config.json").read_text())["num_class_embeds"] == 11
+        return weights(here, 0)
+
+    with pytest.raises(RunError, match=r"class_embedding.weight: \(10, 32\) there, \(11, 32\) needed"):
+        from_there(tmp_path / "source", "refused", class_dropout=0.1)
+    rows = weights(tmp_path / "source", 1, "ema")["class_embedding.weight"]
+    grown = from_there(tmp_path / "source", "grown", class_dropout=0.1, init_new_head=True)["class_embedding.weight"]
+    assert torch.equal(grown[:10], rows) and grown.shape == (11, 32)
+    for number, more in enumerate(({}, {"class_dropout": 0.2})):  # none of whom needs a word more
+        assert torch.equal(from_there(tmp_path / "grown", str(number), **more)["class_embedding.weight"], grown)
+    assert run_here(tmp_path / "scratch", max_train_steps=1, class_conditional=True, class_dropout=0.5) == 0
+    averaged = weights(tmp_path / "scratch", 1, "ema")["class_embedding.weight"]
+    assert torch.equal(from_there(tmp_path / "scratch", "last")["class_embedding.weight"], averaged)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import diffusers.guiders
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, EulerDiscreteScheduler
@@ -27,12 +31,12 @@ from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "posterior_mean"])
-@pytest.mark.parametrize("w", [0.5, 2.0, 4.0])
-def test_the_guided_score_is_the_mixture_of_the_exact_scores(kind: Any, w: float) -> None:
-    """(1+w) ε(x|c) - w ε(x) to rounding, whatever the network predicts, in one call."""
+@pytest.mark.parametrize(("w", "rescale"), [(0.5, 0.0), (2.0, 0.0), (4.0, 0.0), (2.0, 0.7), (4.0, 1.0)])
+def test_the_guided_score_is_the_mixture_of_the_exact_scores(kind: Any, w: float, rescale: float) -> None:
+    """(1+w) ε(x|c) - w ε(x) to rounding, rescaled or not, whatever the network predicts, in one call."""
     scheduler = DDPMExtScheduler(prediction_type=kind)
     network, config = Mixture(scheduler), class_options(CLASSES, with_null_label=True)
-    guidance = make_guidance(config, guidance_scale=w)
+    guidance = make_guidance(config, 1000, guidance_scale=w, guidance_rescale=rescale)
     assert guidance is not None
     x, labels = torch.randn(CLASSES, 1, 4, 4, dtype=torch.float64), torch.arange(CLASSES)
     for t in (1, 300, 999):
@@ -43,8 +47,92 @@ def test_the_guided_score_is_the_mixture_of_the_exact_scores(kind: Any, w: float
         alpha_bar = scheduler.tables.alpha_bar[t].item()
         with_class = torch.stack([conditional_eps(x[c], alpha_bar, c) for c in range(CLASSES)])
         without = torch.stack([unconditional_eps(one, alpha_bar) for one in x])
-        assert_close(eps, (1 + w) * with_class - w * without, rtol=1e-9, atol=1e-9)
+        exact = (1 + w) * with_class - w * without
+        if rescale:  # Lin et al. 2023, Eqs. (15)-(16), image by image
+            pairs = zip(with_class.numpy(), exact.numpy(), strict=True)
+            ratio = torch.tensor([np.std(a, ddof=1) / np.std(b, ddof=1) for a, b in pairs], dtype=torch.float64)
+            exact = rescale * ratio.reshape(-1, 1, 1, 1) * exact + (1 - rescale) * exact
+        assert_close(eps, exact, rtol=1e-9, atol=1e-9)
         assert network.calls == 1
+
+
+def guided_chain(
+    chain: DDPMExtScheduler,
+    times: list[int],
+    noise: Iterator[np.ndarray],
+    v: float,
+    w: float,
+    interval: tuple[int, int],
+) -> list[np.ndarray]:
+    """x_T, ..., x_0 of one image of class 2 by the formulas of the papers, in NumPy; v is the variance head."""
+    alpha_bar = chain.alphas_cumprod.double().numpy()
+    x, images = next(noise), []
+    for t, s in zip(times, [*times[1:], None], strict=True):
+        images.append(x)
+        a, b = alpha_bar[t], 1.0 if s is None else alpha_bar[s]
+        eps = conditional_eps(torch.from_numpy(x), float(a), 2).numpy()
+        if interval[0] <= t <= interval[1]:
+            eps = (1 + w) * eps - w * unconditional_eps(torch.from_numpy(x), float(a)).numpy()
+        x_0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
+        if chain.config["thresholding"]:  # Saharia et al. 2022, §2.3
+            threshold = min(max(np.quantile(abs(x_0), chain.config["dynamic_thresholding_ratio"]), 1.0), 1.5)
+            x_0 = x_0.clip(-threshold, threshold) / threshold
+        elif chain.config["clip_sample"]:
+            x_0 = x_0.clip(-1, 1)
+        beta = 1 - a / b
+        mean = b**0.5 * beta / (1 - a) * x_0 + (a / b) ** 0.5 * (1 - b) / (1 - a) * x
+        if s is None:
+            return [*images, mean]
+        small, fraction = beta * (1 - b) / (1 - a), (v + 1) / 2  # Nichol & Dhariwal 2021, Eq. (15)
+        x = mean + np.exp((fraction * np.log(beta) + (1 - fraction) * np.log(small)) / 2) * next(noise)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("bounded", ["clipped", "thresholded", "free"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("interval", [(200, 700), (0, 999)])
+def test_a_guided_chain_is_that_of_the_papers_formulas(
+    kind: Any, bounded: str, interval: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With interval, prediction type, learned variance and bounds of x̂_0 all at once, image and each step."""
+    bounds = {"clip_sample": bounded == "clipped", "thresholding": bounded == "thresholded", "sample_max_value": 1.5}
+    scheduler = DDPMExtScheduler(
+        prediction_type=kind, variance_type="learned_range", dynamic_thresholding_ratio=0.9, **bounds
+    )
+    pipeline, network = guided_pipeline(scheduler, heads=2), Mixture(scheduler)
+    pipeline.unet.double()
+
+    def perfect(x: Tensor, t: Tensor, class_labels: Tensor) -> Any:
+        """Its head is 0.3 with a class and -1 without."""
+        head = torch.where(class_labels == CLASSES, -1.0, 0.3).reshape(-1, 1, 1, 1).expand_as(x)
+        return SimpleNamespace(sample=torch.cat([network(x, int(t), class_labels), head.double()], dim=1))
+
+    monkeypatch.setattr(pipeline.unet, "forward", perfect)
+    times = [990, 700, 450, 200, 60, 0]
+    asked: Any = {"timesteps": times, "class_labels": 2, "guidance_scale": 3.0, "guidance_interval": interval}
+    steps = list(pipeline.progressive(1, torch.Generator().manual_seed(5), **asked))
+    drawn = torch.Generator().manual_seed(5)
+    noise = (torch.randn(1, 1, 8, 8, generator=drawn, dtype=torch.float64).numpy() for _ in times)
+    expected = guided_chain(scheduler, times, noise, 0.3, 3.0, interval)
+    for step, x_t in zip(steps, expected[:-1], strict=True):
+        assert_close(step.x_t.numpy(), x_t, rtol=1e-4, atol=1e-4)  # the tables of the chain are float32
+    found: Any = pipeline(1, torch.Generator().manual_seed(5), output_type="latent", **asked)
+    assert_close(found.images.numpy(), expected[-1], rtol=1e-4, atol=1e-4)
+    assert len(steps) == len(times)
+
+
+def test_a_chain_without_a_guided_step_is_bitwise_unguided_and_says_so() -> None:
+    pipeline = guided_pipeline()
+    plain = draw(pipeline)
+    ask: Any = {"guidance_scale": 2.0, "guidance_interval": (401, 599)}
+    words = r"guidance_interval \(401, 599\) holds none of the steps of this chain, 800, 600, 400, 200, 0: it draws"
+    with pytest.warns(UserWarning, match=words):
+        assert torch.equal(draw(pipeline, **ask), plain)
+    with pytest.warns(UserWarning, match=r"holds none of the steps of this chain, 300, 150, 0"):
+        pipeline.continue_from(plain[:1], 300, num_inference_steps=3, class_labels=0, **ask)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(pipeline, guidance_scale=2.0, guidance_interval=(400, 400))
 
 
 def draw(pipeline: DDPMExtPipeline, **options: Any) -> Tensor:
@@ -87,7 +175,7 @@ def test_an_interval_guides_at_its_steps_alone() -> None:
 def test_the_variance_is_that_of_the_conditional_head(scheduler: Any) -> None:
     """The head's channels come through unmixed; x̂_0 is clipped after the mixture."""
     pipeline = guided_pipeline(scheduler, heads=2)
-    guidance = make_guidance(pipeline.unet.config, guidance_scale=3.0)
+    guidance = make_guidance(pipeline.unet.config, 1000, guidance_scale=3.0)
     assert guidance is not None
     x, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
     with torch.no_grad():
@@ -142,10 +230,23 @@ def test_stock_schedulers_are_guided_too() -> None:
     ("options", "words"),
     [
         ({"guidance_scale": -1}, "guidance_scale must be a number of at least 0"),
-        ({"guidance_scale": "2"}, "guidance_scale must be a number"),
-        ({"guidance_scale": 1, "guidance_rescale": 2}, "guidance_rescale must lie between 0 and 1, got 2"),
+        *(
+            ({"guidance_scale": odd}, "guidance_scale must be a number of at least 0, where 0 is no guidance, got ")
+            for odd in ("2", True, None, [1.0], (2,), {}, 1j, math.nan, math.inf, -math.inf, -1e-9, torch.ones(1))
+        ),
+        *(
+            ({"guidance_scale": 1, "guidance_rescale": odd}, "guidance_rescale must lie between 0 and 1, got ")
+            for odd in ("0.5", True, None, [0.5], -0.1, 1.1, math.nan)
+        ),
+        *(
+            ({"guidance_scale": 1, "guidance_interval": odd}, r"guidance_interval must be \(low, high\), two steps")
+            for odd in (5, "ab", (1,), (1, 2, 3), ("1", "2"), (True, 9), (1, None), (math.nan, 3), {1, 2}, [3, 2.9])
+        ),
+        *(
+            ({"guidance_scale": 1, "guidance_interval": odd}, r"must hold steps of the process, 0\.\.999, got ")
+            for odd in ((1000, 2000), [-9, -1])
+        ),
         ({"guidance_rescale": 0.5}, "need a guidance_scale above 0"),
-        ({"guidance_scale": 1, "guidance_interval": (9, 1)}, "two steps with low <= high"),
         ({"guidance_scale": 1, "guider": diffusers.guiders.ClassifierFreeGuidance()}, "brings its own scale"),
     ],
     ids=str,
@@ -153,6 +254,15 @@ def test_stock_schedulers_are_guided_too() -> None:
 def test_options_without_sense_or_effect_are_refused(options: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         draw(guided_pipeline(), **options)
+
+
+def test_numbers_of_numpy_guide_as_pythons() -> None:
+    pipeline = guided_pipeline()
+    expected = draw(pipeline, guidance_scale=2.0, guidance_interval=(200, 600), guidance_rescale=0.5)
+    numbers: Any = {"guidance_scale": np.float32(2), "guidance_rescale": np.float64(0.5)}
+    interval = (np.int64(200), np.float32(600))
+    labels = np.array([0, 2])
+    assert torch.equal(draw(pipeline, **numbers, guidance_interval=interval, class_labels=labels), expected)
 
 
 def test_a_network_without_a_null_label_cannot_be_guided() -> None:
@@ -193,10 +303,20 @@ def test_the_null_label_survives_stock_and_its_labels_keep_their_meaning(tmp_pat
 
 def test_labels_by_number_or_name() -> None:
     config = class_options(3, ["cat", "dog", "ship"], with_null_label=True)
-    for given in (2, "ship", [2], ["ship"], torch.tensor(2), torch.tensor([2, 2]), [2, "ship"]):
+    numpy = (np.int64(2), np.array(2), np.array([2, 2], dtype=np.uint8), [np.int32(2), 2])
+    tensors = (torch.tensor(2), torch.tensor([2, 2]), [torch.tensor(2), torch.tensor(2)])
+    for given in (2, "ship", [2], ["ship"], [2, "ship"], range(2, 3), *numpy, *tensors):
         labels = check_labels(given, 2, config)
         assert labels is not None and labels.tolist() == [2, 2] and labels.dtype == torch.int64
     assert check_labels(None, 2, {}) is None
+
+
+ODD_LABELS: list[Any] = [
+    *(1.0, True, 1j, b"1", 2**70, -1, 3, math.nan, object(), {0, 1}, {0: 1}, iter([0, 1])),
+    *([], [0, 1, 2], [-1, 0], [0.5, 1.0], [None, 1], [True, 0], [[0, 1]], [[0], [1]], [[0], [1, 2]]),
+    *(np.float32(1), np.bool_(True), np.array([0.0, 1.0]), np.array([[0, 1]]), np.array(["a", "b"])),
+    *(torch.tensor([0.0, 1.0]), torch.tensor([[0, 1]]), torch.tensor([True, False]), torch.tensor([0, 1, 2])),
+]
 
 
 @pytest.mark.parametrize(
@@ -204,13 +324,11 @@ def test_labels_by_number_or_name() -> None:
     [
         ("ship", class_options(3), "got 'ship': this network does not record the names"),
         ("ship", class_options(2, ["cat", "dog"]), r"2 ints in 0\.\.1 or of the names cat, dog, got 'ship'"),
-        (3, class_options(3, with_null_label=True), r"ints in 0\.\.2, got 3"),  # the null label is no class
-        ([0, 1, 2], class_options(3), "class_labels must be 2 ints"),
-        ([0.5, 1.0], class_options(3), "class_labels must be 2 ints"),
-        (True, class_options(3), "class_labels must be 2 ints"),
-        ([], class_options(3), "class_labels must be 2 ints"),
-        ([None, 1], class_options(3), "class_labels must be 2 ints"),
-        ([[0], [1, 2]], class_options(3), "class_labels must be 2 ints"),
+        (3, class_options(3, with_null_label=True), r"ints in 0\.\.2, got 3: 3 stands for no class\."),
+        ([0, 3], class_options(3, with_null_label=True), r"ints in 0\.\.2, got \[0, 3\]: 3 stands for no class\."),
+        (4, class_options(3, with_null_label=True), r"ints in 0\.\.2, got 4\."),
+        *((odd, class_options(3), "class_labels must be 2 ints") for odd in ODD_LABELS),
+        *((odd, {}, "was not trained with class labels") for odd in ODD_LABELS),
         (0, {}, "was not trained with class labels"),
         (None, class_options(3), "class-conditional: pass class_labels"),
         (0, {"num_class_embeds": 4, "_ddpm_ext": {"null_label": 1}}, "null_label must be the last"),

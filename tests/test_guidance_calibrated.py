@@ -50,7 +50,9 @@ def test_errors_under_guidance_are_the_mixtures_own(kind: Any) -> None:
     labels = torch.arange(CLASSES).repeat(40)
     x_0 = MEANS[labels].reshape(-1, 1, 1, 1) + S * torch.randn(len(labels), 1, 8, 8, dtype=torch.float64)
     bound = make_bound(Mixture(scheduler), scheduler, x_0, BoundOptions(clip_sample=False), labels)
-    guidance = make_guidance(class_options(CLASSES, with_null_label=True), guidance_scale=W, guidance_interval=(5, 14))
+    guidance = make_guidance(
+        class_options(CLASSES, with_null_label=True), 20, guidance_scale=W, guidance_interval=(5, 14)
+    )
     found = denoising_errors(bound, x_0, torch.Generator().manual_seed(0), guidance).mse_eps
     for t, alpha_bar in enumerate(scheduler.tables.alpha_bar.tolist()):
         w = W if 5 <= t <= 14 else 0.0
@@ -147,7 +149,7 @@ def test_settings_that_guide_alike_are_equal() -> None:
     guide = diffusers.guiders.ClassifierFreeGuidance
 
     def setting(**asked: Any) -> Any:
-        return setting_of(make_guidance(config, **asked), 1000)
+        return setting_of(make_guidance(config, 1000, **asked), 1000)
 
     assert setting() == setting(guidance_scale=0.0)
     assert setting(guidance_scale=2.0) == setting(guidance_scale=2, guidance_interval=(0, 999))

@@ -20,7 +20,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 import yaml
 
 from ..errors import UsageError
-from ..training.config import TrainConfig, recorded
+from ..training.config import BROUGHT, TrainConfig, recorded
 from ..training.presets import PRESETS
 from .suggestions import suggestion
 
@@ -196,20 +196,22 @@ def _train_values(argv: list[str], defaults: Values, preset: str) -> Values:
 def _refuse_idle_options(values: Values, given: set[str]) -> None:
     """Refuse an option that would have no effect: nothing is accepted and ignored."""
     for name in sorted(given):
-        if values[name] is not None and values[name] is not False and (lacking := _lacking(name, values)):
+        if values[name] is not None and values[name] is not False and (lacking := _lacking(name, values, given)):
             other, words = lacking
             needed = f"--{other}" if words is True else f"{other} " + " or ".join(json.dumps(word) for word in words)
             was = "none" if values[other] is None else repr(values[other])
             raise UsageError(f"--{name} has an effect only with {needed}, and {other} is {was}.")
 
 
-def _lacking(name: str, values: Values) -> tuple[str, Any] | None:
+def _lacking(name: str, values: Values, given: set[str]) -> tuple[str, Any] | None:
     """Return what an option needs and has not, (another option, its words), or None where it has an effect."""
     if "needs" not in _FIELDS[name].metadata:
         return None
     other, words = _FIELDS[name].metadata["needs"]
+    if values["init_from"] is not None and other in BROUGHT and other not in given:
+        return None  # the source tells
     there = values[other] is not None and values[other] is not False if words is True else values[other] in words
-    return _lacking(other, values) if there else (other, words)
+    return _lacking(other, values, given) if there else (other, words)
 
 
 # Words -> values ------------------------------------------------------------------------------------------------------

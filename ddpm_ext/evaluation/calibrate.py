@@ -131,7 +131,7 @@ class _Calibration:
         self.variance = str(self.scheduler.config["variance_type"]).removesuffix("_log")
         self.loaded = chain_conditions(self.scheduler)
         self.learned = self.variance in LEARNED_VARIANCES
-        make_guidance(runner.unet.config, **(config.guidance or {}))  # can it be guided at all
+        make_guidance(runner.unet.config, T, **(config.guidance or {}))  # can it be guided at all
         self.guidance = guidance_conditions(config.guidance)
         self.without_head = drop_variance_head(runner.unet) if self.learned else runner.unet
         self.training: Any = runner.images.load(config.split, "split") if needs_images else None  # a solver needs none

@@ -102,7 +102,7 @@ class _Evaluation:
         if self.held_out is not None:
             for variance in config.variances:
                 check_bound(runner.unet, self.bound_scheduler(variance), self.held_out, self.bound_options)
-        make_guidance(runner.unet.config, **(config.guidance or {}))
+        make_guidance(runner.unet.config, runner.scheduler.config["num_train_timesteps"], **(config.guidance or {}))
         if config.of_samples:
             assert self.images is not None
             for sampler, variance, steps in self.plan():

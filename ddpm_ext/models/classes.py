@@ -98,18 +98,21 @@ def check_labels(
         expected += f" or of the names {', '.join(classes.names)}"
     if class_labels is None:
         raise UserError(f"This network is class-conditional: pass class_labels. {expected}, or one for all.")
-    listed = [class_labels] if isinstance(class_labels, int | str) else class_labels
-    if not isinstance(listed, Tensor):
-        listed = [_number(label, classes, expected) for label in listed]
-    try:
-        labels = torch.as_tensor(listed, device=device).reshape(-1)
+    listed = class_labels if isinstance(class_labels, Sequence) and not isinstance(class_labels, str) else None
+    found = class_labels if listed is None else [_number(label, classes, expected) for label in listed]
+    found = _number(found, classes, expected)
+    try:  # PyTorch says of most kinds that they are no numbers
+        labels = torch.as_tensor(found, device=device)
     except (TypeError, ValueError, RuntimeError):
         raise UserError(f"{expected}, got {class_labels!r}.") from None
-    labels = labels.expand(count) if labels.numel() == 1 else labels
-    wrong = classes is not None and labels.numel() and bool(((labels < 0) | (labels >= classes.number)).any())
     whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    if not whole or labels.shape != (count,) or wrong:
+    labels = labels.expand(count) if labels.shape in ((), (1,)) else labels
+    if not whole or labels.shape != (count,):
         raise UserError(f"{expected}, got {class_labels!r}.")
+    if classes is not None and bool(((labels < 0) | (labels >= classes.number)).any()):
+        null = classes.null_label
+        reason = f": {null} stands for no class" if null is not None and bool((labels == null).any()) else ""
+        raise UserError(f"{expected}, got {class_labels!r}{reason}.")
     return labels.long()
 
 
@@ -135,7 +138,9 @@ def label_number(word: str, config: Config) -> int:
 
 
 def _number(label: object, classes: Classes | None, expected: str) -> object:
-    """The number of a class that may be given by its name."""
+    """The number of a class that may be given by its name; a truth value is none."""
+    if isinstance(label, bool):
+        raise UserError(f"{expected}, got {label!r}.")
     if not isinstance(label, str):
         return label
     if classes is None or classes.names is None:

@@ -27,7 +27,7 @@ from ..schedulers.checks import Generators
 from ..schedulers.ddpm import DDPMExtScheduler
 from ..schedulers.solver import DDPMExtSolverScheduler, is_portable_solver
 from .config import GuidanceOptions
-from .guidance import Guidance, guided_prediction, make_guidance, setting_of
+from .guidance import Guidance, guided_prediction, make_guidance, setting_of, warn_of_no_guidance
 from .inputs import (
     Images,
     OutputType,
@@ -138,7 +138,7 @@ class DDPMExtPipeline(PortablePipeline):
         output_type = checked_output_type(output_type, self.unet.config["in_channels"])
         for name in callback_on_step_end_tensor_inputs:
             check_word("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
-        guided = make_guidance(self.unet.config, **guidance)
+        guided = make_guidance(self.unet.config, self.scheduler.config["num_train_timesteps"], **guidance)
         x_T, labels = self._start(batch_size, generator, num_inference_steps, timesteps, latents, class_labels)
 
         def after_step(i: int, t: Tensor, x_s: Tensor, x_0: Tensor | None) -> Tensor:
@@ -178,7 +178,7 @@ class DDPMExtPipeline(PortablePipeline):
         Raises:
             UserError: a step of `at` is not in the chain, or as in calling.
         """
-        guided = make_guidance(self.unet.config, **guidance)
+        guided = make_guidance(self.unet.config, self.scheduler.config["num_train_timesteps"], **guidance)
         x_T, labels = self._start(batch_size, generator, num_inference_steps, timesteps, latents, class_labels)
         missing = set(at or ()) - {int(t) for t in self.scheduler.timesteps}
         if missing:
@@ -300,6 +300,7 @@ class DDPMExtPipeline(PortablePipeline):
         own = isinstance(scheduler, BaseScheduler)
         if (warn := getattr(scheduler, "warn_of_guidance", None)) is not None:
             warn(setting_of(guidance, len(scheduler)))
+        warn_of_no_guidance(guidance, on_host)
         former_modes, self._interrupt = [(module, module.training) for module in unet.modules()], False
         first_bad = torch.full((), len(on_host), device=x_t.device)
         unet.eval()
@@ -387,7 +388,7 @@ class DDPMExtPipeline(PortablePipeline):
         guidance: GuidanceOptions,
     ) -> ImagePipelineOutput:
         output_type = checked_output_type(output_type, self.unet.config["in_channels"])
-        guided = make_guidance(self.unet.config, **guidance)
+        guided = make_guidance(self.unet.config, self.scheduler.config["num_train_timesteps"], **guidance)
         labels = self._labels(class_labels, x_t.shape[0])
         x_t = prepare_latents(self.unet, x_t.shape[0], generator, x_t, self._execution_device)
         set_timesteps(self.scheduler, None, times, self._execution_device)

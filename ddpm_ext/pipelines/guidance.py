@@ -10,22 +10,33 @@ w = 0 is no guidance at all; Diffusers' usual guidance_scale is 1 + w.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import numbers
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ..diffusion.process import compute_dtype, eps_weights, per_image
+from ..diffusion.words import Config
 from ..errors import UserError
 from ..models.classes import classes_of
 from ..schedulers.config import GuidanceSetting, guidance_setting
 from .config import GuidanceOptions
 
-__all__ = ["Guidance", "guided_eps", "guided_prediction", "make_guidance", "rescaled", "setting_of"]
+__all__ = [
+    "Guidance",
+    "guided_eps",
+    "guided_prediction",
+    "make_guidance",
+    "rescaled",
+    "setting_of",
+    "warn_of_no_guidance",
+]
 
 Network = Callable[[Tensor, Tensor], Tensor]  # (x_t, labels) -> output, of any number of images
 
@@ -49,11 +60,12 @@ class Guidance:
     guider: Any = None
 
 
-def make_guidance(config: Any, **options: Unpack[GuidanceOptions]) -> Guidance | None:
+def make_guidance(config: Config, T: int, **options: Unpack[GuidanceOptions]) -> Guidance | None:
     """Return the guidance that was asked for, checked against the network; None for none.
 
     Args:
         config: The network's.
+        T: Steps of the process.
         **options: What was asked for.
 
     Raises:
@@ -72,6 +84,8 @@ def make_guidance(config: Any, **options: Unpack[GuidanceOptions]) -> Guidance |
         ends = list(interval) if isinstance(interval, tuple | list) else []
         if len(ends) != 2 or not all(_is_number(end) for end in ends) or not ends[0] <= ends[1]:
             raise UserError(f"guidance_interval must be (low, high), two steps with low <= high, got {interval!r}.")
+        if ends[1] < 0 or ends[0] >= T:
+            raise UserError(f"guidance_interval must hold steps of the process, 0..{T - 1}, got {interval!r}.")
     if guider is not None:
         if scale or interval is not None or rescale:
             raise UserError("A guider brings its own scale, interval and rescaling: leave guidance_* out.")
@@ -87,7 +101,26 @@ def make_guidance(config: Any, **options: Unpack[GuidanceOptions]) -> Guidance |
             + ("knows no classes" if classes is None else "was trained with a class for every image")
             + ". Train with --class_conditional --class_dropout 0.1."
         )
-    return Guidance(scale, classes.null_label, interval, rescale, guider)
+    return Guidance(float(scale), classes.null_label, interval, float(rescale), guider)
+
+
+def warn_of_no_guidance(guidance: Guidance | None, times: Sequence[float]) -> None:
+    """Warn of a chain none of whose steps lies in the interval: its images are those without guidance.
+
+    Args:
+        guidance: None for none.
+        times: The chain, descending.
+    """
+    if guidance is None or guidance.interval is None:
+        return
+    low, high = guidance.interval
+    if not any(low <= t <= high for t in times):
+        shown = ", ".join(f"{t:g}" for t in times) if len(times) <= 10 else f"{times[0]:g}, …, {times[-1]:g}"
+        warnings.warn(
+            f"guidance_interval ({low:g}, {high:g}) holds none of the steps of this chain, {shown}: it draws without "
+            "guidance. Take a wider one or more steps.",
+            stacklevel=3,
+        )
 
 
 def setting_of(guidance: Guidance | None, T: int) -> GuidanceSetting:
@@ -217,5 +250,5 @@ def _check_guider(guider: object) -> None:
         )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -28,7 +28,16 @@ from .options import (
     RunOptions,
 )
 
-__all__ = ["NEUTRAL", "OF_SCHEDULE", "Options", "ReconstructConfig", "TrainConfig", "config_changes", "recorded"]
+__all__ = [
+    "BROUGHT",
+    "NEUTRAL",
+    "OF_SCHEDULE",
+    "Options",
+    "ReconstructConfig",
+    "TrainConfig",
+    "config_changes",
+    "recorded",
+]
 
 Options: TypeAlias = Mapping[str, object]  # name -> value, as config.json and state.json hold them
 _WIDEST = 0.28  # relative width of a power-function average, below which its exponent is above -1/2
@@ -192,6 +201,8 @@ OF_SCHEDULE: dict[str, str] = {
     for field in dataclasses.fields(TrainConfig)
     if "of_schedule" in field.metadata
 }
+# All that init_from brings along where it is not asked for.
+BROUGHT = frozenset({*OF_SCHEDULE, "class_conditional"})
 # What a resumed run may change freely: names, images and logs, never the weights.
 NEUTRAL = frozenset(field.name for field in dataclasses.fields(TrainConfig) if field.metadata.get("neutral"))
 _UNRECORDED = ("hub_token", "local_rank", "asked", "resolved")
@@ -216,6 +227,6 @@ def config_changes(old: Options, new: Options) -> dict[str, tuple[object, object
     old = {**_BEFORE, **old}
     names = (old.keys() | new.keys()) - NEUTRAL
     if new.get("init_from") is not None and new["init_from"] == old.get("init_from"):
-        names -= {*OF_SCHEDULE, "class_conditional"}  # these come from there
+        names -= BROUGHT
     # None: an option that was not there.
     return {name: (old.get(name), new.get(name)) for name in sorted(names) if old.get(name) != new.get(name)}

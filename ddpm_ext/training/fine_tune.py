@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..data.spec import DataSpec
 from ..diffusion.words import EXTENSION_KEY, LEARNED_VARIANCES
 from ..errors import UserError
+from ..models.classes import classes_of
 from ..pipelines.ddpm import load_pipeline
 from ..pipelines.locate import find_pipeline
 from ..publishing.licenses import base_of_card
@@ -34,6 +35,7 @@ __all__ = ["Origin", "Start", "add_lora", "check_class_names", "find_start", "fr
 
 # Weights whose shape follows from the images and the process: a network that differs elsewhere is another one.
 _HEADS = ("conv_in.", "conv_out.", "class_embedding.")
+_CLASSES = "class_embedding.weight"
 _LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -149,7 +151,16 @@ def _of_checkpoint(folder: Path) -> tuple[NetworkOptions, DDPMExtScheduler, dict
     else:
         scheduler = build_scheduler(cast(TrainConfig, SimpleNamespace(**state["config"])))
     stem = "ema" if (folder / "ema.safetensors").is_file() else "model"
-    return state["network"], scheduler, merged(checkpoint.read_tensors(folder, stem))
+    network = {**state["network"], EXTENSION_KEY: _classes_of_state(state)}
+    return network, scheduler, merged(checkpoint.read_tensors(folder, stem))
+
+
+def _classes_of_state(state: JsonRecord) -> JsonRecord | None:
+    """What state.json of a checkpoint says of the null label: itself, or the options of a run from random weights."""
+    if "classes" in state:
+        return state["classes"]
+    rows = state["network"].get("num_class_embeds")
+    return {"null_label": rows - 1} if rows is not None and state["config"].get("class_dropout") else None
 
 
 def _before(path: Path) -> Sequence[JsonRecord]:
@@ -200,13 +211,15 @@ def _adopt(config: TrainConfig, schedule: Mapping[str, object], network: Network
         and not config.init_new_head
     ):
         wrong.append("  class_conditional: the network knows classes")
+    classes = config.class_conditional or (conditional and "class_conditional" not in config.asked)
+    if config.class_dropout and not classes:
+        wrong.append("  class_dropout: the network knows no classes, add them with --class_conditional --init_new_head")
     if wrong:
         raise RunError(
-            f"--init_from {config.init_from} brings its own schedule, and options contradict it:\n"
+            f"--init_from {config.init_from} brings its own schedule and classes, and options contradict them:\n"
             + "\n".join(wrong)
             + "\nLeave these options out; a learned variance is added with --init_new_head."
         )
-    classes = config.class_conditional or (conditional and "class_conditional" not in config.asked)
     return dataclasses.replace(config, **theirs, class_conditional=classes, resolved=True)
 
 
@@ -250,15 +263,22 @@ def check_class_names(start: Start, data: DataSpec) -> None:
     config = start.config
     if not config.class_conditional or config.init_new_head or start.weights is None:
         return
-    names, path = (start.network.get(EXTENSION_KEY) or {}).get("class_names"), Path(str(config.init_from)).expanduser()
-    if names is None and path.exists():
-        spec = DataSpec.from_run(path if not (path / checkpoint.STATE).is_file() else path.parent.parent)
-        names = None if spec is None else spec.class_names
+    names = _class_names(start)
     if names and data.class_names and list(names) != list(data.class_names):
         raise RunError(
             f"--init_from {config.init_from} was trained on the classes {', '.join(names)}, and these images have "
             f"{', '.join(data.class_names)}. Give --init_new_head to begin the class embedding anew."
         )
+
+
+def _class_names(start: Start) -> Sequence[str] | None:
+    """The names of the source's classes, by its network or its run."""
+    path = Path(str(start.config.init_from)).expanduser()
+    names = (start.network.get(EXTENSION_KEY) or {}).get("class_names")
+    if names is None and path.exists():
+        spec = DataSpec.from_run(path if not (path / checkpoint.STATE).is_file() else path.parent.parent)
+        names = None if spec is None else spec.class_names
+    return names
 
 
 # Weights --------------------------------------------------------------------------------------------------------------
@@ -269,6 +289,7 @@ def load_weights(network: UNet2DModel, start: Start) -> list[str]:
     """Copy the source's weights into a new network.
 
     A variance head grown with --init_new_head keeps the prediction; what it adds begins at 0, the middle of its range.
+    A null label grown with it keeps the rows of the classes.
 
     Args:
         network: Fresh, of the architecture asked for.
@@ -286,6 +307,9 @@ def load_weights(network: UNet2DModel, start: Start) -> list[str]:
     new = sorted(
         name for name in ours.keys() | shapes.keys() if name not in ours or tuple(ours[name].shape) != shapes.get(name)
     )
+    has_same_classes = _has_the_same_classes(network, start)
+    if _CLASSES in ours and _CLASSES not in new and not has_same_classes:
+        new = sorted([*new, _CLASSES])  # as many rows, which would mean something else
     lines = [
         f"  {name}: {shapes.get(name, 'none')} there, {tuple(ours[name].shape) if name in ours else 'none'} needed"
         for name in new
@@ -306,7 +330,19 @@ def load_weights(network: UNet2DModel, start: Start) -> list[str]:
             if weight.shape[1:] == start.weights[name].shape[1:]:
                 weight[:half].copy_(start.weights[name])
                 weight[half:].zero_()
+        elif name == _CLASSES and has_same_classes:
+            rows = min(len(weight), shapes[name][0])  # without the null label
+            weight[:rows].copy_(start.weights[name][:rows])
     return new
+
+
+def _has_the_same_classes(network: UNet2DModel, start: Start) -> bool:
+    """Whether labels mean the same in a new network as in the source: as many, and of no other names."""
+    ours, theirs = classes_of(network.config), classes_of(start.network)
+    if ours is None or theirs is None or ours.number != theirs.number:
+        return False
+    names = _class_names(start)
+    return names is None or ours.names is None or tuple(names) == ours.names
 
 
 def freeze(network: nn.Module, patterns: list[str], new: Collection[str] = ()) -> None:

@@ -13,7 +13,7 @@ from ..distributed import any_process, forget_accelerator, make_accelerator, on_
 from ..publishing.publisher import Publisher
 from ..run_dir import RunDir, RunError, environment, read_json, write_json
 from ..signals import PREEMPTED, StopRequest, die_with_launcher, exit_process
-from .config import OF_SCHEDULE, TrainConfig, recorded
+from .config import BROUGHT, TrainConfig, recorded
 from .loop import TrainingLoop
 from .outputs.export import Exporter
 from .outputs.monitor import start_trackers
@@ -146,7 +146,7 @@ def _open(config: TrainConfig, run: RunDir) -> None:
 
 def _own_options(config: TrainConfig) -> dict[str, object]:
     """Return the options as config.json has them, without those that --init_from brings along."""
-    brought = () if config.init_from is None else (*OF_SCHEDULE, "class_conditional")
+    brought = () if config.init_from is None else BROUGHT
     return {name: value for name, value in recorded(config).items() if name not in brought}
 
 

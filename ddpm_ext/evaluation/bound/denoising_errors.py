@@ -118,7 +118,7 @@ def set_errors(
         shards: Where the pieces go; each process must call.
         guidance: Class guidance, as the pipeline takes it; None for none.
     """
-    guided = make_guidance(unet.config, **(guidance or {}))
+    guided = make_guidance(unet.config, len(scheduler), **(guidance or {}))
 
     def work(piece: range) -> dict[str, Tensor]:
         pixels, labels = images_and_labels(unet, images, piece)

@@ -130,7 +130,7 @@ class FittedNetwork:
         self.unet, self.options, self.run, self.is_main = unet, options, run, is_main
         self.scheduler: DDPMExtSolverScheduler = DDPMExtSolverScheduler.from_config(scheduler.config)
         self.classes = classes_of(unet.config)
-        self.guidance = make_guidance(unet.config, **(options.guidance or {}))
+        self.guidance = make_guidance(unet.config, len(scheduler), **(options.guidance or {}))
         size: Any = unet.config["sample_size"]
         self.shape: tuple[int, ...] = (unet.config["in_channels"], *((size, size) if isinstance(size, int) else size))
         self.count = options.num_noises + options.num_held_out
