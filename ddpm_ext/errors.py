@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-__all__ = ["HubError", "UsageError", "UserError", "check_word", "is_whole"]
+__all__ = ["HubError", "UsageError", "UserError", "check_word", "did_you_mean", "is_whole"]
 
 
 class UserError(ValueError):
@@ -30,7 +31,21 @@ def check_word(name: str, word: object, words: Sequence[str]) -> None:
         UserError: with the list of the allowed words.
     """
     if word not in words:
-        raise UserError(f"{name} must be one of {', '.join(map(repr, words))}, got {word!r}.")
+        raise UserError(
+            f"{name} must be one of {', '.join(map(repr, words))}, got {word!r}.{did_you_mean(word, words)}"
+        )
+
+
+def did_you_mean(word: object, words: Iterable[str], mark: str = "") -> str:
+    """Return the sentence " Did you mean …?" with the word that is nearest to one that is not known; "" for none.
+
+    Args:
+        word: What was given.
+        words: What is known.
+        mark: What stands before the word where it is typed, "--" of an option.
+    """
+    near = difflib.get_close_matches(str(word).lower(), words, n=1)
+    return f" Did you mean {mark}{near[0]}?" if near else ""
 
 
 def is_whole(number: object) -> bool:

@@ -303,7 +303,7 @@ def test_one_split_folder_is_that_split_alone(tmp_path: Path, there: str) -> Non
     assert load_images(train_data_dir=folder, split=there).num_classes == 2
     for split in {"train", "test", "banana"} - {there}:
         with pytest.raises(ValueError, match=rf"Cannot open split '{split}' .* has the sub-folders \['{there}'\]"):
-            load_images(None, None, folder, split=split)
+            load_images(train_data_dir=folder, split=split)
 
 
 @pytest.mark.parametrize("own", [None, "train", "test", "test[:2]"])

@@ -156,3 +156,10 @@ def test_what_training_accepted_is_loaded_again_and_no_other_split_by_that(tmp_p
     with pytest.raises(ValueError, match="--max_unreadable"):
         replace(spec, fingerprint=None, num_images=None).load()  # of other images nothing was accepted
     assert len(spec.load("test", max_unreadable=0.5)) == 3
+
+
+def test_an_option_that_there_is_not_is_refused() -> None:
+    """What a record holds beside the options, as a count of images, is nothing to be asked for."""
+    for name, meant in (("resolutoin", r"Did you mean resolution\?"), ("fingerprint", "no option fingerprint")):
+        with pytest.raises(TypeError, match=meant):
+            load_images(**{name: 8})  # pyright: ignore[reportArgumentType]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from .folder import classes_in_names
 from .order import Batch, as_tensor, positions_to_indices
 from .rows import (
     Decoder,
+    ImageOptions,
     Reading,
     decode_to_file,
     decode_to_memory,
@@ -31,10 +32,14 @@ from .rows import (
     image_format,
     say_once,
     source_digest,
+    spec_and_reading,
     tell_of,
 )
 from .sources import Labels, find_image_column, find_label_column, open_source, read_labels
-from .spec import DataSpec, make_spec
+from .spec import DataSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "ImageSet",
@@ -125,28 +130,12 @@ class ImageSet:
         """Go on where `state_dict` was called: there is nothing to restore."""
 
 
-def load_images(
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    train_data_dir: str | None = None,
-    split: str = "train",
-    image_column: str | None = None,
-    label_column: str | None = None,
-    resolution: int | Sequence[int] | None = None,
-    channels: int | None = None,
-    *,
-    center_crop: bool = True,
-    bits: int | None = None,
-    value_range: Sequence[float] | None = None,
-    channel_axis: int | None = None,
-    array_key: str | None = None,
-    class_names: Sequence[str] | None = None,
-    **reading: Any,
-) -> ImageSet:
+def load_images(dataset_name: str | None = None, **options: Unpack[ImageOptions]) -> ImageSet:
     """Open a data set and turn its images into levels (C, H, W).
 
     Args:
         dataset_name: "digits" (built in; also the default), a Hub name, or a local folder as below.
+        **options: By name, each of those below (`ImageOptions`).
         dataset_config_name: Configuration of a Hub set.
         train_data_dir: Folder or archive of images or arrays (class folders become labels), one .npy or .npz of many
             images, folder of parquet files or of `save_to_disk`.
@@ -165,8 +154,8 @@ def load_images(
         channel_axis: Axis of the channels in an image that is an array; None is the last.
         array_key: Name of the array in .npz files; None for their only one.
         class_names: The training's classes, whose places are the labels; None takes the set's own.
-        **reading: How to read, the fields of `Reading`: strict, max_unreadable, cache_dir, max_images, num_workers,
-            memory_bytes, mapped_bytes.
+        strict: How to read, as max_unreadable, cache_dir, max_images, num_workers, memory_bytes and mapped_bytes: the
+            fields of `Reading`.
 
     Raises:
         UserError: a set that cannot be opened or is empty, a missing column, images of several sizes without
@@ -177,23 +166,7 @@ def load_images(
         >>> len(digits), digits.shape
         (297, (1, 8, 8))
     """
-    spec = make_spec(
-        dataset_name,
-        dataset_config_name,
-        train_data_dir,
-        split,
-        image_column,
-        label_column,
-        resolution,
-        channels,
-        center_crop=center_crop,
-        bits=bits,
-        value_range=value_range,
-        channel_axis=channel_axis,
-        array_key=array_key,
-        class_names=class_names,
-    )
-    return open_images(spec, Reading(**reading))
+    return open_images(*spec_and_reading(dataset_name, **options))
 
 
 def open_images(spec: DataSpec, reading: Reading | None = None) -> ImageSet:

@@ -13,21 +13,26 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from filelock import FileLock
 
 from ..errors import UserError
+from ..run_dir import JsonRecord
 from .cells import Cell, Rows, encoded_image, file_bytes, image_name
 from .decoding.formats import UNREADABLE
 from .decoding.levels import ImageFormat, Seen, decode_image, probe, reason
-from .spec import DataSpec
+from .spec import DataSpec, SpecOptions, make_spec
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "Cells",
     "Decoded",
     "Decoder",
+    "ImageOptions",
     "Reading",
     "decode_to_file",
     "decode_to_memory",
@@ -35,6 +40,7 @@ __all__ = [
     "image_format",
     "say_once",
     "source_digest",
+    "spec_and_reading",
     "tell_of",
 ]
 
@@ -70,6 +76,25 @@ class Reading(NamedTuple):
     num_workers: int = 0
     memory_bytes: int = MEMORY_BYTES
     mapped_bytes: int = MAPPED_BYTES
+
+
+class ImageOptions(SpecOptions, total=False):
+    """What names images, how they are cut, and how they are read: the options of `load_images`."""
+
+    strict: bool
+    max_unreadable: float
+    cache_dir: str | None
+    max_images: int | None
+    num_workers: int
+    memory_bytes: int
+    mapped_bytes: int
+
+
+def spec_and_reading(dataset_name: str | None, **options: Unpack[ImageOptions]) -> tuple[DataSpec, Reading]:
+    """Return the two records that options make: which images, and how they are read."""
+    given: JsonRecord = dict(options)
+    reading = Reading(**{name: given.pop(name) for name in Reading._fields if name in given})
+    return make_spec(dataset_name, **given), reading
 
 
 class Cells(Protocol):

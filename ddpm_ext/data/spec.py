@@ -9,15 +9,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..run_dir import JsonRecord
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from .dataset import ImageSet
 
-__all__ = ["DIGITS", "DataSpec", "make_spec"]
+__all__ = ["DIGITS", "DataSpec", "SpecOptions", "make_spec"]
 
 DIGITS = "digits"  # the name of the built-in set
 
@@ -215,66 +217,51 @@ def _shown(value: object) -> str:
     return "none" if value is None else f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def make_spec(
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    train_data_dir: str | None = None,
-    split: str = "train",
-    image_column: str | None = None,
-    label_column: str | None = None,
-    resolution: int | Sequence[int] | None = None,
-    channels: int | None = None,
-    *,
-    center_crop: bool = True,
-    bits: int | None = None,
-    value_range: Sequence[float] | None = None,
-    channel_axis: int | None = None,
-    array_key: str | None = None,
-    class_names: Sequence[str] | None = None,
-) -> DataSpec:
-    """Name the images to open; see `load_images`.
+class SpecOptions(TypedDict, total=False):
+    """What names images and says how they are cut; the meaning of each stands at `load_images`."""
+
+    dataset_config_name: str | None
+    train_data_dir: str | None
+    split: str
+    image_column: str | None
+    label_column: str | None
+    resolution: int | Sequence[int] | None
+    channels: int | None
+    center_crop: bool
+    bits: int | None
+    value_range: Sequence[float] | None
+    channel_axis: int | None
+    array_key: str | None
+    class_names: Sequence[str] | None
+
+
+def make_spec(dataset_name: str | None = None, **options: Unpack[SpecOptions]) -> DataSpec:
+    """Name the images to open.
 
     Args:
-        dataset_name: As in `load_images`, and so on.
-        dataset_config_name: As there.
-        train_data_dir: As there.
-        split: As there.
-        image_column: As there.
-        label_column: As there.
-        resolution: As there.
-        channels: As there.
-        center_crop: As there.
-        bits: As there.
-        value_range: As there.
-        channel_axis: As there.
-        array_key: As there.
-        class_names: As there.
+        dataset_name: As in `load_images`.
+        **options: As there; None takes the default.
 
     Raises:
         UserError: bits outside 1 to 16, or a range that is none.
+        TypeError: an option that there is not.
     """
-    if value_range is not None and (len(value_range) != 2 or not value_range[0] < value_range[1]):
-        raise UserError(f"value_range must be two numbers, the lower first, got {list(value_range)}.")
-    if bits is None:
-        bits = 8 if value_range is None else _bits_of_range(*value_range)
-    if not 1 <= bits <= 16:
-        raise UserError(f"bits must lie between 1 and 16, got {bits}.")
-    return DataSpec(
-        dataset_name=dataset_name or (None if train_data_dir else DIGITS),
-        dataset_config_name=dataset_config_name,
-        data_dir=train_data_dir,
-        split=split,
-        image_column=image_column,
-        label_column=label_column,
-        resolution=(resolution, resolution) if isinstance(resolution, int) else resolution and tuple(resolution),  # pyright: ignore
-        channels=channels,
-        center_crop=center_crop,
-        bits=bits,
-        value_range=None if value_range is None else (float(value_range[0]), float(value_range[1])),
-        channel_axis=-1 if channel_axis is None else channel_axis,
-        array_key=array_key,
-        class_names=None if class_names is None else tuple(class_names),
-    )
+    for name in options.keys() - SpecOptions.__annotations__.keys():
+        raise TypeError(f"There is no option {name} of images.{did_you_mean(name, SpecOptions.__annotations__)}")
+    given: JsonRecord = {name: value for name, value in options.items() if value is not None}
+    folder, size, value_range = (given.pop(name, None) for name in ("train_data_dir", "resolution", "value_range"))
+    if value_range is not None:
+        if len(value_range) != 2 or not value_range[0] < value_range[1]:
+            raise UserError(f"value_range must be two numbers, the lower first, got {list(value_range)}.")
+        given["value_range"] = (float(value_range[0]), float(value_range[1]))
+        given.setdefault("bits", _bits_of_range(*value_range))
+    if not 1 <= given.get("bits", DataSpec.bits) <= 16:
+        raise UserError(f"bits must lie between 1 and 16, got {given['bits']}.")
+    if size is not None:
+        given["resolution"] = (size, size) if isinstance(size, int) else tuple(size)
+    if "class_names" in given:
+        given["class_names"] = tuple(given["class_names"])
+    return DataSpec(dataset_name=dataset_name or (None if folder else DIGITS), data_dir=folder, **given)
 
 
 def _bits_of_range(lo: float, hi: float) -> int:

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -34,9 +34,12 @@ from ..errors import UserError
 from ..run_dir import JsonRecord
 from .cells import Cell, Row, array_cell, file_bytes, undecoded
 from .order import Batch, as_tensor
-from .rows import Decoder, Reading, image_format, say_once, tell_of
+from .rows import Decoder, ImageOptions, Reading, image_format, say_once, spec_and_reading, tell_of
 from .sources import find_image_column, find_label_column, number_labels, open_source
-from .spec import DataSpec, make_spec
+from .spec import DataSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["BLOCK_ROWS", "ImageStream", "file_mark", "open_stream", "stream_images"]
 
@@ -329,20 +332,21 @@ def file_mark(file: str) -> tuple[str, int | None, int | None]:
     return Path(file).name, os.path.getsize(file), rows
 
 
-def stream_images(*args: Any, block_rows: int = BLOCK_ROWS, **options: Any) -> ImageStream:
+def stream_images(
+    dataset_name: str | None = None, *, block_rows: int = BLOCK_ROWS, **options: Unpack[ImageOptions]
+) -> ImageStream:
     """Open a data set as a stream.
 
     Args:
-        *args: As for `load_images`; a resolution must be given: the sizes of what has not been read are not known.
+        dataset_name: As for `load_images`.
         block_rows: N, rows that are held, still encoded, and permuted among themselves.
-        **options: As for `load_images`. Labels must be numbers; their count is known where the column states its
-            classes.
+        **options: As for `load_images`. A resolution must be given: the sizes of what has not been read are not known.
+            Labels must be numbers; their count is known where the column states its classes.
 
     Raises:
         UserError: a set that cannot be opened or is empty, a missing column, no resolution.
     """
-    reading = {name: options.pop(name) for name in Reading._fields if name in options}
-    return open_stream(make_spec(*args, **options), Reading(**reading), block_rows)
+    return open_stream(*spec_and_reading(dataset_name, **options), block_rows)
 
 
 def open_stream(spec: DataSpec, reading: Reading | None = None, block_rows: int = BLOCK_ROWS) -> ImageStream:

@@ -113,16 +113,15 @@ def build_data(config: TrainConfig, network: NetworkOptions) -> Images:
     Raises:
         ValueError: no images, or none that fit the network.
     """
-    size = network.get("sample_size")
     spec = make_spec(
         config.dataset_name,
-        config.dataset_config_name,
-        config.train_data_dir,
-        config.train_split,
-        config.image_column,
-        config.label_column,
-        size,
-        network["in_channels"],
+        dataset_config_name=config.dataset_config_name,
+        train_data_dir=config.train_data_dir,
+        split=config.train_split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        resolution=network.get("sample_size"),
+        channels=network["in_channels"],
         center_crop=config.center_crop,
         bits=16 if config.bits is None and config.preserve_input_precision else config.bits,
         value_range=config.value_range,
