@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -83,9 +84,11 @@ def images_per_second(options: ThreadOptions, changes: dict[str, str | None]) ->
         log, waited = Path(folder, "log.jsonl"), time.monotonic() + 120
         while not log.exists() and process.poll() is None and time.monotonic() < waited:
             time.sleep(0.2)
-        time.sleep(options.seconds)
-        process.kill()
-        process.wait()
+        try:
+            time.sleep(options.seconds)
+        finally:
+            process.kill()
+            process.wait()
         lines = log.read_text("utf-8").splitlines() if log.exists() else []
         speeds = [json.loads(line)["images_per_second"] for line in lines[1:] if line.endswith("}")]
     return median(speeds) if speeds else 0.0
@@ -117,6 +120,7 @@ def section(options: ThreadOptions) -> str:
 def main() -> int:
     """Measure, and put the section into the page."""
     options = parse_options(ThreadOptions, __doc__ or "")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or the neighbours would stay
     path, text = Path(options.output), section(options)
     page = path.read_text("utf-8") if path.exists() else "# Speed\n"
     between = re.compile(f"{re.escape(MARKS[0])}.*{re.escape(MARKS[1])}", re.DOTALL)

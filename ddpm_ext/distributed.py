@@ -271,16 +271,16 @@ def tell_deepspeed(accelerator: Accelerator, micro_batch: int, accumulation: int
         plugin.deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
 
 
-def set_numerics(config: LaunchOptions, accelerator: Accelerator, default_threads: int | None) -> dict[str, object]:
+def set_numerics(config: LaunchOptions, accelerator: Accelerator, recorded_threads: int | None) -> dict[str, object]:
     """Set the switches that change the last digits; return what decides them beside the options, for the record.
 
     Args:
         config: The options.
         accelerator: Knows device and processes.
-        default_threads: Where neither an option nor the environment names a number: that of the run being resumed, or
-            the one that fits a small network; None takes PyTorch's.
+        recorded_threads: Those of the run being resumed, taken where neither an option nor the environment names a
+            number; None takes PyTorch's.
     """
-    threads = config.num_threads or chosen_by_user() or default_threads
+    threads = config.num_threads or chosen_by_user() or recorded_threads
     if threads:
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")

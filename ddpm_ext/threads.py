@@ -1,8 +1,8 @@
 """How many CPU threads a command takes, decided before PyTorch is imported, which reads the environment once.
 
-What the user sets wins. Else as many as there are cores to have: those the process may run on, no more than a
-container's quota, less those that others keep busy at the start, shared by the processes of this machine. Idle threads
-stop spinning soon: beside a busy neighbour they would hold the core that the last one needs.
+What the user sets wins. Else as many as there are cores to have: those the process may run on, less those that others
+keep busy at the start, no more than a container's quota, shared by the processes of this machine. Idle threads stop
+spinning soon: beside a neighbour that comes later they would hold the core that the last one needs.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import sys
 from collections.abc import MutableMapping
 from pathlib import Path
 
-__all__ = ["chosen_by_user", "default_threads", "fitting_threads", "set_thread_defaults"]
+import psutil
+
+__all__ = ["chosen_by_user", "default_threads", "set_thread_defaults"]
 
 THREADS = "OMP_NUM_THREADS"
 OURS = "DDPM_EXT_DEFAULT_THREADS"  # the number that this module set: not the user's
 SPIN = "GOMP_SPINCOUNT"
-SPINS = "1000"  # some microseconds, in place of the tenth of a second and more that libgomp spins
-SMALL = 4096  # values of a layer and image below which the threads' meetings cost more than they share
+SPINS = "10000"  # tens of microseconds; libgomp spins a tenth of a second and more, and with 1000 a tenth is lost
+WATCHED = 0.2  # seconds for which the other processes are watched
 
 
 def set_thread_defaults(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -38,29 +40,18 @@ def chosen_by_user(environ: MutableMapping[str, str] = os.environ) -> int | None
     return int(text) if text.isdigit() and int(text) > 0 and environ.get(OURS) != environ[THREADS] else None
 
 
-def default_threads(processes: int = 1, root: Path = Path("/sys/fs/cgroup"), load: float | None = None) -> int:
-    """Return the threads of one process.
+def default_threads(processes: int = 1, root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the threads of one process, which watches the others for a fifth of a second.
 
     Args:
         processes: Those of this run on this machine.
         root: Where the system tells a container's quota.
-        load: Processes that want a core; None asks the system for the last minute's.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, int(min(cores, _quota(root))))
-    busy = round(os.getloadavg()[0] if load is None and hasattr(os, "getloadavg") else load or 0.0)
-    return max(1, (cores - min(busy, cores - 1)) // max(1, processes))
-
-
-def fitting_threads(channels: int, height: int, width: int) -> int | None:
-    """Return 1 for a network too small to share the work of its layers, else None.
-
-    Args:
-        channels: Of the finest level.
-        height: Of the images.
-        width: Of the images.
-    """
-    return 1 if channels * height * width < SMALL else None
+    loads = psutil.cpu_percent(WATCHED, percpu=True)
+    if hasattr(os, "sched_getaffinity"):
+        loads = [loads[core] for core in os.sched_getaffinity(0) if core < len(loads)]
+    free = len(loads) - round(sum(loads) / 100)
+    return max(1, int(min(free, _quota(root))) // max(1, processes))
 
 
 def _quota(root: Path) -> float:

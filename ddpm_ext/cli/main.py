@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         explains; 2 after a command line that cannot be understood; 130 when it was interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    set_thread_defaults()
+    if argv and not {"-h", "--help", "--version"} & set(argv):
+        set_thread_defaults()
     try:
         code = _command(argv)(argv[1:]) if argv else _overview()
     except SystemExit as leaving:  # argparse, after --help

@@ -26,7 +26,6 @@ from ..models.values import check_bands, value_options
 from ..pipelines.loading import load_network_config
 from ..run_dir import RunError
 from ..schedulers.ddpm import DDPMExtScheduler
-from ..threads import fitting_threads
 from .config import TrainConfig
 
 __all__ = [
@@ -92,19 +91,6 @@ def network_config(config: TrainConfig) -> NetworkOptions:
     if config.variance_type in LEARNED_VARIANCES:
         found["out_channels"] = 2 * channels
     return found
-
-
-def fitting_threads_of(network: NetworkOptions) -> int | None:
-    """Return the CPU threads that a network gains from: 1 for a small one, None for as many as there are.
-
-    Args:
-        network: Arguments of UNet2DModel.
-    """
-    size, channels = network.get("sample_size"), network.get("block_out_channels")
-    if size is None or not channels:
-        return None
-    height, width = (size, size) if isinstance(size, int) else size
-    return fitting_threads(channels[0], height, width)
 
 
 def build_data(config: TrainConfig, network: NetworkOptions) -> Images:

@@ -50,8 +50,7 @@ def make_trainer(config: TrainConfig, accelerator: Accelerator, run: RunDir) -> 
     start = find_start(config, None if found is None else found.record)
     config = config if start is None else start.config
     arguments = builders.network_config(config) if start is None else start.network
-    threads = builders.fitting_threads_of(arguments) if found is None else found.record["numerics"]["num_threads"]
-    numerics = set_numerics(config, accelerator, threads)
+    numerics = set_numerics(config, accelerator, None if found is None else found.record["numerics"]["num_threads"])
     data, arguments = _open_data(config, arguments, start)
     num_images = builders.length(data)
     length = total_updates(config, num_images, plan)
