@@ -72,12 +72,14 @@ def training_lines(rows: list[Row]) -> list[str]:
         "## Training",
         "",
         "The paper's CIFAR-10 network (35.7M), channels_last, fused AdamW, one process, images in memory. Diffusers is "
-        "the loop of its train_unconditional.py with its images on the device; compiled, it is torch.compile of the "
-        "whole network and ours of each block. MFU is the share of the card's dense peak in the row's precision; the "
-        "forecast is that of `--forecast` at the utilisation it states.",
+        "the loop of its train_unconditional.py with its images on the device; compiled, both are torch.compile "
+        "of the whole network, ours as CUDA graphs. Busy is the card's own work of one update, launches those that the "
+        "host makes for it. MFU is the share of the card's dense peak in the row's precision; the forecast is that of "
+        "`--forecast` at the utilisation it states.",
         "",
-        "| | precision | compiled | batch | images/s | MFU | peak GiB | forecast GiB | forecast images/s | first |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| | precision | compiled | batch | images/s | ms | busy ms | launches | MFU | peak GiB | forecast GiB "
+        "| forecast images/s | first |",
+        f"| --- | --- | --- |{' ---: |' * 10}",
     ]
     for row in measured:
         cells = (
@@ -86,6 +88,9 @@ def training_lines(rows: list[Row]) -> list[str]:
             "yes" if row["compile"] else "no",
             str(row["batch"]),
             number(row["images_per_second"]),
+            number(row["batch"] / row["images_per_second"] * 1e3, ".1f"),
+            number(row.get("busy_ms"), ".1f"),
+            number(row.get("launches")),
             number(row.get("mfu"), ".1%"),
             number(row.get("peak_gib"), ".2f"),
             number(row.get("forecast_gib"), ".2f"),

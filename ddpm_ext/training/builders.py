@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
@@ -35,7 +37,7 @@ __all__ = [
     "build_network",
     "build_optimizer",
     "build_scheduler",
-    "compile_blocks",
+    "compile_network",
     "data_spec",
     "length",
     "lr_factor",
@@ -172,16 +174,15 @@ def build_network(config: TrainConfig, network: NetworkOptions, data: Images) ->
     return unet
 
 
-def speed_up(config: TrainConfig, network: UNet2DModel, dynamo: dict[str, object] | None = None) -> None:
+def speed_up(config: TrainConfig, network: UNet2DModel) -> None:
     """Turn on the switches of the network itself.
 
     Args:
         config: The options.
         network: Changed in place; its weights keep their names.
-        dynamo: Arguments of torch.compile that the launcher asks for, or None.
 
     Raises:
-        RunError: xformers is missing, or launcher and options both name a compiler.
+        RunError: xformers is missing.
     """
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
@@ -192,30 +193,52 @@ def speed_up(config: TrainConfig, network: UNet2DModel, dynamo: dict[str, object
                 "xformers, or leave the option out (PyTorch's own attention is memory-efficient too)."
             )
         network.enable_xformers_memory_efficient_attention()
+
+
+def compile_network(
+    config: TrainConfig,
+    network: UNet2DModel,
+    accelerator: Accelerator,
+    accumulation: int,
+    dynamo: dict[str, object] | None,
+) -> bool:
+    """Compile the network in place, where options or launcher ask for it; its weights keep their names.
+
+    --compile records the network as CUDA graphs, so that an update is a few launches in place of some thousands, where
+    one process makes an update of one pass: the gradients of several passes would be added up in a graph's own memory,
+    which its next replay overwrites.
+
+    Args:
+        config: The options.
+        network: Changed in place.
+        accelerator: Knows device and processes.
+        accumulation: Passes of an update.
+        dynamo: Arguments of torch.compile that the launcher asks for, or None.
+
+    Returns:
+        Whether it is compiled.
+
+    Raises:
+        RunError: launcher and options both name a compiler.
+    """
     if config.compile and dynamo is not None:
         raise RunError(
             f"accelerate launch was given the dynamo backend {dynamo['backend']}, and the script --compile, which is "
             "inductor; drop one of them."
         )
-    if config.compile or dynamo is not None:
-        compile_blocks(network, **(dynamo or {"dynamic": False}))
-
-
-def compile_blocks(network: UNet2DModel, **arguments: object) -> None:
-    """Compile each residual and attention block by itself; blocks of one shape share their code.
-
-    What lies between them is a few copies and resamplings; the whole network in one graph takes longer to compile
-    (docs/experiments.md). `Module.compile` compiles in place: no name of a weight changes.
-
-    Args:
-        network: The network.
-        **arguments: Of torch.compile.
-    """
-    blocks = [module for module in network.modules() if isinstance(module, (ResnetBlock2D, Attention))]
-    # Each shape is compiled for itself; past the limit PyTorch would go on uncompiled.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(blocks))
-    for block in blocks:
-        block.compile(**arguments)
+    if config.compile:
+        alone = accelerator.distributed_type is DistributedType.NO and accelerator.device.type == "cuda"
+        dynamo = {"dynamic": False, "mode": "reduce-overhead" if alone and accumulation == 1 else None}
+    if dynamo is None:
+        return False
+    modules: list[nn.Module] = [network]
+    if accelerator.is_fsdp2:  # it gathers the weights of each block when the block is called
+        modules = [module for module in network.modules() if isinstance(module, (ResnetBlock2D, Attention))]
+        # Each shape is compiled for itself; past the limit PyTorch would go on uncompiled.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(modules))
+    for module in modules:
+        module.compile(**dynamo)
+    return True
 
 
 def build_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.AdamW:

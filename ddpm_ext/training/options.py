@@ -231,7 +231,7 @@ class NumericsOptions:
         False, "Channels-last memory format, for GPUs; not under FSDP, which shards others only."
     )
     fused_optimizer: bool = option(True, "PyTorch's fused AdamW; off: its for-each one.")
-    compile: bool = option(False, "torch.compile each block of the network.")
+    compile: bool = option(False, "torch.compile the network; on one GPU as CUDA graphs.")
     double: bool = option(False, "Train in float64, to compare numbers of processes.")
     local_rank: int = option(-1, "As torch.distributed.launch gives it; the environment says the same.", neutral=True)
     num_threads: int | None = option(

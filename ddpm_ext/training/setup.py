@@ -60,7 +60,8 @@ def make_trainer(config: TrainConfig, accelerator: Accelerator, run: RunDir) -> 
     layout = torch.channels_last if config.channels_last and not accelerator.is_fsdp2 else torch.contiguous_format
     network.to(accelerator.device)
     nn.Module.to(network, dtype=dtype, memory_format=layout)  # pyright: ignore[reportCallIssue]
-    builders.speed_up(config, network, take_dynamo(accelerator))
+    builders.speed_up(config, network)
+    compiled = builders.compile_network(config, network, accelerator, plan.accumulation, take_dynamo(accelerator))
     accelerator.gradient_accumulation_steps = plan.accumulation
     tell_deepspeed(accelerator, plan.micro_batch, plan.accumulation, config.max_grad_norm)
     names = [name for name, _ in network.named_parameters()]  # before any wrapper has given them others
@@ -90,6 +91,7 @@ def make_trainer(config: TrainConfig, accelerator: Accelerator, run: RunDir) -> 
         scheduler=builders.build_scheduler(config) if start is None else start.scheduler,
         network=network,
         unet=unet,
+        compiled=compiled,
         dtype=dtype,
         layout=layout,
         state=state,

@@ -56,6 +56,7 @@ class Trainer:
         num_images: Images of one epoch; None for a stream.
         scheduler: The schedule, the prediction and the variance.
         network: The bare UNet2DModel; `unet` is the same in what the launcher wraps around it.
+        compiled: Whether its passes are compiled.
         dtype: Of images and weights; `layout` is their memory format.
         state: What updates change.
         lr_factor: Learning rate after n updates, as a share of `learning_rate`.
@@ -76,6 +77,7 @@ class Trainer:
     scheduler: DDPMExtScheduler
     network: UNet2DModel
     unet: nn.Module
+    compiled: bool
     dtype: torch.dtype
     layout: torch.memory_format
     state: TrainState

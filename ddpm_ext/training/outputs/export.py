@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -90,9 +90,16 @@ class Exporter:
             )
             return np.concatenate(list(batches))
 
-    def _averaged_in_place(self) -> AbstractContextManager[None]:
-        """Inside, the network holds the first average."""
-        return swapped(self.trainer.parameters, self.state.averages[0] if self.state.averages else None)
+    @contextmanager
+    def _averaged_in_place(self) -> Iterator[None]:
+        """Inside, the network holds the first average, and is not compiled anew for other numbers of images."""
+        with ExitStack() as stack:
+            if self.trainer.compiled:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(
+                swapped(self.trainer.parameters, self.state.averages[0] if self.state.averages else None)
+            )
+            yield
 
     def validate(self) -> None:
         """Measure the weights, log the scores, and keep the weights in best/ if they are the best so far.
