@@ -116,6 +116,46 @@ def precision_recall(x: np.ndarray, y: np.ndarray, k: int) -> tuple[float, float
 # The bound ------------------------------------------------------------------------------------------------------------
 
 
+class Posterior(NamedTuple):
+    """The jump t -> s as mathematics writes it; s = -1 is the clean image."""
+
+    c1: float
+    c2: float
+    small: float  # β̃
+    large: float  # b
+
+
+def posterior(alpha_bar: list[float], t: int, s: int) -> Posterior:
+    """q(x_s | x_t, x_0) of DDPM Eqs. (6)-(7), β_t replaced by 1 - ᾱ_t/ᾱ_s."""
+    bar_t, bar_s = alpha_bar[t], alpha_bar[s] if s >= 0 else 1.0
+    a = bar_t / bar_s
+    c1 = math.sqrt(bar_s) * (1 - a) / (1 - bar_t)
+    c2 = math.sqrt(a) * (1 - bar_s) / (1 - bar_t)
+    return Posterior(c1, c2, (1 - a) * (1 - bar_s) / (1 - bar_t), 1 - a)
+
+
+def x_0_of_pixel(prediction: str, alpha_bar: list[float], t: int, x: float, out: float) -> float:
+    """x̂_0 of one pixel, not clipped."""
+    if prediction == "epsilon":
+        return (x - math.sqrt(1 - alpha_bar[t]) * out) / math.sqrt(alpha_bar[t])
+    if prediction == "v_prediction":
+        return math.sqrt(alpha_bar[t]) * x - math.sqrt(1 - alpha_bar[t]) * out
+    if prediction == "posterior_mean":
+        train = posterior(alpha_bar, t, t - 1)
+        return (out - train.c2 * x) / train.c1
+    return out
+
+
+def variance_of_pixel(variance: str, small: float, large: float, s: int, head: np.ndarray, i: tuple[int, ...]) -> float:
+    """σ² of one pixel; `small` is β̃ with the decoder's rule."""
+    if variance == "learned":
+        return math.exp(head[i])
+    if variance == "learned_range":
+        f = (head[i] + 1) / 2
+        return math.exp(f * math.log(large) + (1 - f) * math.log(small))
+    return large if variance.startswith("fixed_large") and s >= 0 else small
+
+
 def bound_in_bits(
     model: Callable[[np.ndarray, int], np.ndarray],
     beta: np.ndarray,
@@ -134,56 +174,26 @@ def bound_in_bits(
     `kept` are code indices, descending; `noise` one array like x_0 for each; `model(x_t, t)` takes the whole batch.
     """
     alpha_bar = [float(np.prod(1 - beta[: i + 1])) for i in range(len(beta))]
-    pixels, last = x_0[0].size, kept[-1]
-
-    def posterior(t: int, s: int) -> tuple[float, float, float, float]:
-        """c1, c2, β̃, b of the jump t -> s, as mathematics writes them."""
-        bar_t, bar_s = alpha_bar[t], alpha_bar[s] if s >= 0 else 1.0
-        a = bar_t / bar_s
-        c1 = math.sqrt(bar_s) * (1 - a) / (1 - bar_t)
-        c2 = math.sqrt(a) * (1 - bar_s) / (1 - bar_t)
-        return c1, c2, (1 - a) * (1 - bar_s) / (1 - bar_t), 1 - a
-
-    prior = np.zeros(len(x_0))
-    bar = alpha_bar[kept[0]]
-    for image, picture in enumerate(x_0):
-        prior[image] = sum((bar * x**2 + (1 - bar) - 1 - math.log(1 - bar)) / 2 for x in picture.flat)
-    terms = np.zeros((len(x_0), len(kept)))
-    for k, t in enumerate(kept):
-        s = kept[k + 1] if k + 1 < len(kept) else -1
-        c1, c2, small, large = posterior(t, s)
+    bar, terms = alpha_bar[kept[0]], np.zeros((len(x_0), len(kept)))
+    prior = np.array([sum((bar * x**2 + (1 - bar) - 1 - math.log(1 - bar)) / 2 for x in image.flat) for image in x_0])
+    for k, (t, s) in enumerate(zip(kept, [*kept[1:], -1], strict=True)):
+        c1, c2, small, large = posterior(alpha_bar, t, s)
         if s == -1:
-            n_2, n_1 = (kept[-2], last) if decoder_variance == "respaced" else (1, 0)
-            small = posterior(n_2, n_1)[2]
+            n_2, n_1 = (kept[-2], kept[-1]) if decoder_variance == "respaced" else (1, 0)
+            small = posterior(alpha_bar, n_2, n_1).small
         x_t = math.sqrt(alpha_bar[t]) * x_0 + math.sqrt(1 - alpha_bar[t]) * noise[k]
         output = model(x_t, t)
-        head = output[:, x_0.shape[1] :]
         for i in np.ndindex(x_0.shape):
-            x, out = x_t[i], output[i]
-            if prediction == "epsilon":
-                guess = (x - math.sqrt(1 - alpha_bar[t]) * out) / math.sqrt(alpha_bar[t])
-            elif prediction == "v_prediction":
-                guess = math.sqrt(alpha_bar[t]) * x - math.sqrt(1 - alpha_bar[t]) * out
-            elif prediction == "posterior_mean":
-                train_c1, train_c2, _, _ = posterior(t, t - 1)
-                guess = (out - train_c2 * x) / train_c1
-            else:
-                guess = out
+            guess = x_0_of_pixel(prediction, alpha_bar, t, x_t[i], output[i])
             guess = max(-1.0, min(1.0, guess)) if clip else guess
-            if variance == "learned":
-                var = math.exp(head[i])
-            elif variance == "learned_range":
-                f = (head[i] + 1) / 2
-                var = math.exp(f * math.log(large) + (1 - f) * math.log(small))
-            else:
-                var = large if variance.startswith("fixed_large") and s >= 0 else small
+            var = variance_of_pixel(variance, small, large, s, output[:, x_0.shape[1] :], i)
             if s == -1:
                 term = -decoder_log_likelihood(round((x_0[i] + 1) * 127.5), guess, math.log(var), cdf)
             else:
-                mean_q, mean_p = c1 * x_0[i] + c2 * x, c1 * guess + c2 * x
+                mean_q, mean_p = c1 * x_0[i] + c2 * x_t[i], c1 * guess + c2 * x_t[i]
                 term = (small / var - 1 - math.log(small / var) + (mean_q - mean_p) ** 2 / var) / 2
             terms[i[0], k] += term
-    scale = pixels * math.log(2)
+    scale = x_0[0].size * math.log(2)
     return prior / scale, terms[:, :-1] / scale, terms[:, -1] / scale
 
 

@@ -98,6 +98,7 @@ def test_last_jump_takes_the_second_variance():
         assert_close(p.mean, p.pred_original_sample)
     respaced = decoder_log_var(TABLES, [40, 240, 440], "respaced")
     assert_close(respaced.item(), float(mpmath.log(oracles.exact_jump(BAR, 240, 40).var)), rtol=1e-12, atol=0)
+    assert decoder_log_var(TABLES, [40, 240], "respaced") == respaced  # two times are enough
     assert decoder_log_var(TABLES, [40, 240, 440], "base") == decoder_log_var(TABLES)
     assert decoder_log_var(TABLES, [40], "respaced") == decoder_log_var(TABLES)
     p = p_mean_variance(noise(5), x_t, t, TABLES, s=s, last_log_var=respaced)

@@ -86,17 +86,25 @@ def test_zero_terminal_snr_is_sampled_without_a_nan(eta: float):
         assert 0.8 < x.var() < 1.2  # 4096 numbers know a variance to 2%; the capped and the last step take a little
 
 
-def test_sampling_caps_only_the_jump_to_the_first_kept_time():
-    chain = scheduler({"mse_eps": isotropic_errors(0.3)}, variance_type="analytic", clip_sample=False)
+@pytest.mark.parametrize(("eta", "grey_levels"), [(1.0, 2), (0.0, 1)])
+def test_sampling_caps_only_the_jump_to_the_first_kept_time(eta: float, grey_levels: int):
+    """σ*² of Analytic-DPM's Eq. (8), at most that of 2 grey levels for DDPM and of 1 for DDIM (its Appendix F)."""
+    errors = isotropic_errors(0.3)
+    chain = scheduler({"mse_eps": errors, "eta": eta}, variance_type="analytic", clip_sample=False)
     chain.set_timesteps(timesteps=[999, 500, 100, 0])
     x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    for i in (999, 500, 100):
-        var = chain.p_mean_variance(x, i, x).var.item()
-        sampled = chain.step(x, i, x, generator=GEN().manual_seed(0)).prev_sample.item()
+    for t, s in ((999, 500), (500, 100), (100, 0)):
+        bar_t, bar_s = TABLES.alpha_bar[t].item(), TABLES.alpha_bar[s].item()
+        own = eta**2 * (1 - bar_t / bar_s) * (1 - bar_s) / (1 - bar_t)  # λ²
+        weight = math.sqrt(bar_s) - math.sqrt((1 - bar_s - own) * bar_t / (1 - bar_t))
+        var = own + weight**2 * min(1.0, (1 - bar_t) / bar_t * errors[t])
+        sampled = chain.step(x, t, x, generator=GEN().manual_seed(0)).prev_sample.item()
         z = torch.randn(1, generator=GEN().manual_seed(0), dtype=torch.float64).item()
-        expected = min(var, sampling_cap(2)) if i == 100 else var
-        assert math.isclose(sampled, math.sqrt(expected) * z, rel_tol=1e-9)
-    assert chain.p_mean_variance(x, 100, x).var.item() > sampling_cap(2)  # the bound knows no cap
+        cap = sampling_cap(grey_levels) if s == 0 else math.inf
+        assert s > 0 or var > cap
+        assert math.isclose(sampled, math.sqrt(min(var, cap)) * z, rel_tol=1e-9)
+        if eta == 1:  # the bound knows no cap
+            assert math.isclose(chain.p_mean_variance(x, t, x).var.item(), var, rel_tol=1e-9)
 
 
 def test_optimal_trajectory_serves_fixed_variances_too_and_stored_ones_are_used():

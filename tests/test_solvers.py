@@ -29,6 +29,7 @@ from ddpm_ext.diffusion.solvers import (
     Solver,
     estimate,
     estimate_weights,
+    jump_size,
     solve,
     solve_reference,
 )
@@ -87,6 +88,15 @@ def test_without_coefficients_it_is_ddim(kind: ReferenceKind, prediction: Any, s
             network(theirs, t), t, theirs, eta=0.0, use_clipped_model_output=kind == "clipped", return_dict=False
         )[0]
         assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("t", "s"), [(700, 300), (1, 0), (700, -1), (999, 300), (999, -1)])
+def test_a_jump_has_the_size_of_its_formula_and_its_limit_without_signal(t: int, s: int):
+    """h = α_s (σ_s - σ_t); where α_t = 0 it counts in units of x_t: h α_t -> -α_s."""
+    tables = make_tables(zero_terminal_snr=True)
+    bar_t, bar_s = tables.alpha_bar[t].item(), tables.alpha_bar[s].item() if s >= 0 else 1.0
+    h = math.sqrt(bar_s) * (math.sqrt((1 - bar_s) / bar_s) - math.sqrt((1 - bar_t) / bar_t)) if bar_t else -(bar_s**0.5)
+    assert jump_size(tables, t, s) == pytest.approx((math.sqrt(bar_s), math.sqrt(1 - bar_s), h), rel=1e-9)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
