@@ -26,6 +26,7 @@ __all__ = [
     "launched",
     "let_go",
     "report_error",
+    "terminable",
 ]
 
 Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None  # of a signal, as Python hands it out
@@ -122,6 +123,19 @@ def interruptible(kept: str) -> Iterator[None]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM interrupt as Ctrl-C does, so that what is half done is cleaned away."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def let_go(interruption: KeyboardInterrupt) -> None:

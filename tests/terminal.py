@@ -42,6 +42,10 @@ class Terminal:
         """Press Ctrl-C: the terminal sends SIGINT to every process in its foreground."""
         os.write(self.own, b"\x03")
 
+    def terminate(self) -> None:
+        """Send SIGTERM to the command alone, as a batch system or `kill` does."""
+        self.process.terminate()  # setsid, which has become the command
+
     def wait_for(self, there: Callable[[], Any], seconds: float = 120) -> None:
         """Wait until something is so; the command must not have ended before."""
         end = time.monotonic() + seconds

@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -235,8 +237,8 @@ def test_clearing_deletes_what_a_run_writes_and_nothing_else(tmp_path: Path) -> 
 
 def test_the_record_says_what_made_the_numbers() -> None:
     record = environment()
-    assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]["torch"]
-    assert record["hardware"]["cores"] and record["hardware"]["processor"]
+    assert record["versions"]["torch"] == version("torch") and record["versions"]["python"] == sys.version.split()[0]
+    assert record["hardware"]["cores"] == os.cpu_count() and record["hardware"]["processor"]
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     if head.returncode == 0:
         assert (commit() or "").startswith(head.stdout.strip())

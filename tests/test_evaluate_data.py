@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from networks import tiny_unet
 from PIL import Image
 
 from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
@@ -38,19 +39,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def network(**changes: Any) -> UNet2DModel:
-    torch.manual_seed(0)
-    options: dict[str, Any] = {
-        "sample_size": 8,
-        "in_channels": 1,
-        "out_channels": 1,
-        "layers_per_block": 1,
-        "block_out_channels": (8, 8),
-        "norm_num_groups": 4,
-        "down_block_types": ("DownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "UpBlock2D"),
-    }
     extra = {name: changes.pop(name) for name in ("_ddpm_ext",) if name in changes}
-    unet = UNet2DModel(**{**options, **changes})
+    unet = tiny_unet(**{"block_out_channels": (8, 8), **changes})
     unet.register_to_config(**extra)
     return unet
 

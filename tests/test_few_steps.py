@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from networks import tiny_unet
 from training import TORCHRUN, finish, start
 
 from ddpm_ext.data.dataset import load_images
@@ -39,18 +40,7 @@ T = 30
 
 
 def network(**options: Any) -> UNet2DModel:
-    torch.manual_seed(0)
-    small: dict[str, Any] = {
-        "sample_size": 8,
-        "in_channels": 1,
-        "out_channels": 1,
-        "layers_per_block": 1,
-        "block_out_channels": (8, 8),
-        "norm_num_groups": 4,
-        "down_block_types": ("DownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "UpBlock2D"),
-    }
-    return UNet2DModel(**{**small, **options})
+    return tiny_unet(**{"block_out_channels": (8, 8), **options})
 
 
 def config_of(model: Path, folder: Path, **options: Any) -> CalibrateConfig:

@@ -546,11 +546,3 @@ def test_deepspeeds_file_is_understood_by_its_plugin() -> None:
 
     config = yaml.safe_load((CONFIGS / "deepspeed_zero2.yaml").read_text())["deepspeed_config"]
     assert DeepSpeedPlugin(zero_stage=config["zero_stage"]).zero_stage == 2
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_accelerate_file_has_only_keys_that_accelerate_knows(path: Path) -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    config = load_config_from_file(str(path))
-    assert config.num_processes >= 1

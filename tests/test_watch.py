@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 from training import assert_bitwise_equal, forget_accelerator, options, run_here
 
 from ddpm_ext.cli.arguments import parse_train_config
 from ddpm_ext.data.dataset import load_images
+from ddpm_ext.evaluation.bound.bits_per_dim import bits_per_dim
 from ddpm_ext.evaluation.features.extractors import make_extractor
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
 from ddpm_ext.run_dir import RunDir
@@ -59,11 +62,28 @@ def test_scores_are_logged_the_best_weights_kept_and_the_run_is_the_same(tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore:.*x_T:UserWarning")  # the linear betas of 20 steps leave an image in x_T
-def test_a_short_chain_is_judged_in_full(tmp_path: Path) -> None:
-    """Of 20 steps the bound is exact: the fifty that are drawn of longer chains are not there."""
-    assert run_here(tmp_path / "short", **EVALUATED, ddpm_num_steps=20, ddpm_num_inference_steps=20) == 0
-    best = json.loads(RunDir(tmp_path / "short").best_record.read_text())
-    assert 0 < best["bits_per_dim"] < 20
+def test_of_a_short_chain_every_step_is_judged_and_image_i_is_drawn_from_seed_plus_i(tmp_path: Path) -> None:
+    """Both scores measured again by hand; of longer chains fifty steps are drawn."""
+    given = {**EVALUATED, "eval_samples": 100, "ddpm_num_steps": 20, "ddpm_num_inference_steps": 20, "seed": 5}
+    assert run_here(tmp_path / "short", **given) == 0
+    run = RunDir(tmp_path / "short")
+    best, kept = json.loads(run.best_record.read_text()), DDPMExtPipeline.from_pretrained(run.best)
+    kept.set_progress_bar_config(disable=True)
+
+    held_out = load_images("digits", split="test", max_images=40).batch(range(40)).pixels
+    bits = bits_per_dim(kept.unet, kept.scheduler, held_out, generator=seeds(5, 40)).total.mean()
+    assert best["bits_per_dim"] == pytest.approx(bits.item(), rel=1e-5)  # float32 of the network, in other batches
+
+    images = kept(batch_size=100, generator=seeds(5, 100), num_inference_steps=3, output_type="np").images
+    made = (images * 255).round().reshape(100, 64) / 255
+    real = load_images("digits", max_images=40).batch(range(40)).pixels.reshape(40, 64).numpy() / 255
+    overlap = np.sqrt(np.linalg.eigvals(np.cov(real.T) @ np.cov(made.T)).real.clip(0)).sum()
+    distance = ((real.mean(0) - made.mean(0)) ** 2).sum() + np.cov(real.T).trace() + np.cov(made.T).trace()
+    assert best["fid"] == pytest.approx(distance - 2 * overlap, rel=1e-3)  # a pixel may round to the next grey level
+
+
+def seeds(first: int, count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(first + i) for i in range(count)]
 
 
 def test_a_score_is_better_below_the_best_so_far(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import UsageError, UserError
-from ..signals import PREEMPTED, Stopped, exit_process, let_go, report_error
+from ..signals import PREEMPTED, Stopped, exit_process, let_go, report_error, terminable
 from ..threads import set_thread_defaults
 from .commands import COMMANDS
 
@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv and not {"-h", "--help", "--version"} & set(argv):
         set_thread_defaults()
     try:
-        code = _command(argv)(argv[1:]) if argv else _overview()
+        with terminable():
+            code = _command(argv)(argv[1:]) if argv else _overview()
     except SystemExit as leaving:  # argparse, after --help
         return leaving.code if isinstance(leaving.code, int) else 0
     except Stopped as stop:

@@ -57,7 +57,7 @@ def publish(
         write_card(Path(run), repo_id, license)
     try:
         return push_to_hub(run, repo_id, token=token, **options)
-    except HubError:  # which says that the local files are as they were
+    except (HubError, KeyboardInterrupt):  # the first says that the local files are as they were
         if before is not None:
             card.write_bytes(before)
         elif Path(run).is_dir():
