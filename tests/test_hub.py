@@ -329,8 +329,8 @@ def test_a_failed_push_in_the_background_is_told_at_the_end(hub: Hub, client: Cl
 def train_and_publish(folder: str, pushes: int) -> dict[str, Any]:
     from ddpm_ext.publishing.publisher import Publisher
 
-    publisher = Publisher(folder, "digits", token="tok-alice", license="mit")
     (Path(folder) / "README.md").unlink()
+    publisher = Publisher(folder, "digits", token="tok-alice", license="mit")
     for i in range(pushes):
         (Path(folder) / "config.json").unlink()
         (Path(folder) / "config.json").write_text(json.dumps({"config": {"ddpm_num_steps": 100 + i}}))

@@ -21,9 +21,10 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from training import (
     ROOT,
+    TINY_UNET,
     TORCHRUN,
     assert_bitwise_equal,
     finish,
@@ -298,16 +299,21 @@ def test_twenty_launches_of_two_processes_all_end_well(tmp_path: Path) -> None:
         assert code == 0, f"launch {number}:\n{output}"
 
 
-@pytest.mark.slow
-def test_a_stream_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
+def pictures(folder: Path) -> Path:
+    """Save 24 grey images."""
     import numpy as np
     from PIL import Image
 
-    (tmp_path / "pictures").mkdir()
+    folder.mkdir()
     numbers = np.random.default_rng(0)
     for i in range(24):
-        Image.fromarray(numbers.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / "pictures" / f"{i:02d}.png")
-    given = {"train_data_dir": tmp_path / "pictures", "resolution": "8", "streaming": True, "double": True}
+        Image.fromarray(numbers.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_stream_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
+    given = {"train_data_dir": pictures(tmp_path / "pictures"), "resolution": "8", "streaming": True, "double": True}
     given |= {"global_batch_size": 8}
     assert run_here(tmp_path / "one", **given) == 0
     code, output = finish(start(options(tmp_path / "two", **given), [*TORCHRUN, "2"]))
@@ -538,6 +544,41 @@ def test_a_fine_tune_is_sharded_too(tmp_path: Path) -> None:
     there = weights(tmp_path / "source", 2, "ema")
     for name, tensor in weights(tmp_path / "run", 2).items():
         assert torch.equal(tensor, there[name]) == name.startswith("down_blocks."), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", ["constant", "warmup", "power_function"])
+def test_a_sharded_fine_tune_of_a_stream_goes_on_bitwise_without_its_source(ema: str, tmp_path: Path) -> None:
+    """Two processes of FSDP2: 0 updates give the source; 2 and 2 give what 4 give, and the source is gone between."""
+    torch.manual_seed(7)
+    scheduler = DDPMScheduler(prediction_type="v_prediction")
+    DDPMPipeline(UNet2DModel(**TINY_UNET), scheduler).save_pretrained(tmp_path / "source")  # pyright: ignore[reportArgumentType]
+    there = DDPMPipeline.from_pretrained(tmp_path / "source").unet.state_dict()
+    given = {"model_config_name_or_path": None, "init_from": tmp_path / "source", "streaming": True, "ema": ema}
+    given |= {"train_data_dir": pictures(tmp_path / "pictures"), "resolution": "8", "global_batch_size": 8}
+    given |= {"checkpointing_steps": 2, "lr_warmup_steps": 0}
+    launcher = [*ACCELERATE, "--config_file", str(CONFIGS / "fsdp2.yaml"), "--num_processes", "2"]
+
+    def launch(name: str, **changes: Any) -> Path:
+        folder = tmp_path / name
+        words = options(folder, **{**given, "max_train_steps": 4, **changes})
+        code, output = finish(start(words, launcher, **{FSDP_ON_CPU: "1"}))
+        assert code == 0 and begin(folder)["sharded"] and begin(folder)["processes"] == 2, output
+        return folder
+
+    exported = DDPMPipeline.from_pretrained(launch("none", max_train_steps=0) / "pipeline").unet.state_dict()
+    assert all(torch.equal(tensor, there[name]) for name, tensor in exported.items())
+    whole = launch("whole")
+    shutil.copytree(whole, tmp_path / "moved")
+    (tmp_path / "moved" / "status.json").unlink()
+    shutil.rmtree(tmp_path / "source")
+    moved = launch("moved", resume_from_checkpoint="step-00000002")
+    assert begin(moved)["update"] == 2
+    assert_bitwise_equal(whole, moved, 4)
+    for name, tensor in weights(whole, 4).items():
+        assert not torch.equal(tensor, there[name]), name
+    records = [json.loads((folder / "config.json").read_text())["init_from"] for folder in (whole, moved)]
+    assert records[0] == records[1] and records[0]["source"] == str(tmp_path / "source")
 
 
 def test_deepspeeds_file_is_understood_by_its_plugin() -> None:

@@ -12,7 +12,7 @@ from ..hub.client import Client
 from ..hub.messages import Operation, hub_errors
 from ..hub.retry import RetryPolicy
 
-__all__ = ["License", "as_license", "base_of_card", "license_of"]
+__all__ = ["License", "as_license", "base_of_card", "license_in", "license_of"]
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ def license_of(model: str | Path, token: str | None = None, retry: RetryPolicy |
         operation = Operation(str(model), "pull", f"hf download {model} README.md", has_token=token is not None)
         with hub_errors(operation):
             text = Client(token, retry).text(str(model), "README.md", constants.DEFAULT_REVISION)
-        return _license_in(text, f"{constants.ENDPOINT}/{model}/blob/{constants.DEFAULT_REVISION}/")
+        return license_in(text, f"{constants.ENDPOINT}/{model}/blob/{constants.DEFAULT_REVISION}/")
     parents = {"pipeline": [folder.resolve().parent]}.get(folder.name, [])
     if folder.resolve().parent.name == "checkpoints":
         parents = [folder.resolve().parent.parent]
     cards = [path / "README.md" for path in (folder, *parents)]
-    found = (_license_in(card.read_text(encoding="utf-8"), None) for card in cards if card.is_file())
+    found = (license_in(card.read_text(encoding="utf-8"), None) for card in cards if card.is_file())
     return next((license for license in found if license is not None), None)
 
 
@@ -88,8 +88,16 @@ def base_of_card(text: str) -> str | None:
     return base if isinstance(base, str) else None
 
 
-def _license_in(text: str, place: str | None) -> License | None:
-    """The licence of a card; a link to a file beside it begins with `place`, and is refused where there is none."""
+def license_in(text: str, place: str | None) -> License | None:
+    """Return the licence that a card names, None where it names none.
+
+    Args:
+        text: The card.
+        place: What the address of a file beside it begins with; None refuses a link to such a file.
+
+    Raises:
+        HubError: it links to a file beside it.
+    """
     data = ModelCard(text, ignore_metadata_errors=True).data
     word, name, link = (data.get(key) for key in ("license", "license_name", "license_link"))
     if not word:

@@ -108,6 +108,7 @@ def render_card(run: str | Path, repo_id: str | None = None, license: str | Lice
         tags=["ddpm", TASK, "pytorch", "ddpm_ext"],
         datasets=hub_datasets(record),
         base_model=base.on_hub if base else None,
+        base_model_relation="finetune" if base and base.on_hub else None,
         model_name=repo_id.split("/")[-1],
         eval_results=model_index(results),
         widget=[{"text": image["caption"], "output": {"url": image["path"]}} for image in images] or None,
