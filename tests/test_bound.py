@@ -115,7 +115,7 @@ def test_the_record_equals_the_literal_formulas(
 @pytest.mark.parametrize("options", [{"timesteps": [5]}, {"num_inference_steps": 1}])
 @pytest.mark.parametrize("decoder_variance", ["base", "respaced"])
 def test_one_step_pays_prior_and_decoder_alone(options: dict[str, Any], decoder_variance: Any) -> None:
-    """Without a second kept time both conventions of the decoder's variance take that of the full chain."""
+    """Without a second timestep both conventions of the decoder's variance take that of the full chain."""
     scheduler = DDPMExtScheduler(timestep_spacing="trailing", **SHORT)
     network, x_0 = wavy(scheduler, 1), float64_images(pictures(3, 1, 2, 2))
     bits = bits_per_dim(network, scheduler, x_0, generator=seeded(), decoder_variance=decoder_variance, **options)

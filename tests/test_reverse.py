@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from ddpm_ext.diffusion.images import clip_x_0, threshold_x_0
 from ddpm_ext.diffusion.process import jump
-from ddpm_ext.diffusion.reverse import decoder_log_var, p_mean_variance, split_output, variance_bounds
+from ddpm_ext.diffusion.reverse import Respaced, decoder_log_var, p_mean_variance, split_output, variance_bounds
 from ddpm_ext.diffusion.schedules import make_tables
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
@@ -39,10 +39,10 @@ def test_p_mean_variance_to_ten_digits(variance_type, prediction_type, t, s, cli
         x_t,
         torch.tensor(t),
         TABLES,
-        s=torch.tensor(s),
         prediction_type=prediction_type,
         variance_type=variance_type,
         clip=clip,
+        respaced=Respaced(torch.tensor(s)),
     )
     assert p.mean.dtype == p.log_var.dtype == torch.float64
     for b in range(5):
@@ -76,7 +76,7 @@ def test_learned_range_interpolates_the_logarithms(head: float, power: float):
     """β̃ at -1, b at +1, √(β̃ b) at 0, and beyond the ends without a clamp (IDDPM Eq. 15)."""
     x_t, t, s = noise(4), torch.tensor([1, 5, 400, 700, 999]), torch.tensor([0, 4, 200, 699, 990])
     output = torch.cat([noise(5), torch.full_like(x_t, head)], 1)
-    p = p_mean_variance(output, x_t, t, TABLES, s=s, variance_type="learned_range")
+    p = p_mean_variance(output, x_t, t, TABLES, respaced=Respaced(s), variance_type="learned_range")
     step = jump(TABLES, t, s)
     expected = (step.var ** (1 - power) * step.b**power).view(5, 1, 1, 1).expand_as(x_t)
     assert_close(p.var, expected, rtol=1e-10, atol=0)
@@ -93,7 +93,7 @@ def test_last_jump_takes_the_second_variance():
     """log β̃_2 (base), also for fixed_large and from a distant n_1; log β̃(n_1, n_2) when that one is asked for."""
     x_t, t, s = noise(4), torch.full((5,), 40), torch.full((5,), -1)
     for variance_type in ("fixed_small", "fixed_large"):
-        p = p_mean_variance(noise(5), x_t, t, TABLES, s=s, variance_type=variance_type)
+        p = p_mean_variance(noise(5), x_t, t, TABLES, respaced=Respaced(s), variance_type=variance_type)
         assert_close(p.var, torch.full_like(p.var, 5.453187661302606e-05), rtol=1e-12, atol=0)
         assert_close(p.mean, p.pred_original_sample)
     respaced = decoder_log_var(TABLES, [40, 240, 440], "respaced")
@@ -101,7 +101,7 @@ def test_last_jump_takes_the_second_variance():
     assert decoder_log_var(TABLES, [40, 240], "respaced") == respaced  # two times are enough
     assert decoder_log_var(TABLES, [40, 240, 440], "base") == decoder_log_var(TABLES)
     assert decoder_log_var(TABLES, [40], "respaced") == decoder_log_var(TABLES)
-    p = p_mean_variance(noise(5), x_t, t, TABLES, s=s, last_log_var=respaced)
+    p = p_mean_variance(noise(5), x_t, t, TABLES, respaced=Respaced(s, respaced))
     assert_close(p.log_var, torch.full_like(p.log_var, respaced.item()))
     with pytest.raises(ValueError, match="decoder_variance must be one of 'base', 'respaced', got 'full'"):
         decoder_log_var(TABLES, [0], "full")  # pyright: ignore[reportArgumentType]
@@ -111,7 +111,7 @@ def test_learned_range_at_the_last_jump_has_b_as_its_other_end():
     x_t, t, s = noise(4), torch.full((5,), 40), torch.full((5,), -1)
     for head, expected in ((-1.0, decoder_log_var(TABLES)), (1.0, TABLES.one_minus_alpha_bar[40].log())):
         output = torch.cat([noise(5), torch.full_like(x_t, head)], 1)
-        p = p_mean_variance(output, x_t, t, TABLES, s=s, variance_type="learned_range")
+        p = p_mean_variance(output, x_t, t, TABLES, respaced=Respaced(s), variance_type="learned_range")
         assert_close(p.log_var, torch.full_like(p.log_var, expected.item()), rtol=1e-12, atol=0)
 
 

@@ -1,4 +1,4 @@
-"""Beta schedules, their tables and kept times, against 50-digit arithmetic and Diffusers."""
+"""Beta schedules, their tables and respaced timesteps, against 50-digit arithmetic and Diffusers."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_bad_schedules_are_refused(options: dict, sentence: str):
         make_tables(**options)
 
 
-# Kept times -----------------------------------------------------------------------------------------------------------
+# Respaced timesteps ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])

@@ -111,7 +111,7 @@ def ddim_variance(step: Jump, eta: float) -> Tensor:
 
 
 def sampling_cap(grey_levels: float) -> float:
-    r"""Return the largest σ² of the jump that ends at the first kept time.
+    r"""Return the largest σ² of the jump that ends at the first timestep of the chain.
 
     E|σ z| <= y · 2/255, so σ² <= (y · 2/255 · √(π/2))².
 
@@ -178,7 +178,7 @@ def trajectory_edges(tables: Tables, mse_eps: Tensor, cost: TrajectoryCost = "an
 
 
 def optimal_trajectory(tables: Tables, mse_eps: Tensor, K: int, cost: TrajectoryCost = "analytic") -> list[int]:
-    r"""Return the K kept times 1 = n_1 < … < n_K = T whose bound is lowest: a cheapest path.
+    r"""Return the K timesteps 1 = n_1 < … < n_K = T whose bound is lowest: a cheapest path.
 
         C_1(1) = 0, else ∞;   C_k(t) = min_{s<t} C_{k-1}(s) + J(s, t)
 
@@ -212,7 +212,7 @@ def optimal_trajectories(
         cost: Which reverse variance the steps will use.
 
     Returns:
-        K -> kept times.
+        K -> the timesteps of its chain.
     """
     T = tables.num_timesteps
     for K in steps:
@@ -234,7 +234,7 @@ def optimal_trajectories(
     return {K: list(range(T)) if K == T else _walk_back(came_from[:K], T) for K in steps}
 
 
-def kl_bound(tables: Tables, mse_eps: Tensor, times: list[int], cost: TrajectoryCost = "analytic") -> float:
+def kl_bound(tables: Tables, mse_eps: Tensor, timesteps: list[int], cost: TrajectoryCost = "analytic") -> float:
     r"""Return the bound's KL part Σ L_{t-1} of a chain, in nats per dimension.
 
         analytic: ½ [Σ J(s, t) + log SNR(n_1) - log SNR(n_K)]        fixed: ½ Σ F(s, t)
@@ -244,14 +244,14 @@ def kl_bound(tables: Tables, mse_eps: Tensor, times: list[int], cost: Trajectory
     Args:
         tables: One schedule.
         mse_eps: float64, shape (T,).
-        times: Kept times, ascending code indices.
+        timesteps: Of the chain, ascending code indices.
         cost: Which reverse variance.
     """
     edges = trajectory_edges(tables, mse_eps, cost)
-    total = sum(edges[s, t] for s, t in pairwise(times))
+    total = sum(edges[s, t] for s, t in pairwise(timesteps))
     if cost == "analytic":
         log_snr = tables.log_alpha_bar - tables.one_minus_alpha_bar.log()
-        total += (log_snr[times[0]] - (log_snr[times[-1]] if tables.alpha_bar[times[-1]] > 0 else 0)).item()
+        total += (log_snr[timesteps[0]] - (log_snr[timesteps[-1]] if tables.alpha_bar[timesteps[-1]] > 0 else 0)).item()
     return 0.5 * float(total)
 
 

@@ -69,7 +69,7 @@ def prior_kl(x_0: Tensor, alpha_bar: Tensor) -> Tensor:
 
     Args:
         x_0: Clean images, values in [-1, 1], shape (B, ...).
-        alpha_bar: ᾱ of the noisiest kept time, below 1; broadcasts with x_0.
+        alpha_bar: ᾱ of the noisiest timestep, below 1; broadcasts with x_0.
     """
     return 0.5 * (alpha_bar * x_0.square() - alpha_bar - torch.log1p(-alpha_bar))  # b̄ - 1 is exactly -ᾱ
 

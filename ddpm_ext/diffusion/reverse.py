@@ -1,7 +1,7 @@
 r"""The network's step back: its variance, and p(x_s | x_t) = N(c1 x̂_0 + c2 x_t, σ² I).
 
 Steps and jumps are those of `process`. At the last jump (s = -1) β̃ is 0: sampling adds no noise there, while
-log-variances and the decoder L_0 take log β̃ of the second kept time (`decoder_log_var`).
+log-variances and the decoder L_0 take log β̃ of the chain's second timestep (`decoder_log_var`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .schedules import Tables
 from .words import LEARNED_VARIANCES, DecoderVariance, PredictionType, VarianceType
 
 __all__ = [
+    "Respaced",
     "ReverseStep",
     "decoder_log_var",
     "p_mean_variance",
@@ -25,6 +26,14 @@ __all__ = [
     "split_output",
     "variance_bounds",
 ]
+
+
+class Respaced(NamedTuple):
+    """What a shortened chain has otherwise than the full one; None stands for the full chain's."""
+
+    s: Tensor | None = None  # int64, shape (B,), -1 <= s < t: where each image's step ends; t - 1
+    last_log_var: Tensor | float | None = None  # log σ² of the last jump, a number or 0-d: `decoder_log_var`
+    log_optimal: Tensor | None = None  # log σ*² of each image's jump, shape (B,), for variance_type "analytic"
 
 
 class ReverseStep(NamedTuple):
@@ -36,17 +45,20 @@ class ReverseStep(NamedTuple):
     pred_original_sample: Tensor  # x̂_0, (B, C, H, W)
 
 
-def decoder_log_var(tables: Tables, kept: list[int] | None = None, convention: DecoderVariance = "base") -> Tensor:
-    r"""Return log β̃ of the second kept time, which stands for log σ² at the last jump, where β̃ itself is 0.
+FULL_CHAIN = Respaced()
+
+
+def decoder_log_var(tables: Tables, timesteps: list[int] | None = None, convention: DecoderVariance = "base") -> Tensor:
+    r"""Return log β̃ of the chain's second timestep, which stands for log σ² at the last jump, where β̃ itself is 0.
 
         base      log β̃_2 of the full chain
-        respaced  log β̃(n_1, n_2) of the kept times
+        respaced  log β̃(n_1, n_2) of the shortened chain
 
-    A chain of one step has no second time: it takes the base value, and a full chain of one step log β_1.
+    A chain of one step has no second timestep: it takes the base value, and a full chain of one step log β_1.
 
     Args:
         tables: One schedule.
-        kept: Kept times in ascending order; None means all.
+        timesteps: Of a shortened chain, ascending; None for the full one.
         convention: One of the words above. Both are in print (Analytic-DPM, OpenAI).
 
     Returns:
@@ -57,7 +69,7 @@ def decoder_log_var(tables: Tables, kept: list[int] | None = None, convention: D
     check_word("decoder_variance", convention, get_args(DecoderVariance))
     if tables.num_timesteps == 1:
         return tables.beta[0].log()
-    n_1, n_2 = kept[:2] if convention == "respaced" and kept is not None and len(kept) > 1 else (0, 1)
+    n_1, n_2 = timesteps[:2] if convention == "respaced" and timesteps is not None and len(timesteps) > 1 else (0, 1)
     # Entries by a Python number, unlike those by a tensor, are had without a wait of the host.
     b = -torch.expm1(tables.log_alpha_bar[n_2] - tables.log_alpha_bar[n_1])
     return (b * tables.one_minus_alpha_bar[n_1] / tables.one_minus_alpha_bar[n_2]).log()
@@ -84,7 +96,7 @@ def reverse_log_var(
     r"""Return log σ² of the reverse step.
 
         fixed_small    log β̃
-        fixed_large    log b, at the last jump log β̃ of the second kept time like fixed_small
+        fixed_large    log b, at the last jump log β̃ of the second timestep like fixed_small
         learned        the head itself
         learned_range  f log b + (1 - f) log β̃,  f = (head + 1)/2, not clamped
         analytic       log σ*² of `optimal.optimal_variance`, at the last jump like fixed_small
@@ -153,12 +165,10 @@ def p_mean_variance(
     t: Tensor,
     tables: Tables,
     *,
-    s: Tensor | None = None,
     prediction_type: PredictionType = "epsilon",
     variance_type: VarianceType = "fixed_small",
     clip: Clip = None,
-    last_log_var: Tensor | float | None = None,
-    log_optimal: Tensor | None = None,
+    respaced: Respaced = FULL_CHAIN,
 ) -> ReverseStep:
     r"""Return the network's step back: p(x_s | x_t) = N(c1 x̂_0 + c2 x_t, σ² I).
 
@@ -167,12 +177,10 @@ def p_mean_variance(
         x_t: Noised images, shape (B, C, H, W).
         t: int64, shape (B,), 0 <= t < T.
         tables: One schedule, on t's device.
-        s: int64, shape (B,), -1 <= s < t; None means t - 1.
         prediction_type: What the first C channels are.
         variance_type: Which σ².
         clip: x̂_0 is clamped to ±clip; None for not at all, as in training on the bound; or a function of x̂_0.
-        last_log_var: log σ² of the last jump, a number or 0-d; None means `decoder_log_var(tables)`.
-        log_optimal: log σ*² of each image's jump, shape (B,); only for variance_type "analytic".
+        respaced: The jumps of a shortened chain.
 
     Returns:
         mean and x̂_0 in x_t's dtype; log_var by the decoder's rule at the last jump, and var = exp(log_var).
@@ -182,12 +190,12 @@ def p_mean_variance(
     prediction, head = split_output(output, x_t, variance_type)
     dtype = compute_dtype(x_t)
     x_0 = clip_x_0(predict_x_0(prediction.to(dtype), x_t.to(dtype), t, tables, prediction_type), clip)
-    step = jump(tables, t, s)
+    step = jump(tables, t, respaced.s)
     mean = weighted_sum(x_0, step.c1, x_t, step.c2, dtype=x_t.dtype)
-    last_log_var = decoder_log_var(tables) if last_log_var is None else last_log_var
+    last_log_var = decoder_log_var(tables) if respaced.last_log_var is None else respaced.last_log_var
     log_small, log_large = (per_image(v, x_t) for v in variance_bounds(step, last_log_var))
     last = per_image(step.var == 0, x_t, dtype=torch.bool)
     head = None if head is None else head.to(dtype)
-    log_optimal = None if log_optimal is None else per_image(log_optimal, x_t)
+    log_optimal = None if respaced.log_optimal is None else per_image(respaced.log_optimal, x_t)
     log_var = reverse_log_var(variance_type, log_small, log_large, last, head, log_optimal)
     return ReverseStep(mean, log_var.exp(), log_var, x_0.to(x_t.dtype))

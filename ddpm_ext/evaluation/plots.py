@@ -90,7 +90,7 @@ def plot_bits_per_step(timesteps: Sequence[int], bits: Tensor, path: Path | str)
     """Bits/dim that each step of the bound costs, L_{t-1} and L_0 last, on a logarithmic scale.
 
     Args:
-        timesteps: Kept times, 0 <= t < T, shape (K,).
+        timesteps: Of the chain, 0 <= t < T, shape (K,).
         bits: Mean over images of each term, shape (K,); the last is the decoder's.
         path: The file.
     """

@@ -250,18 +250,16 @@ class DDPMExtScheduler(BaseScheduler, SchedulerMixin):
             measured_errors(options, 'variance_type "analytic"')
         t, s = self._jump_times(timestep, sample)
         analytic = options.variance_type == "analytic"
-        last = reverse.decoder_log_var(self.tables, self._times[::-1], decoder_variance)
+        last = reverse.decoder_log_var(self.tables, self._times[::-1], decoder_variance).item()
         return reverse.p_mean_variance(
             model_output,
             sample,
             t,
             self._tables_on(t.device),
-            s=s,
             prediction_type=options.prediction_type,
             variance_type=options.variance_type,
             clip=options.clip,
-            last_log_var=last.item(),
-            log_optimal=table.on(t.device).log_optimal[t] if analytic else None,
+            respaced=reverse.Respaced(s, last, table.on(t.device).log_optimal[t] if analytic else None),
         )
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, timestep: Timesteps) -> Gaussian:

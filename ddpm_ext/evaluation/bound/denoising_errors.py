@@ -91,7 +91,7 @@ def denoising_errors(
     """
     terms, generator = _ErrorTerms(**vars(bound), guidance=guidance), check_generators(generator, len(x_0))
     x_0 = x_0.to(terms.tables.beta.device)
-    times = torch.tensor(terms.times, device=x_0.device).expand(len(x_0), -1)
+    times = torch.tensor(terms.timesteps, device=x_0.device).expand(len(x_0), -1)
     with evaluating(terms.model):
         found = terms.columns(x_0, times, generator)
     return DenoisingErrors(*(part.flip(1) for part in found))  # times descend

@@ -25,14 +25,14 @@ class BitsPerDim(NamedTuple):
 class Sweep(NamedTuple):
     """Every jump of the chain on every image."""
 
-    timesteps: list[int]  # K kept times, descending, 0 <= t < T
+    timesteps: list[int]  # of the chain, K, descending, 0 <= t < T
     bits_per_dim: BitsPerDim
     squared_error: Tensor  # (B, K): mean over dimensions of (x_0 - x̂_0(x_t))², images in [-1, 1]
     bits: int = 8  # depth of the images
 
 
 class RateDistortion(NamedTuple):
-    """DDPM Table 4 and Figure 5: one row per kept time, from the noisiest."""
+    """DDPM Table 4 and Figure 5: one row per timestep of the chain, from the noisiest."""
 
     label: list[int]  # T - t + 1 of the paper's t: 1 is the first reverse step
     timesteps: list[int]  # code index t, 0 <= t < T

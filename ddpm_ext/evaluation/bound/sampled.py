@@ -43,12 +43,12 @@ def sampled_bound(
         p: p_t of the K - 1 jumps from the noisiest, shape (K - 1,), sum 1; None takes the batch's own
             `pilot_distribution`.
     """
-    n, num_jumps = num_timesteps_sampled, len(bound.times) - 1
+    n, num_jumps = num_timesteps_sampled, len(bound.timesteps) - 1
     check_sampled_steps(bound, n)
     bound.chain.warn_of_guidance(GuidanceSetting())
     generator = check_generators(generator, len(x_0))
     x_0 = x_0.to(bound.tables.beta.device)
-    times = torch.tensor(bound.times, device=x_0.device)
+    times = torch.tensor(bound.timesteps, device=x_0.device)
     p = (pilot_distribution(bound, x_0) if p is None else p).to(x_0)
     with evaluating(bound.model):
         position = (torch.arange(n) + _uniform(len(x_0), generator)) / n
@@ -66,7 +66,7 @@ def sampled_bound(
 
 def check_sampled_steps(bound: Bound, n: int) -> None:
     """Raise a UserError unless n of a chain's jumps can be drawn."""
-    num_jumps = len(bound.times) - 1
+    num_jumps = len(bound.timesteps) - 1
     if num_jumps < 2:
         raise UserError(
             f"A chain of {num_jumps + 1} steps has no two jumps before the decoder to draw from: leave out "
@@ -92,7 +92,7 @@ def pilot_distribution(bound: Bound, x_0: Tensor) -> Tensor:
     """
     x_0 = x_0.to(bound.tables.beta.device)
     chosen = sorted({round(i) for i in torch.linspace(0, len(x_0) - 1, PILOT_IMAGES).tolist()})
-    times = torch.tensor(bound.times[:-1], device=x_0.device).expand(len(chosen), -1)
+    times = torch.tensor(bound.timesteps[:-1], device=x_0.device).expand(len(chosen), -1)
     few = bound if bound.labels is None else replace(bound, labels=bound.labels[chosen])
     with evaluating(bound.model):
         found = few.columns(x_0[chosen], times, torch.Generator().manual_seed(_PILOT_SEED))[0]

@@ -73,7 +73,7 @@ def set_bound(
         pixels, labels = images_and_labels(unet, images, piece)
         return make_bound(unet, scheduler, pixels, options, labels), pixels
 
-    times = bound_of(range(1))[0].times
+    times = bound_of(range(1))[0].timesteps
 
     def work(piece: range) -> dict[str, Tensor]:
         bound, pixels = bound_of(piece)
@@ -112,28 +112,30 @@ def is_fixed(scheduler: DDPMExtScheduler) -> bool:
     )
 
 
-def under_fixed_variance(found: SetBound, scheduler: DDPMExtScheduler, times: list[int] | None = None) -> SetBound:
+def under_fixed_variance(found: SetBound, scheduler: DDPMExtScheduler, timesteps: list[int] | None = None) -> SetBound:
     r"""Judge the same network and noise with another variance or chain, without running the network again.
 
         mean_dims L_{t-1} = ½ [β̃/σ² - 1 - log(β̃/σ²) + (c1²/σ²) mean_dims (x_0 - x̂_0)²]
 
     A fixed or analytic σ² is one number per step, so the squared errors of the sweep are all that it needs. L_T and L_0
-    depend neither on which of these variances it is nor on the kept times between the first and the last.
+    depend neither on which of these variances it is nor on the timesteps between the first and the last.
 
     Args:
         found: A full sweep under any fixed variance.
         scheduler: The other variance, and the same noise schedule.
-        times: Kept times, descending: some of the sweep's, its first and last among them; None for all.
+        timesteps: Of a shorter chain, descending: some of the sweep's, its first and last among them; None for all.
 
     Raises:
         UserError: the chain does not run from the sweep's first time to its last.
     """
     assert found.sweep is not None
-    bits, kept = found.sweep.bits_per_dim, found.sweep.timesteps
-    times = kept if times is None else times
-    if (times[0], times[-1]) != (kept[0], kept[-1]):
-        raise UserError(f"times must run from {kept[0]} to {kept[-1]} as the sweep does, got {times[0]}..{times[-1]}.")
-    squared_error = found.sweep.squared_error[:, [kept.index(t) for t in times]]
+    bits, swept = found.sweep.bits_per_dim, found.sweep.timesteps
+    times = swept if timesteps is None else timesteps
+    if (times[0], times[-1]) != (swept[0], swept[-1]):
+        raise UserError(
+            f"timesteps must run from {swept[0]} to {swept[-1]} as the sweep does, got {times[0]}..{times[-1]}."
+        )
+    squared_error = found.sweep.squared_error[:, [swept.index(t) for t in times]]
     t, s = torch.tensor(times[:-1]), torch.tensor(times[1:])
     step = jump(scheduler.tables, t, s)
     small, large = variance_bounds(step, step.var.log())

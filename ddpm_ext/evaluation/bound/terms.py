@@ -1,4 +1,4 @@
-"""A network and one chain of kept times: the terms of its bound, and the sweep that takes every one of them."""
+"""A network and one chain, full or shortened: the terms of its bound, and the sweep over all its timesteps."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class BoundOptions:
 
     Attributes:
         num_inference_steps: K of a respaced chain, spaced as the scheduler says; None for all T steps.
-        timesteps: The kept times themselves, descending, in place of K.
-        decoder_variance: σ² of L_0: "base" (β̃_2 of the full chain, Analytic-DPM) or "respaced" (of the kept times).
+        timesteps: The timesteps of the chain themselves, descending, in place of K.
+        decoder_variance: σ² of L_0: "base" (β̃_2 of the full chain, Analytic-DPM) or "respaced" (of this chain).
         cdf: "tanh" as published, or "exact".
         clip_sample: Clip x̂_0 to the scheduler's range, as all published evaluations do. Dynamic thresholding, a trick
             of sampling, plays no part.
@@ -70,12 +70,12 @@ class BoundOptions:
 
 @dataclass(frozen=True)
 class Bound:
-    """A network and one chain of kept times: the bound's terms in nats, for images that need not lie on the grid."""
+    """A network and one chain: the bound's terms in nats, for images that need not lie on the grid."""
 
     model: Network
     chain: DDPMExtScheduler
     tables: Tables  # on the device of the sums
-    times: list[int]  # kept times, descending
+    timesteps: list[int]  # of the chain, descending
     decoder_variance: DecoderVariance
     cdf: Cdf
     dtype: torch.dtype  # of the network's input
@@ -86,7 +86,7 @@ class Bound:
 
     def prior(self, x_0: Tensor) -> Tensor:
         """L_T of each image, shape (B,), nats/dim."""
-        return mean_over_dims(prior_kl(x_0, self.tables.alpha_bar[self.times[0]]))
+        return mean_over_dims(prior_kl(x_0, self.tables.alpha_bar[self.timesteps[0]]))
 
     def ask(self, x_0: Tensor, t: Tensor, eps: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(x_t, the network's output) of pairs: x_t rounded to the network's precision, both returned in x_0's.
@@ -112,7 +112,7 @@ class Bound:
 
         Args:
             x_0: Clean images, float64, shape (P, C, H, W).
-            t: Kept times, int64, shape (P,); for the decoder all the last one, else none of them.
+            t: Timesteps of the chain, int64, shape (P,); for the decoder all the last one, else none of them.
             eps: Noise in the shape of x_0.
             labels: Classes, int64, shape (P,), where the network asks for them.
             decoder: Which of the two terms.
@@ -206,7 +206,7 @@ def make_bound(
         model=model,
         chain=chain,
         tables=chain.tables.to(_sum_device(device)),
-        times=chain.timesteps.tolist(),
+        timesteps=chain.timesteps.tolist(),
         decoder_variance=options.decoder_variance,
         cdf=options.cdf,
         dtype=own_dtype if parameter is None else parameter.dtype,
@@ -242,13 +242,13 @@ def full_sweep(bound: Bound, x_0: Tensor, generator: Generators = None) -> Sweep
     bound.chain.warn_of_guidance(GuidanceSetting())
     generator = check_generators(generator, len(x_0))
     x_0 = x_0.to(bound.tables.beta.device)
-    times = torch.tensor(bound.times, device=x_0.device).expand(len(x_0), -1)
+    times = torch.tensor(bound.timesteps, device=x_0.device).expand(len(x_0), -1)
     with evaluating(bound.model):
         steps, step_error = bound.columns(x_0, times[:, :-1], generator)
         decoder, decoder_error = bound.columns(x_0, times[:, -1:], generator, decoder=True)
     nats = BoundTerms(bound.prior(x_0), steps, decoder[:, 0])
     bits = BitsPerDim(*(part / math.log(2) for part in (*nats, nats.total)), standard_error=None)
-    return Sweep(bound.times, bits, torch.cat([step_error, decoder_error], dim=1), bound.bits)
+    return Sweep(bound.timesteps, bits, torch.cat([step_error, decoder_error], dim=1), bound.bits)
 
 
 def _sum_device(device: torch.device) -> torch.device:
