@@ -388,8 +388,8 @@ def test_a_set_of_image_files_on_the_hub_is_read_as_a_folder(
             siblings = [type("File", (), {"rfilename": file}) for file in sets[name]]
             return type("Info", (), {"sha": "main", "siblings": siblings})
 
-    from ddpm_ext.data import files as reading
     from ddpm_ext.data import sources
+    from ddpm_ext.data.decoding import files as reading
 
     monkeypatch.setattr(sources, "HfApi", Api)
     monkeypatch.setattr(sources, "hf_hub_download", lambda name, file, **_: str(tmp_path / name / file))

@@ -22,7 +22,7 @@ from PIL import Image
 
 from ..errors import UserError
 from .decoding.files import archive_kind, archive_members
-from .decoding.formats import NO_IMAGES, is_image
+from .decoding.formats import NO_IMAGES, is_image, why_no_image
 
 __all__ = [
     "ARRAYS",
@@ -242,7 +242,7 @@ _KNOWN = frozenset(
             "py",
             "sh",
         ),
-        *("parquet", "arrow", "pt", "pth", "safetensors", "pkl", "pickle", "mat", "pdf", "svg", "db", "bin", "cls"),
+        *("parquet", "arrow", "pt", "pth", "safetensors", "pkl", "pickle", "pdf", "svg", "db", "bin", "cls"),
         *("mp4", "avi", "mov", "mkv", "webm", "mp3", "wav", "lock", "sha256", "md5"),
     )
 )
@@ -257,7 +257,9 @@ def _kind(entry: Entry) -> str:
         return found
     if suffix in _KNOWN:
         return suffix
-    return "image" if is_image(entry.path) else suffix or "without a suffix, no image"
+    if is_image(entry.path):
+        return "image"
+    return why_no_image(entry.path) or suffix or "without a suffix, no image"
 
 
 def classes_in_names(paths: Sequence[str]) -> str:

@@ -21,19 +21,24 @@ from .files import Unreadable, read_bytes
 
 __all__ = [
     "ALPHA",
+    "NO_DATA_TAG",
     "NO_IMAGES",
     "UNREADABLE",
     "Stored",
     "alpha_is_stated",
     "image_formats",
+    "is_big_endian_bigtiff",
     "is_image",
+    "is_netpbm",
     "is_tiff",
     "opened",
     "reads_all",
+    "refuse_colours",
     "refuse_more",
     "stored",
     "tag",
     "unknown",
+    "why_no_image",
 ]
 
 # Pillow lists these as images, but they are stubs, films, pages of text or lists of bytes.
@@ -43,17 +48,51 @@ UNREADABLE = (
     *(OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError),
     *(TypeError, IndexError, KeyError, OverflowError, struct.error, zlib.error),  # its parsers, on damaged headers
 )
+NO_DATA_TAG = 42113  # GDAL_NODATA: the value, as text, of pixels that were not measured
 ALPHA = (1, 2)  # ExtraSamples of a TIFF: premultiplied, not premultiplied; 0 is anything
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_REMOTE = ("hf://", "http://", "https://")
 _FOREIGN = {
     b"\xff\xd8\xff": "damaged or 12-bit JPEG",
     b"#?RADIANCE": "Radiance HDR",
+    b"#?RGBE": "Radiance HDR",
     b"v/1\x01": "OpenEXR",
-    b"PF": "colour PFM",
-    b"P7": "16-bit PAM",
+    b"8BPS": "PSD of other than 8 bits or of several channels",
+    b"\x89HDF\r\n\x1a\n": "HDF5 or NetCDF",
+    b"CDF\x01": "NetCDF",
+    b"CDF\x02": "NetCDF",
+    b"\x5c\x01\0\0": "NIfTI",
+    b"\0\0\x01\x5c": "NIfTI",
+    b"NRRD": "NRRD",
+    b"MATLAB": "MATLAB",
     b"\x1f\x8b": "gzip (NIfTI?)",
 }
-_TAGS = {"bits": 258, "description": 270, "photometric": 262, "bands": 277, "extra": 338, "format": 339}
+_TAGS = {
+    "bits": 258,
+    "compression": 259,
+    "photometric": 262,
+    "description": 270,
+    "bands": 277,
+    "extra": 338,
+    "format": 339,
+}
+_MEANING_MORE = ("CMYK", "LAB", "YCbCr", "HSV")  # modes of Pillow whose RGB depends on what the file does not say
+_JPEG = (6, 7)  # compressions whose decoder gives RGB for YCbCr
+_BY_TIFFFILE = (50001,)  # compressions of TIFF that Pillow is seldom built with: WebP
+_COLOURS = {  # photometric interpretations that are neither grey nor RGB
+    3: "palette indices in several pages or more than 8 bits",
+    4: "a transparency mask",
+    5: "CMYK (separated)",
+    6: "YCbCr",
+    8: "CIELab",
+    9: "ICCLab",
+    10: "ITULab",
+    32803: "a colour filter array",
+    32844: "CIE LogL",
+    32845: "CIE LogLuv",
+    34892: "linear raw",
+    51177: "a depth map",
+}
 
 
 class Stored(NamedTuple):
@@ -77,11 +116,14 @@ def opened(encoded: bytes | str | None) -> Iterator[IO[bytes]]:
 
 def is_image(path: str) -> bool:
     """Whether a file is an image by its first bytes; one behind a URL is not looked at."""
-    if path.startswith(("hf://", "http://", "https://")):
+    if path.startswith(_REMOTE):
         return False
     try:
-        with opened(path) as file, Image.open(file, formats=image_formats()):
-            return True
+        with opened(path) as file:
+            if is_tiff(file) or is_netpbm(file):
+                return True
+            with Image.open(file, formats=image_formats()):
+                return True
     except UNREADABLE:
         return False
 
@@ -98,17 +140,37 @@ def is_tiff(file: IO[bytes]) -> bool:
     return _head(file, 4) in _TIFF_MAGIC
 
 
+def is_big_endian_bigtiff(file: IO[bytes]) -> bool:
+    """Whether an open file is a BigTIFF whose header Pillow takes for a damaged one."""
+    return _head(file, 4) == b"MM\0+"
+
+
+def is_netpbm(file: IO[bytes]) -> bool:
+    """Whether an open file is a PAM or a PFM of colour, which Pillow does not know."""
+    return _head(file, 3) in (b"P7\n", b"PF\n", b"PF ")
+
+
 def unknown(file: IO[bytes]) -> Unreadable | None:
     """Return why a file that Pillow does not know cannot be read; None where its first bytes tell nothing."""
     head = _head(file, 132)
-    found = (
-        "DICOM" if head[128:] == b"DICM" else next((what for m, what in _FOREIGN.items() if head.startswith(m)), None)
-    )
-    return (
-        None
-        if found is None
-        else Unreadable(f"{found} files", f"it is {found}, which is not read: store PNG, TIFF or .npy.")
-    )
+    known = (what for magic, what in _FOREIGN.items() if head.startswith(magic))
+    found = "DICOM" if head[128:] == b"DICM" else next(known, None)
+    if found is None:
+        return None
+    how = "store PNG, TIFF or .npy, floats and signed integers with --value_range LO HI"
+    return Unreadable(f"{found} files, which are not read: {how}", f"it is {found}, which is not read: {how}.")
+
+
+def why_no_image(path: str) -> str | None:
+    """Return what a file that is no image is by its first bytes, and what to do; None where they do not tell."""
+    if path.startswith(_REMOTE):
+        return None
+    try:
+        with opened(path) as file:
+            found = unknown(file)
+    except (OSError, ValueError):
+        return None
+    return None if found is None else found.kind
 
 
 def _head(file: IO[bytes] | None, count: int, start: int = 0) -> bytes:
@@ -141,6 +203,8 @@ def stored(image: Image.Image) -> Stored:
     if image.format == "DDS":
         return _stored_in_dds(decoder, arguments)
     maxval = re.search(r"(\d+)\)$", rawmode) if image.format == "PPM" else None
+    if image.mode == "1" or rawmode in ("L;2", "L;4"):
+        return Stored(1 if image.mode == "1" else int(rawmode[2]), True)
     if ";16S" in rawmode:
         return Stored(16, False)
     if ";16" in rawmode or image.mode.startswith("I;16") or (maxval and int(maxval[1]) > 255):
@@ -181,11 +245,22 @@ def tag(image: TiffImagePlugin.TiffImageFile, name: str, default: tuple[int, ...
 
     Args:
         image: The TIFF.
-        name: One of bits, photometric, bands, extra, format.
+        name: One of those in `_TAGS`.
         default: What its absence means.
     """
     value = image.tag_v2.get(_TAGS[name], default)
     return value if isinstance(value, tuple) else (value,)
+
+
+def refuse_colours(photometric: int) -> None:
+    """Refuse a TIFF whose samples are neither grey nor RGB nor bands, at whatever depth.
+
+    Raises:
+        Unreadable: they mean other colours.
+    """
+    if photometric not in (0, 1, 2):
+        colours = _COLOURS.get(photometric, f"photometric interpretation {photometric}")
+        raise Unreadable(f"TIFF of {colours}", f"it stores {colours}: convert it to grey, RGB or bands.")
 
 
 def reads_all(image: Image.Image) -> bool:
@@ -193,7 +268,12 @@ def reads_all(image: Image.Image) -> bool:
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return True
     bands, extra = tag(image, "bands", (1,))[0], tag(image, "extra", ())
-    if tag(image, "photometric", (1,))[0] == 0 and stored(image) != (8, True) and max(tag(image, "bits", (1,))) >= 8:
+    photometric, compression = tag(image, "photometric", (1,))[0], tag(image, "compression", (1,))[0]
+    if compression in _BY_TIFFFILE or NO_DATA_TAG in image.tag_v2:
+        return False
+    if photometric != 3 and not (photometric == 6 and compression in _JPEG):
+        refuse_colours(photometric)
+    if photometric == 0 and stored(image) != (8, True) and max(tag(image, "bits", (1,))) >= 8:
         return False  # the lowest value is white, which Pillow heeds at 8 bits alone
     if _pages_described(image, bands) > getattr(image, "n_frames", 1):
         return False
@@ -228,12 +308,14 @@ def refuse_more(image: Image.Image) -> None:
     name = str(image.format)
     if name == "FITS":
         raise Unreadable("FITS files", "Pillow ignores the scale, the sign and the further planes of FITS: store .npy.")
+    if image.mode in _MEANING_MORE and name not in ("JPEG", "MPO", "TIFF"):
+        raise Unreadable(f"{name} files of {image.mode}", f"it stores {image.mode}: convert it to RGB.")
     if name == "PSD":  # its first image is all layers merged
-        bands, head = len(image.getbands()), _head(getattr(image, "fp", None), 14)
-        if int.from_bytes(head[12:14], "big") > bands:
+        stored, bands = _psd_channels(getattr(image, "fp", None)), len(image.getbands())
+        if stored[0] > bands or (image.mode == "RGBA" and not stored[1]):
             raise Unreadable(
                 "PSD files of further channels",
-                f"it holds {int.from_bytes(head[12:14], 'big')} channels, of which {bands} would be read: store TIFF.",
+                f"it holds {stored[0]} channels, of which not all are colour: store TIFF.",
             )
         return
     count = 1 if name == "TIFF" else _images_in(image)
@@ -241,6 +323,15 @@ def refuse_more(image: Image.Image) -> None:
         raise Unreadable(
             f"{name} files of several images", f"it holds {count} images and one is read of a file: split it."
         )
+
+
+def _psd_channels(file: IO[bytes] | None) -> tuple[int, bool]:
+    """Number of channels of a PSD, and whether the first behind the colours is alpha: a negative count of layers."""
+    channels, place = int.from_bytes(_head(file, 2, 12), "big"), 26
+    for _ in ("colour mode data", "image resources"):
+        place += 4 + int.from_bytes(_head(file, 4, place), "big")
+    length = int.from_bytes(_head(file, 4, place), "big")  # of layers and masks
+    return channels, length > 0 and int.from_bytes(_head(file, 2, place + 8), "big", signed=True) < 0
 
 
 def _is_followed(file: IO[bytes] | None) -> bool:

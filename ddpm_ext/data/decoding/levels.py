@@ -15,7 +15,19 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .files import Unreadable
-from .formats import NO_IMAGES, UNREADABLE, alpha_is_stated, is_tiff, opened, reads_all, refuse_more, stored, unknown
+from .formats import (
+    NO_IMAGES,
+    UNREADABLE,
+    alpha_is_stated,
+    is_big_endian_bigtiff,
+    is_netpbm,
+    is_tiff,
+    opened,
+    reads_all,
+    refuse_more,
+    stored,
+    unknown,
+)
 from .samples import TURNS, Samples, array_samples, deep_samples, is_array
 
 __all__ = ["Encoded", "ImageFormat", "Seen", "decode_image", "probe", "reason"]
@@ -128,7 +140,9 @@ def probe(encoded: Encoded, array_key: str | None = None, channel_axis: int = -1
 
 
 def _pillow(file: IO[bytes]) -> Image.Image | None:
-    """The image as Pillow opens it; None for a TIFF of which Pillow would read a part, or nothing."""
+    """The image as Pillow opens it; None for a TIFF or Netpbm of which Pillow would read a part, or nothing."""
+    if is_netpbm(file) or is_big_endian_bigtiff(file):
+        return None
     try:
         image = Image.open(file)
     except Image.UnidentifiedImageError:
@@ -136,7 +150,7 @@ def _pillow(file: IO[bytes]) -> Image.Image | None:
             return None
         raise unknown(file) or Unreadable("no image format that Pillow knows") from None
     if image.format in NO_IMAGES:
-        raise Unreadable(f"{image.format} files, which are no images")
+        raise unknown(file) or Unreadable(f"{image.format} files, which are no images")
     refuse_more(image)
     return image if reads_all(image) else None
 
@@ -212,26 +226,27 @@ def _levels(samples: Samples, form: ImageFormat, seen: Seen) -> np.ndarray:
     level = (v - lo) / (hi - lo) · (2^bits - 1); a stated range is that of the colours, alpha of integers keeps its own.
     """
     values = samples.values
-    if samples.mode in ("LA", "RGBA") and samples.bits is not None:
+    if samples.mode in ("LA", "RGBA") and samples.top is not None:
         colours = _levels(samples._replace(values=values[..., :-1], mode=None), form, seen)
-        alpha = values[..., -1:].astype(np.float64) * (form.top / (2**samples.bits - 1))
+        alpha = values[..., -1:].astype(np.float64) * (form.top / samples.top)
         return np.concatenate([colours, alpha], axis=2)
     if values.dtype.kind in "fc" and not np.isfinite(values).all():
         raise Unreadable("values that are not finite", "it holds NaN or infinite values.")
     smallest, largest = values.min(), values.max()
-    if form.value_range is None and samples.bits is None:
+    if form.value_range is None and samples.top is None:
         kind = "floats" if values.dtype.kind == "f" else f"{values.dtype} integers"
         raise Unreadable(
             f"{kind} without a stated range",
             f"its {values.dtype} values, {smallest:g} to {largest:g}, have no stated range: give --value_range LO HI, "
             "the values that become black and white.",
         )
-    if samples.bits is not None and values.dtype.kind in "iu":
-        seen.note_values(samples.bits, int(largest))
-        if form.value_range is None and samples.bits > max(8, form.bits):
+    if samples.top is not None and values.dtype.kind in "iu":
+        bits = samples.top.bit_length()
+        seen.note_values(bits, int(largest))
+        if form.value_range is None and bits > max(8, form.bits):
             seen.cut += 1
-            seen.cut_bits = max(seen.cut_bits, samples.bits)
-    lo, hi = form.value_range or (0, 2 ** (samples.bits or 8) - 1)
+            seen.cut_bits = max(seen.cut_bits, bits)
+    lo, hi = form.value_range or (0, samples.top or 255)
     slack = 0.5 * (hi - lo) / form.top  # what rounds to the outermost levels anyway
     if smallest < lo - slack or largest > hi + slack:
         raise Unreadable(
@@ -327,7 +342,8 @@ def decode_image(encoded: Encoded, form: ImageFormat, place: float = 0.5, seen: 
             # Pillow brings every depth to 8 bits but that of grey in 16, where it keeps the values.
             fits = depth.integer and (depth.bits <= 8 or depth.bits == 16 or not image.mode.startswith("I"))
             fits = fits and (image.mode not in ("LA", "RGBA") or alpha_is_stated(image))
-            fits = fits and (depth.bits <= 8 or "transparency" not in image.info)  # a colour of 16 bits that is clear
+            # One value that is clear is as deep as it is stored.
+            fits = fits and (depth.bits in (1, 8) or image.mode == "P" or "transparency" not in image.info)
             if form.value_range is None and form.bits == 8 and fits:
                 return _decode_8_bits(image, form, place, seen)
             samples = deep_samples(file, image)

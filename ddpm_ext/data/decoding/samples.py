@@ -7,7 +7,6 @@ Pillow gives 8 bits of most formats, also of those that store 16; what it would 
 from __future__ import annotations
 
 import importlib
-import re
 from types import ModuleType
 from typing import IO, Any, NamedTuple
 
@@ -15,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from .files import Unreadable, load_array
-from .formats import ALPHA, Stored, alpha_is_stated, stored, tag
+from .formats import ALPHA, NO_DATA_TAG, Stored, alpha_is_stated, is_tiff, refuse_colours, stored, tag
+from .netpbm import netpbm_samples
 
 __all__ = [
     "TURNS",
@@ -35,7 +35,6 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_INDIRECT = {3: "palette indices", 6: "YCbCr", 8: "CIELab", 9: "ICCLab", 10: "ITULab"}  # photometric: no grey, no RGB
 _MODES = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
 
 
@@ -44,7 +43,7 @@ class Samples(NamedTuple):
 
     values: np.ndarray  # shape (H, W, S)
     mode: str | None  # L, LA, RGB, RGBA, or None: bands without a stated meaning
-    bits: int | None  # of unsigned integers, whose range is 0 … 2^bits - 1; None: no range is stated
+    top: int | None  # of unsigned integers, whose range is 0 … top; None: no range is stated
     upright: bool = True  # False: the EXIF orientation is still to be applied
 
     def turned(self, turn: Image.Transpose) -> Samples:
@@ -92,11 +91,11 @@ def array_samples(source: np.ndarray | IO[bytes], channel_axis: int = -1, key: s
     if values.dtype.kind == "b":
         return Samples(values.astype(np.uint8), "L" if values.shape[2] == 1 else None, 1)
     values = values.astype(values.dtype.newbyteorder("="), copy=False)
-    return Samples(values, "L" if values.shape[2] == 1 else None, _bits_of_type(values.dtype))
+    return Samples(values, "L" if values.shape[2] == 1 else None, _top_of_type(values.dtype))
 
 
-def _bits_of_type(dtype: np.dtype) -> int | None:
-    return {"uint8": 8, "uint16": 16}.get(dtype.name)
+def _top_of_type(dtype: np.dtype) -> int | None:
+    return {"bool": 1, "uint8": 255, "uint16": 65535}.get(dtype.name)
 
 
 def deep_samples(file: IO[bytes], image: Image.Image | None) -> Samples:
@@ -104,11 +103,14 @@ def deep_samples(file: IO[bytes], image: Image.Image | None) -> Samples:
 
     Args:
         file: The open file.
-        image: The same as Pillow opened it; None for a TIFF that Pillow cannot read, or not whole.
+        image: The same as Pillow opened it; None for a TIFF or Netpbm that Pillow cannot read, or not whole.
 
     Raises:
         Unreadable: the library that reads it is not installed, or the file holds more than one image.
     """
+    if image.format == "PPM" if image is not None else not is_tiff(file):
+        file.seek(0)
+        return Samples(*netpbm_samples(file.read()))
     if image is None:
         return _tiff_samples(file)
     depth, upright = stored(image), image.format == "TIFF"  # Pillow turns those itself
@@ -117,12 +119,15 @@ def deep_samples(file: IO[bytes], image: Image.Image | None) -> Samples:
     if image.mode == "F":
         return Samples(np.asarray(image)[..., None], "L", None, upright)
     if image.mode.startswith("I") and (depth.integer or image.format != "JPEG2000"):
-        values, bits = np.asarray(image)[..., None], depth.bits if depth.integer and depth.bits <= 16 else None
-        if bits is None:
+        values = np.asarray(image)[..., None]
+        if not depth.integer or depth.bits > 16:
             return Samples(values, "L", None, upright)
-        if "transparency" in image.info:  # one value that stands for clear
-            values = np.concatenate([values, (values != image.info["transparency"]) * ((1 << bits) - 1)], axis=2)
-        return Samples(values.astype(np.uint16), "L" if values.shape[2] == 1 else "LA", bits, upright)
+        return _grey_samples(values.astype(np.uint16), image, (1 << depth.bits) - 1)
+    if depth.bits < 8 and image.mode in ("1", "L"):  # which Pillow scales to 255, but not the value that is clear
+        top, clear = (1 << depth.bits) - 1, image.info.get("transparency")
+        if image.mode == "1" and clear is not None:
+            image.info["transparency"] = clear // 255
+        return _grey_samples(np.asarray(image.convert("L"))[..., None] // (255 // top), image, top)
     if depth.bits > 8 or not depth.integer:
         return _code_samples(file, image, depth.bits)
     mode = {"1": "L", "La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)
@@ -130,19 +135,27 @@ def deep_samples(file: IO[bytes], image: Image.Image | None) -> Samples:
         mode = "RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB"
     mode = mode if mode in _MODES else "RGB"
     values = np.atleast_3d(np.asarray(image.convert(mode)))
-    return Samples(values, mode if mode in ("L", "RGB") or alpha_is_stated(image) else None, 8, upright)
+    return Samples(values, mode if mode in ("L", "RGB") or alpha_is_stated(image) else None, 255, upright)
+
+
+def _grey_samples(values: np.ndarray, image: Image.Image, top: int) -> Samples:
+    """Grey of one band, and alpha where one value stands for clear."""
+    upright = image.format == "TIFF"
+    if (clear := image.info.get("transparency")) is None:
+        return Samples(values, "L", top, upright)
+    return Samples(np.concatenate([values, (values != clear) * values.dtype.type(top)], axis=2), "LA", top, upright)
 
 
 def _pillow_keeps(image: Any, depth: Stored) -> bool:
-    """Whether Pillow has every value of a TIFF: one page, and 8 bits or one band of at most 32."""
+    """Whether Pillow has every value of a TIFF: one page, and unsigned integers, or 32 bits that are not compressed.
+
+    Signed integers and floats of the other order of bytes it swaps again after they are decompressed.
+    """
     if getattr(image, "n_frames", 1) > 1:
         return False
-    if image.mode == "F":
-        return depth.bits == 32
-    signed = set(tag(image, "format", (1,))) == {2}
-    if image.mode.startswith("I"):
-        return depth.bits <= 16 or signed
-    return depth.bits <= 8 and not signed
+    if image.mode == "F" or not depth.integer:
+        return depth.bits == 32 and tag(image, "compression", (1,)) == (1,)
+    return depth.bits <= (16 if image.mode.startswith("I") else 8)
 
 
 def _library(name: str, what: str) -> ModuleType:
@@ -159,12 +172,6 @@ def _code_samples(file: IO[bytes], image: Image.Image, bits: int) -> Samples:
     """Colour of more than 8 bits, which Pillow cuts."""
     file.seek(0)
     data = file.read()
-    if image.format == "PPM":
-        start = re.match(rb"P6\s+(?:#.*\s+)*\d+\s+(?:#.*\s+)*\d+\s+(?:#.*\s+)*(\d+)\s", data)
-        if start is None:
-            raise Unreadable("PPM text of more than 8 bits", "it is a PPM of text: store it as PNG or TIFF.")
-        values = np.frombuffer(data[start.end() :], ">u2").reshape(*image.size[::-1], 3)
-        return Samples((values.astype(np.float64) * 65535 / int(start[1])).round().astype(np.uint16), "RGB", 16, False)
     names = {"PNG": "png_decode", "JPEG2000": "jpeg2k_decode", "AVIF": "avif_decode"}
     if image.format not in names:
         raise Unreadable(
@@ -179,7 +186,10 @@ def _code_samples(file: IO[bytes], image: Image.Image, bits: int) -> Samples:
     mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[values.shape[2]]
     unsigned = values.dtype.kind == "u"
     return Samples(
-        values, mode if mode in ("L", "RGB") or alpha_is_stated(image) else None, bits if unsigned else None, False
+        values,
+        mode if mode in ("L", "RGB") or alpha_is_stated(image) else None,
+        (1 << bits) - 1 if unsigned else None,
+        False,
     )
 
 
@@ -197,6 +207,7 @@ def _tiff_samples(file: IO[bytes]) -> Samples:
                     f"it holds a stack of shape {tiff.series[0].shape} under one header: split it, or store .npy.",
                 )
             parts = [_page_values(page) for page in pages]
+            no_data = str(first.tags.valueof(NO_DATA_TAG, "")).strip(" \0")
     except (tifffile.TiffFileError, RuntimeError, AttributeError, IndexError) as error:
         if isinstance(error, Unreadable):
             raise
@@ -204,35 +215,46 @@ def _tiff_samples(file: IO[bytes]) -> Samples:
     if len({part.shape[:2] for part in parts}) > 1:
         raise Unreadable("TIFF pages of several sizes", f"its {len(parts)} pages have several sizes: split it.")
     values = np.concatenate(parts, axis=2)
-    bits = None
-    if (depth := _bits_of_type(values.dtype)) is not None:
-        bits = min(depth, max(first.bitspersample if isinstance(first.bitspersample, tuple) else [first.bitspersample]))
+    _refuse_no_data(values, no_data)
+    stated = first.bitspersample if isinstance(first.bitspersample, tuple) else (first.bitspersample,)
+    top = _top_of_type(values.dtype)
+    top = None if top is None else min(top, (1 << max(stated)) - 1)
+    values = values.astype(np.uint8) if values.dtype.kind == "b" else values
     if first.photometric == 0:  # the lowest value is white
-        if bits is None:
+        if top is None:
             raise Unreadable(
                 "TIFF whose lowest value is white, without a range",
                 f"its {values.dtype} values count from white, and no range says to where: store black as the lowest.",
             )
-        values = ((1 << bits) - 1 - values).astype(values.dtype)
+        values = (top - values).astype(values.dtype)
     mode = _tiff_mode(first, values.shape[2])
-    if mode in ("LA", "RGBA") and first.extrasamples[0] == 1 and bits is not None:  # premultiplied
+    if mode in ("LA", "RGBA") and first.extrasamples[0] == 1 and top is not None:  # premultiplied
         alpha = values[..., -1:].astype(np.float64)
-        colour = np.divide(
-            values[..., :-1] * ((1 << bits) - 1.0), alpha, where=alpha > 0, out=np.zeros(values[..., :-1].shape)
-        )
-        values = np.concatenate([colour.round().clip(0, (1 << bits) - 1).astype(values.dtype), values[..., -1:]], 2)
-    samples = Samples(values, mode, bits)
+        colour = np.divide(values[..., :-1] * float(top), alpha, where=alpha > 0, out=np.zeros(values[..., :-1].shape))
+        values = np.concatenate([colour.round().clip(0, top).astype(values.dtype), values[..., -1:]], 2)
+    samples = Samples(values, mode, top)
     orientation = first.tags.valueof(274, 1)
     return samples.turned(TURNS[orientation]) if orientation in TURNS else samples
 
 
+def _refuse_no_data(values: np.ndarray, no_data: str) -> None:
+    """Refuse pixels that were not measured: every band holds the value that the file names for it (GDAL_NODATA)."""
+    try:
+        value = float(no_data)
+    except ValueError:  # none is named
+        return
+    missing = np.isnan(values) if np.isnan(value) else values == value
+    if count := int(missing.all(axis=2).sum()):
+        raise Unreadable(
+            "TIFF with pixels without data",
+            f"{count:,} of its pixels hold {no_data}, its value for no data (GDAL_NODATA): cut them away, or fill "
+            "them and leave out the tag.",
+        )
+
+
 def _page_values(page: Any) -> np.ndarray:
     """The values of one page, (H, W, S)."""
-    if (colours := _INDIRECT.get(int(page.photometric))) is not None:
-        raise Unreadable(
-            f"TIFF of {colours} with several pages or more than 8 bits",
-            f"it stores {colours}, in several pages or more than 8 bits: store it as grey, RGB or bands.",
-        )
+    refuse_colours(int(page.photometric))
     values = page.asarray()
     if values.dtype.kind not in "buif":
         raise Unreadable(f"TIFF of {values.dtype}", f"it holds {values.dtype} values, which are no real numbers.")

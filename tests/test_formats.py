@@ -1,0 +1,285 @@
+"""What is read of a file equals what was written into it by another, or it is refused by the name of the reason."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from image_files import netpbm, pam, png, psd, tiff
+from PIL import Image
+
+from ddpm_ext.data.dataset import load_images
+from ddpm_ext.data.decoding.files import Unreadable
+from ddpm_ext.data.decoding.levels import ImageFormat, decode_image, probe
+
+RANDOM = np.random.default_rng(0)
+BANDS = RANDOM.integers(0, 65536, (6, 5, 5)).astype(np.uint16)
+RGB = BANDS[..., :3].copy()
+
+
+def cut(values: np.ndarray, bits: int) -> np.ndarray:
+    """The high bits of 16-bit values, in the least type that holds them."""
+    return (values >> (16 - bits)).astype(np.uint8 if bits <= 8 else np.uint16)
+
+
+def read(
+    stored: bytes, shape: tuple[int, ...], bits: int, value_range: tuple[float, float] | None = None
+) -> np.ndarray:
+    """Levels, shape (H, W, C), of an image of this shape."""
+    form = ImageFormat(*shape, center_crop=True, bits=bits, value_range=value_range)  # pyright: ignore
+    return np.moveaxis(decode_image(stored, form), 0, -1)
+
+
+# Netpbm ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [2, 5, 3, 6])
+@pytest.mark.parametrize("top", [1, 15, 100, 255, 256, 1023, 4095, 65535])
+def test_netpbm_of_every_largest_value(kind: int, top: int) -> None:
+    values = RANDOM.integers(0, top + 1, (6, 5, 3 if kind in (3, 6) else 1))
+    stored = netpbm(values, kind, top)
+    whole = top.bit_length()
+    if top == 2**whole - 1:  # every stored value is a level
+        assert np.array_equal(read(stored, values.shape, whole, (0, top)), values)
+        assert np.array_equal(read(stored, values.shape, whole), values)
+    for bits in (8, 16):
+        exact = values * (2**bits - 1) / top
+        assert np.abs(read(stored, values.shape, bits) - exact).max() <= 0.5 + (bits == 8) * 0.01  # Pillow rounds twice
+        stated = read(stored, values.shape, bits, (0, 2 * top))
+        assert np.abs(stated - exact / 2).max() <= 0.5
+
+
+@pytest.mark.parametrize("kind", ["GRAYSCALE", "GRAYSCALE_ALPHA", "RGB", "RGB_ALPHA", "bands"])
+@pytest.mark.parametrize("bits", [4, 8, 10, 16])
+def test_pam_of_every_depth(kind: str, bits: int) -> None:
+    count = {"GRAYSCALE": 1, "GRAYSCALE_ALPHA": 2, "RGB": 3, "RGB_ALPHA": 4, "bands": 5}[kind]
+    values = cut(BANDS[..., :count], bits)
+    stored = pam(values, 2**bits - 1, kind)
+    assert np.array_equal(read(stored, values.shape, bits), values)
+    assert np.array_equal(read(stored, values.shape, bits, (0, 2**bits - 1)), values)
+    assert probe(stored) == (6, 5, count)
+    if count == 5:
+        with pytest.raises(Unreadable, match="5 bands"):
+            read(stored, (6, 5, 4), bits)
+
+
+@pytest.mark.parametrize("scale", ["-1.0", "1.0", "-3.5"])
+@pytest.mark.parametrize("bands", [1, 3])
+def test_pfm_of_both_orders_of_bytes(scale: str, bands: int) -> None:
+    values = RGB[..., :bands].astype(np.float32)
+    rows = values[::-1].astype("<f4" if scale.startswith("-") else ">f4").tobytes()  # from the lowest up
+    stored = f"P{'F' if bands == 3 else 'f'}\n5 6\n{scale}\n".encode() + rows
+    assert np.array_equal(read(stored, values.shape, 16, (0, 65535)), values)
+    with pytest.raises(Unreadable, match=r"float32 values, .* have no stated range: give --value_range"):
+        read(stored, values.shape, 8)
+
+
+@pytest.mark.parametrize("kind", [1, 4])
+def test_bitmaps_store_black_as_one(kind: int) -> None:
+    black = RGB[..., 0] > 30_000
+    content = "".join(str(int(one)) for one in black.ravel()).encode() if kind == 1 else np.packbits(black, 1).tobytes()
+    stored = b"P%d\n5 6\n" % kind + content
+    assert np.array_equal(read(stored, (6, 5, 1), 8)[..., 0], np.where(black, 0, 255))
+    assert np.array_equal(read(stored, (6, 5, 1), 1, (0, 1))[..., 0], ~black)
+
+
+# PNG and TIFF of few bits ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["png", "tiff", "white"])
+def test_few_bits_are_read_as_they_are_stored(kind: str, bits: int) -> None:
+    values, top = cut(RGB[..., :1], bits), 2**bits - 1
+    stored = png(values[..., 0], bits)
+    if kind != "png":
+        data = values[..., 0].astype(bool) if bits == 1 else values[..., 0]
+        stored = tiff(data, bitspersample=bits, photometric="miniswhite" if kind == "white" else "minisblack")
+    values = top - values if kind == "white" else values
+    assert np.array_equal(read(stored, (6, 5, 1), bits, (0, top)), values)
+    for depth in (bits, 8, 16):
+        assert np.array_equal(read(stored, (6, 5, 1), depth), values.astype(int) * ((2**depth - 1) // top))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_clear_value_of_few_bits_is_alpha(bits: int) -> None:
+    values, top = cut(RGB[..., :1], bits), 2**bits - 1
+    clear = int(values[2, 2, 0])
+    for depth in (bits, 8, 16):
+        levels = np.concatenate([values.astype(int), (values != clear) * top], axis=2) * ((2**depth - 1) // top)
+        assert np.array_equal(read(png(values[..., 0], bits, clear), (6, 5, 2), depth), levels)
+
+
+# TIFF -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "i1", "i2", "i4", "f2", "f4", "f8"])
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize(
+    ("compression", "predictor"), [(None, False), *((name, on) for name in ("zlib", "lzw") for on in (False, True))]
+)
+@pytest.mark.parametrize("bands", [1, 3])
+def test_tiff_of_every_type_order_and_compression(
+    dtype: str, order: str, predictor: bool, compression: str | None, bands: int
+) -> None:
+    values = cut(BANDS[..., :bands], 7).astype(f"{order}{dtype}")
+    more: dict[str, Any] = {"predictor": 3 if dtype[0] == "f" else 2} if predictor else {}
+    data = values[..., 0] if bands == 1 else values
+    stored = tiff(
+        data,
+        photometric="minisblack" if bands == 1 else "rgb",
+        byteorder=order,
+        compression=compression,
+        bigtiff=bands == 1,
+        **more,
+    )
+    assert np.array_equal(read(stored, values.shape, 8, (0, 255)), values)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("bands", [3, 4])
+@pytest.mark.parametrize("tile", [None, (16, 16)])
+def test_tiff_of_separate_planes_and_tiles(bits: int, bands: int, tile: Any) -> None:
+    values = cut(BANDS[..., :bands], bits)
+    options = {"extrasamples": ["unassalpha"]} if bands == 4 else {}
+    stored = tiff(np.moveaxis(values, -1, 0), photometric="rgb", planarconfig="separate", tile=tile, **options)
+    assert np.array_equal(read(stored, values.shape, bits), values)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["tiff", "tiff 16", "jpeg", "png"])
+def test_the_orientation_tag_is_applied(kind: str, orientation: int) -> None:
+    """Where row 0 and column 0 of the stored image lie in the upright one (TIFF 6.0, page 36)."""
+    values = np.kron(cut(RGB, 8), np.ones((8, 8, 1), np.uint8))
+    upright = {1: "", 2: "x", 3: "xy", 4: "y", 5: "t", 6: "tx", 7: "txy", 8: "ty"}[orientation]
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    if kind == "tiff 16":
+        values = values * np.uint16(257)
+    if kind.startswith("tiff"):
+        stored = tiff(values, photometric="rgb", extratags=[(274, 3, 1, orientation, True)])
+    else:
+        Image.fromarray(values).save(
+            buffer, kind, exif=exif, **({"quality": 100, "subsampling": 0} if kind == "jpeg" else {})
+        )
+        stored = buffer.getvalue()
+        values = np.asarray(Image.open(buffer))
+    values = values.transpose(1, 0, 2) if "t" in upright else values
+    values = values[:, ::-1] if "x" in upright else values
+    values = values[::-1] if "y" in upright else values
+    assert np.array_equal(read(stored, values.shape, 16 if kind == "tiff 16" else 8), values)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize(
+    ("photometric", "bands", "reason"),
+    [
+        ("separated", 4, r"CMYK \(separated\)"),
+        ("cielab", 3, "CIELab"),
+        ("icclab", 3, "ICCLab"),
+        ("ycbcr", 3, "YCbCr"),
+        ("logl", 1, "LogL"),
+        ("logluv", 3, "LogLuv"),
+        ("cfa", 1, "colour filter array"),
+        ("linear_raw", 3, "linear raw"),
+        ("depth_map", 1, "depth map"),
+        ("mask", 1, "transparency mask"),
+    ],
+)
+def test_tiff_of_other_colours_is_refused_at_every_depth(photometric: str, bands: int, reason: str, bits: int) -> None:
+    values = cut(BANDS[..., :bands], bits)
+    data = values[..., 0] > 99 if photometric == "mask" else values[..., 0] if bands == 1 else values
+    stored = tiff(data, photometric=photometric, **({"planarconfig": "contig"} if bands > 1 else {}))
+    for channels in (1, 3, 4):
+        with pytest.raises(Unreadable, match=f"it stores .*{reason}.*: convert it to grey, RGB or bands"):
+            read(stored, (6, 5, channels), bits)
+
+
+@pytest.mark.parametrize("compression", ["jpeg", "jpeg2000", "webp", "png", "zstd", "packbits", "deflate", "lzma"])
+@pytest.mark.parametrize("bands", [1, 3])
+def test_codecs_inside_tiff_give_what_tifffile_gives(compression: str, bands: int) -> None:
+    values = np.kron(cut(RGB, 8), np.ones((8, 8, 1), np.uint8))
+    data = values if bands == 3 else values[..., 0].copy()
+    try:
+        stored = tiff(data, photometric="rgb" if bands == 3 else "minisblack", compression=compression)
+    except ValueError:
+        pytest.skip(f"no {compression} of {bands} bands")
+    whole = pytest.importorskip("tifffile").imread(io.BytesIO(stored))
+    assert np.array_equal(read(stored, (*values.shape[:2], bands), 8), np.atleast_3d(whole))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("bands", [1, 3])
+def test_pixels_without_data_are_refused(bits: int, bands: int) -> None:
+    values = cut(RGB[..., :bands], bits) | 1
+    holes = values.copy()
+    holes[1, 2] = holes[3, 4] = 0
+    shown, tags = ("rgb" if bands == 3 else "minisblack"), [(42113, 2, 0, "0", True)]  # GDAL_NODATA
+    whole, broken = (tiff(np.squeeze(one), photometric=shown, extratags=tags) for one in (values, holes))
+    assert np.array_equal(read(whole, values.shape, bits), values)
+    with pytest.raises(Unreadable, match="2 of its pixels hold 0, its value for no data"):
+        read(broken, values.shape, bits)
+    floats = tiff(np.where(holes[..., 0] > 0, holes[..., 0], -9999.0), extratags=[(42113, 2, 0, "-9999", True)])
+    with pytest.raises(Unreadable, match="2 of its pixels hold -9999"):
+        read(floats, (6, 5, 1), 16, (-10_000, 70_000))
+
+
+# Others ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "channels", "bits", "reason"),
+    [
+        (1, 1, 8, None),
+        (3, 3, 8, None),
+        (-3, 4, 8, None),
+        (3, 4, 8, "4 channels, of which not all are colour"),
+        (4, 4, 8, "CMYK"),
+        (9, 3, 8, "LAB"),
+        (7, 3, 8, "3 channels, of which not all"),
+        (3, 3, 16, "PSD of other than 8 bits"),
+        (1, 1, 16, "PSD of other than 8 bits"),
+    ],
+)
+def test_psd_is_read_where_every_channel_is_colour(mode: int, channels: int, bits: int, reason: str | None) -> None:
+    values = cut(BANDS[..., :channels], bits)
+    stored = psd(values, abs(mode), alpha=mode < 0)
+    if reason is None:
+        assert np.array_equal(read(stored, values.shape, bits), values)
+        return
+    with pytest.raises(Unreadable, match=reason):
+        read(stored, values.shape, bits)
+
+
+FOREIGN = {
+    "a.hdr": (b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n", "Radiance HDR"),
+    "b.exr": (b"v/1\x01" + bytes(40), "OpenEXR"),
+    "c.dcm": (bytes(128) + b"DICM" + bytes(40), "DICOM"),
+    "d.nii": (b"\x5c\x01\0\0" + bytes(344), "NIfTI"),
+    "e.nii.gz": (b"\x1f\x8b\x08" + bytes(40), "NIfTI"),
+    "f.h5": (b"\x89HDF\r\n\x1a\n" + bytes(40), "HDF5 or NetCDF"),
+    "g.nc": (b"CDF\x01" + bytes(40), "NetCDF"),
+    "h": (bytes(128) + b"DICM" + bytes(40), "DICOM"),
+    "i.mat": (b"MATLAB 5.0 MAT-file" + bytes(200), "MATLAB"),
+    "j.nrrd": (b"NRRD0004\n", "NRRD"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_formats_that_are_not_read_are_named_with_what_to_store(name: str, tmp_path: Path) -> None:
+    content, what = FOREIGN[name]
+    sentence = f"{what}.* not read: store PNG, TIFF or .npy, floats and signed integers with --value_range"
+    with pytest.raises(Unreadable, match=sentence):
+        read(content, (6, 5, 1), 8)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        load_images(train_data_dir=str(tmp_path))
+
+
+def test_pam_and_pfm_lie_in_folders_as_other_images(tmp_path: Path) -> None:
+    for i in range(2):
+        (tmp_path / f"{i}.pam").write_bytes(pam(RGB, 65535, "RGB"))
+    found = load_images(train_data_dir=str(tmp_path), bits=16)
+    assert found.shape == (3, 6, 5) and np.array_equal(found.batch([1]).pixels[0].numpy(), np.moveaxis(RGB, -1, 0))
