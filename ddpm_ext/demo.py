@@ -25,7 +25,7 @@ from .errors import UserError
 from .evaluation.bound.bits_per_dim import bits_per_dim
 from .evaluation.samplers import make_scheduler
 from .models import classes
-from .models.values import values_of
+from .models.values import image_size, values_of
 from .pipelines.ddpm import DDPMExtPipeline, load_pipeline
 from .pipelines.locate import is_hub_name
 from .pipelines.sampling import shown_bands
@@ -250,11 +250,13 @@ def fitted(pipeline: DDPMExtPipeline, image: Image.Image) -> Tensor:
     Raises:
         UserError: it has not the network's channels.
     """
-    size, channels = pipeline.unet.config["sample_size"], pipeline.unet.config["in_channels"]
-    height, width = (size, size) if isinstance(size, int) else size
+    config = pipeline.unet.config
+    channels = config["in_channels"]
     file = io.BytesIO()
     image.save(file, format="png")
-    form = ImageFormat(height, width, channels, center_crop=True, bits=values_of(pipeline.unet.config).bits)
+    form = ImageFormat(
+        *image_size(pipeline.unet.config), channels, center_crop=True, bits=values_of(pipeline.unet.config).bits
+    )
     try:
         levels = decode_image(file.getvalue(), form)
     except UNREADABLE as error:

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..errors import HubError
 from ..hub.checksums import sha256
 from ..hub.files import RENDERED
+from ..models.values import image_size
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..publishing.licenses import License, license_of
 from ..publishing.model_card import STOCK_CANNOT
@@ -67,8 +68,7 @@ def fingerprint(pipeline: DDPMExtPipeline) -> dict[str, object]:
     x_i = sin(i), i the index in row-major order,   t = T / 2 rounded down,   class 0 where there are classes
     """
     config = pipeline.unet.config
-    size = config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = image_size(config)
     shape = (1, config["in_channels"], height, width)
     x = torch.arange(shape[1] * height * width, dtype=torch.float64).sin().float().reshape(shape)
     t = len(pipeline.scheduler) // 2

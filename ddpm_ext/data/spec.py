@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..errors import UserError, did_you_mean
+from ..models.values import image_size
 from ..run_dir import JsonRecord
 
 if TYPE_CHECKING:
@@ -146,7 +147,6 @@ class DataSpec:
     def _from_options(cls, record: JsonRecord) -> DataSpec:
         """A spec from the options of a run and its network: all that config.json held before it had "data"."""
         options, network = record["config"], record["network"]
-        size = network["sample_size"]
         name = options["dataset_name"] or (None if options["train_data_dir"] else DIGITS)
         return cls(
             dataset_name=name,
@@ -155,7 +155,7 @@ class DataSpec:
             split=options["train_split"],
             image_column=options["image_column"],
             label_column=options["label_column"],
-            resolution=(size, size) if isinstance(size, int) else tuple(size),
+            resolution=image_size(network),
             channels=network["in_channels"],
             center_crop=options["center_crop"],
             random_flip=options["random_flip"],

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..data.spec import DataSpec
 from ..errors import UserError
 from ..models.classes import classes_of, number_of_classes
-from ..models.values import values_of
+from ..models.values import image_size, values_of
 from ..pipelines.locate import local_pipeline
 from .results import Dataset
 
@@ -128,10 +128,7 @@ def _spec_of(config: MeasureConfig, trained: DataSpec | None, unet: UNet2DModel)
     Raises:
         UserError: neither a record nor the options name any, or the record is of another network.
     """
-    size, channels = unet.config["sample_size"], unet.config["in_channels"]
-    if size is None:
-        raise UserError("The network's config names no sample_size: there is no size to bring the images to.")
-    resolution = (size, size) if isinstance(size, int) else (size[0], size[1])
+    resolution, channels = image_size(unet.config), unet.config["in_channels"]
     named = config.dataset_name is not None or config.data_dir is not None
     if trained is None and not named:
         raise UserError(

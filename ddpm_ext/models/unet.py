@@ -17,6 +17,7 @@ from torch import nn
 
 from ..diffusion.words import Arguments, Config
 from ..errors import UserError
+from .values import image_size
 
 __all__ = [
     "UNET_PRESETS",
@@ -186,8 +187,7 @@ def build_unet(
     if unknown := set(config) - arguments:
         raise UserError(f"UNet2DModel has no argument {sorted(unknown)}; it has {sorted(arguments)}.")
     if config.get("sample_size") is not None:
-        size = config["sample_size"]
-        check_resolution(config, (size, size) if isinstance(size, int) else tuple(size))
+        check_resolution(config, image_size(config))
 
     with torch.random.fork_rng(devices=[]):  # UNet2DModel draws PyTorch's defaults from the global generator
         torch.manual_seed(seed)

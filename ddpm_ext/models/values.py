@@ -1,4 +1,4 @@
-"""What the values of a network's images are, kept in its config where they are not plain 8-bit pixels."""
+"""What a network's config says of its images: their size, and their values where they are not plain 8-bit pixels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..diffusion.words import EXTENSION_KEY, Arguments, Config
 from ..errors import UserError
 
-__all__ = ["Values", "check_bands", "value_options", "values_of"]
+__all__ = ["Values", "check_bands", "image_size", "value_options", "values_of"]
 
 
 class Values(NamedTuple):
@@ -21,6 +21,20 @@ class Values(NamedTuple):
         """Say the depth: "12 bits for values of 0 to 4095"."""
         of = "" if self.value_range is None else " for values of {:g} to {:g}".format(*self.value_range)
         return f"{self.bits} bit{'s' * (self.bits > 1)}{of}"
+
+
+def image_size(config: Config) -> tuple[int, int]:
+    """Return (H, W) of a network's images by its config.
+
+    Raises:
+        UserError: it names none.
+    """
+    size = config.get("sample_size")
+    if size is None:
+        raise UserError(
+            "The network's config names no sample_size: pass latents of the size you want, or write it there."
+        )
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def value_options(bits: int, value_range: tuple[float, float] | None = None) -> Arguments:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..diffusion.images import to_x_0
 from ..diffusion.schedules import respaced_timesteps
-from ..diffusion.words import Config
 from ..errors import UserError, check_word
 from ..models.unet import check_resolution
+from ..models.values import image_size
 from ..schedulers.checks import Generators, check_generators
 
 __all__ = [
@@ -54,7 +54,7 @@ def prepare_latents(
         raise UserError(f"batch_size must be an int of at least 1, got {batch_size!r}.")
     generator = check_generators(generator, batch_size)
     if latents is None:
-        shape = (batch_size, *_image_shape(unet.config))
+        shape = (batch_size, unet.config["in_channels"], *image_size(unet.config))
         latents = randn_tensor(shape, generator=generator, device=device, dtype=unet.dtype)
     elif (
         not isinstance(latents, Tensor)
@@ -65,15 +65,6 @@ def prepare_latents(
         raise UserError(f"latents must have shape ({batch_size}, {unet.config['in_channels']}, H, W), got {got}.")
     check_resolution(unet.config, (latents.shape[2], latents.shape[3]))
     return latents.to(device=device, dtype=unet.dtype)
-
-
-def _image_shape(config: Config) -> tuple[int, int, int]:
-    """Return (C, H, W) of a network's images."""
-    size = config["sample_size"]
-    if size is None:
-        raise UserError("The network's config names no sample_size: pass latents of the size you want.")
-    height, width = (size, size) if isinstance(size, int) else size
-    return config["in_channels"], height, width
 
 
 def set_timesteps(
@@ -106,7 +97,7 @@ def times_from(timestep: int, num_inference_steps: int | None, T: int) -> list[i
 
 def clean_image(image: Tensor | Image.Image, unet: UNet2DModel, device: torch.device) -> Tensor:
     """Return an image as x_0, shape (1, C, H, W), on a device in the network's precision."""
-    channels, height, width = _image_shape(unet.config)
+    channels, (height, width) = unet.config["in_channels"], image_size(unet.config)
     if isinstance(image, Image.Image):
         pixels = np.array(image.convert("L" if channels == 1 else "RGB"), ndmin=3)
         image = to_x_0(torch.from_numpy(pixels if channels == 1 else pixels.transpose(2, 0, 1)))

@@ -19,6 +19,7 @@ from ..diffusion.words import INDEX
 from ..evaluation.report import markdown
 from ..hub.files import RENDERED, shown_images
 from ..models.classes import number_of_classes
+from ..models.values import image_size
 from ..run_dir import JsonRecord, read_json, write_atomically
 from .licenses import License, as_license, license_of
 from .results import TASK, model_index, provenance_lines, results_of
@@ -148,10 +149,9 @@ def _network_config(pipeline: Path) -> Record:
 
 def _size_words(network: Record) -> str | None:
     """Return size and channels of the images in words; None where the network does not say."""
-    size = network.get("sample_size")
-    if size is None:
+    if network.get("sample_size") is None:
         return None
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = image_size(network)
     return f"{height}×{width}, {network['in_channels']} channel{'s' * (network['in_channels'] > 1)}"
 
 

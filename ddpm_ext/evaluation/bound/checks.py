@@ -13,6 +13,7 @@ from ...diffusion.words import Config
 from ...errors import UserError
 from ...models.classes import ClassLabels, check_labels
 from ...models.unet import check_resolution
+from ...models.values import image_size
 
 __all__ = ["check_network", "checked_labels", "grid_images"]
 
@@ -68,8 +69,8 @@ def check_network(model: object, images: Tensor) -> None:
             "pass its unet."
         )
     config, (channels, *size) = _network_config(model), images.shape[1:]
-    in_channels, expected = config.get("in_channels") or channels, config.get("sample_size") or size
-    expected = [expected] * 2 if isinstance(expected, int) else list(expected)
+    in_channels = config.get("in_channels") or channels
+    expected = list(image_size(config)) if config.get("sample_size") else size
     if (channels, size) != (in_channels, expected):
         raise UserError(
             f"images must have the network's {in_channels} channels and size {expected[0]} x {expected[1]}, got shape "

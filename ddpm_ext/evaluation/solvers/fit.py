@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from diffusers import UNet2DModel
@@ -25,6 +25,7 @@ from ...diffusion.solvers import REFERENCES, Estimate, Predict, Reference, Solve
 from ...diffusion.words import EXTENSION_KEY, ReferenceKind
 from ...errors import UserError
 from ...models.classes import classes_of
+from ...models.values import image_size
 from ...pipelines.config import GuidanceOptions, guidance_conditions
 from ...pipelines.guidance import guided_prediction, make_guidance
 from ...run_dir import JsonRecord
@@ -131,8 +132,7 @@ class FittedNetwork:
         self.scheduler: DDPMExtSolverScheduler = DDPMExtSolverScheduler.from_config(scheduler.config)
         self.classes = classes_of(unet.config)
         self.guidance = make_guidance(unet.config, len(scheduler), **(options.guidance or {}))
-        size: Any = unet.config["sample_size"]
-        self.shape: tuple[int, ...] = (unet.config["in_channels"], *((size, size) if isinstance(size, int) else size))
+        self.shape: tuple[int, ...] = (unet.config["in_channels"], *image_size(unet.config))
         self.count = options.num_noises + options.num_held_out
         T = len(self.scheduler)
         longest = max(options.steps, default=1)

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...models.unet import count_parameters
+from ...models.values import image_size
 from ...run_dir import RunError
 from ..builders import NetworkOptions, network_config
 from ..config import TrainConfig
@@ -210,15 +211,13 @@ def pass_costs(
             for module in unet.modules():
                 if isinstance(module, nn.GroupNorm):
                     module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-        size = unet.config["sample_size"]
-        height, width = (size, size) if isinstance(size, int) else size
         for weight in unet.parameters():  # their gradients are counted by themselves
             if weight.ndim == 4:
                 weight.data = weight.data.contiguous(memory_format=layout)
             weight.grad = torch.zeros_like(weight)
         gradients = [weight.grad for weight in unet.parameters() if weight.grad is not None]
         with _counted([*unet.parameters(), *gradients]) as (flops, memory):
-            x = torch.empty(batch, unet.config["in_channels"], height, width).to(memory_format=layout)
+            x = torch.empty(batch, unet.config["in_channels"], *image_size(unet.config)).to(memory_format=layout)
             t = torch.empty(batch, dtype=torch.int64)
             labels = None if unet.config["num_class_embeds"] is None else torch.empty(batch, dtype=torch.int64)
             with nullcontext() if half is None else torch.autocast("cpu", half):
