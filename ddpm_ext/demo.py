@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from .data.decoding.formats import UNREADABLE
-from .data.decoding.levels import ImageFormat, decode_image, reason
+from .data.decoding.levels import ImageFormat, decode_image
 from .diffusion.images import to_uint8, to_x_0
 from .errors import UserError
 from .evaluation.bound.bits_per_dim import bits_per_dim
@@ -260,7 +260,7 @@ def fitted(pipeline: DDPMExtPipeline, image: Image.Image) -> Tensor:
     try:
         levels = decode_image(file.getvalue(), form)
     except UNREADABLE as error:
-        raise UserError(f"The image does not fit a network of {channels} channels: {reason(error)}.") from error
+        raise UserError(f"The image does not fit the network: {error}") from error
     return torch.from_numpy(levels.astype(np.uint8 if form.bits <= 8 else np.int32))
 
 

@@ -175,7 +175,7 @@ def test_the_page_shows_bands_and_takes_no_image_that_lacks_them(tmp_path: Path)
         *_, (shown, _) = studio.generate(2, "ddpm", 0, count=2)
         assert shown.mode == {6: "L", 4: "RGBA", 2: "L"}[channels]
         if not fits:
-            with pytest.raises(ValueError, match=f"network of {channels} channels"):
+            with pytest.raises(ValueError, match=f"the network has {channels} channels: give the network 1 or 3"):
                 studio.bits(Image.new(mode, (8, 8)), num_timesteps_sampled=2)
         else:
             assert "bits/dim" in studio.bits(Image.new(mode, (8, 8)), num_timesteps_sampled=2)

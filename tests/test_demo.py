@@ -148,7 +148,7 @@ def test_a_network_of_four_channels_takes_what_has_four_and_shows_all(tmp_path: 
     assert list(studio.generate(4, "ddpm", 0, count=2))[-1][0].mode == "RGBA"
     clear = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(8, 8, 4), mode="RGBA")
     assert "bits/dim" in studio.bits(clear, num_timesteps_sampled=2)
-    with pytest.raises(UserError, match="does not fit a network of 4 channels"):
+    with pytest.raises(UserError, match="does not fit the network: it holds RGB, and the network has 4 channels: give"):
         studio.bits(clear.convert("RGB"))
 
 

@@ -16,6 +16,7 @@ import torch
 from image_files import npy, tiff
 from PIL import Image
 
+from ddpm_ext.data import rows
 from ddpm_ext.data.dataset import load_images
 from ddpm_ext.data.decoding.files import Unreadable
 from ddpm_ext.data.decoding.levels import ImageFormat, Seen, decode_image
@@ -87,6 +88,33 @@ def test_colour_of_sixteen_bits_is_counted_too() -> None:
     seen = Seen()
     decode_image(png16(values_of((4, 4, 3))), form(4, 4, 3, bits=8), seen=seen)
     assert (seen.cut, seen.cut_bits) == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ("mode", "channels", "made", "holds"),
+    [
+        ("RGB", 1, r"2 images are RGB and the network has 1 channel: they are read as grey \(Rec. 601\)", 3),
+        ("L", 3, "2 images are grey and the network has 3 channels: grey is repeated", 1),
+        ("RGBA", 3, "2 images are RGB and alpha and the network has 3 channels: alpha is laid on white", 4),
+    ],
+)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_other_channels_than_the_network_s_are_told_with_the_option_also_of_a_file_written_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str, channels: int, made: str, holds: int, bits: int
+) -> None:
+    (tmp_path / "set").mkdir()
+    for i in range(2):
+        Image.new(mode, (4, 4)).save(tmp_path / "set" / f"{i}.png")
+    options: dict[str, Any] = {"train_data_dir": str(tmp_path / "set"), "channels": channels, "bits": bits}
+    options |= {"cache_dir": str(tmp_path / "cache"), "memory_bytes": 0}
+    keeps = rf"{made}\. A network of {holds} \(in_channels of --model_config_name_or_path; --init_new_head"
+    for opened in (load_images, load_images, stream_images):  # decodes, finds the file, decodes some
+        rows._said.clear()
+        opened(**options, resolution=4)
+        assert re.search(keeps, capsys.readouterr().err)
+        rows._said.clear()
+        opened(**{**options, "channels": holds}, resolution=4)
+        assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("bits", [None, 16])
@@ -396,6 +424,19 @@ def test_reasons_are_counted_and_the_first_three_files_have_theirs(tmp_path: Pat
     said = str(error.value)
     assert "4 of 5: floats without a stated range; 1 of 5: arrays of 4 axes" in said
     assert said.count(".npy") == 3 and "1.5 to 1.5" in said
+
+
+def test_a_file_written_before_keeps_the_reasons_of_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for i in range(9):
+        Image.new("L", (4, 4)).save(tmp_path / "set" / f"{i}.png")
+    (tmp_path / "set" / "5.png").write_bytes(b"\0" * 128 + b"DICM")
+    options: dict[str, Any] = {"train_data_dir": str(tmp_path / "set"), "cache_dir": str(tmp_path / "cache")}
+    options |= {"memory_bytes": 0, "resolution": 4, "channels": 1}
+    assert len(load_images(**options, max_unreadable=0.2)) == 8
+    for refused in ({}, {"strict": True}):
+        with pytest.raises(ValueError, match=r"1 of 9.* images cannot be read.*5\.png \(row 5\): it is DICOM"):
+            load_images(**options, **refused)
 
 
 @pytest.mark.parametrize(("broken", "stops"), [(1, False), (2, True)])

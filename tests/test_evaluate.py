@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -546,9 +545,9 @@ def test_bits_and_errors_of_a_class_conditional_network_are_those_of_each_images
     assert figure["value"] == pytest.approx(sum(bits) / 6, rel=1e-5)  # float32 in other batches
     torch.testing.assert_close(errors.mse_eps, torch.cat(mse), rtol=1e-5, atol=1e-7)
 
-    spec = SimpleNamespace(bits=8)
-    unlabelled: Any = SimpleNamespace(batch=lambda numbers: test._replace(labels=None), spec=spec)
-    with pytest.raises(ValueError, match="these images have no classes"):
+    Image.new("L", (8, 8)).save(tmp_path / "cat_1.png")
+    unlabelled = load_images(train_data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="have no classes: name their label_column"):
         set_bound(unet, tiny_scheduler(), unlabelled, num_images=1, options=BoundOptions(), **work)
 
 

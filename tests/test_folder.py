@@ -359,6 +359,9 @@ def test_a_file_that_goes_is_named(tmp_path: Path) -> None:
 def test_classes_in_file_names_are_recognised_and_answered(tmp_path: Path) -> None:
     files = {f"{kind}_{i}.png": image(i) for kind in ("cat", "dog") for i in range(3)}
     found = load_images(train_data_dir=write(tmp_path, files))
+    stream = stream_images(train_data_dir=str(tmp_path), resolution=4)
+    with pytest.raises(ValueError, match=r"no classes.* begin with cat, dog: .*metadata\.csv"):
+        stream.require_classes()
     with pytest.raises(ValueError, match=r"no classes.* begin with cat, dog: .*metadata\.csv"):
         found.require_classes()
     write(tmp_path / "numbered", {f"img{i}.png": image(i) for i in range(6)})

@@ -267,7 +267,7 @@ def test_a_folder_of_pictures_is_known_by_its_files(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_streamed_is_refused(shards: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="needs a resolution"):
+    with pytest.raises(ValueError, match="needs a --resolution"):
         stream_images(train_data_dir=shards)
     with pytest.raises(ValueError, match=r"image_column must be one of the columns \['image', 'label'\]"):
         open_stream(shards, image_column="picture")

@@ -35,7 +35,16 @@ from .rows import (
     spec_and_reading,
     tell_of,
 )
-from .sources import Labels, find_image_column, find_label_column, open_source, read_labels
+from .sources import (
+    Labels,
+    empty_set,
+    find_image_column,
+    find_label_column,
+    no_classes,
+    open_source,
+    read_labels,
+    without_class,
+)
 from .spec import DataSpec
 
 if TYPE_CHECKING:
@@ -101,13 +110,10 @@ class ImageSet:
             UserError: it has no classes, or images without one.
         """
         if self._labels is None or not self.num_classes:
-            raise UserError(f"The images of {self.spec.name} have no classes: name their label_column.{self._hint}")
+            raise no_classes(self.spec, self._hint)
         without = int((self._labels < 0).sum())
         if without:
-            raise UserError(
-                f"{without:,} of the {len(self):,} images of {self.spec.name} have no class (their label is empty or "
-                "below 0): classes cannot be asked for."
-            )
+            raise without_class(f"{without:,} of the {len(self):,} images of {self.spec.name} have")
 
     def batch(self, indices: Sequence[int] | Tensor) -> Batch:
         """Return the images of these numbers, each in [0, len(self))."""
@@ -178,7 +184,7 @@ def open_images(spec: DataSpec, reading: Reading | None = None) -> ImageSet:
         table = table.select(range(min(reading.max_images, len(table))))
         source = source._replace(table=table, files=source.files and source.files[: reading.max_images])
     if len(table) == 0:
-        raise UserError(f"The data set is empty: split {spec.split!r} of {spec.name} has no rows.")
+        raise empty_set(spec)
     if source.note is not None:
         say_once(source.note)
     rows = Rows(source, find_image_column(table.features, spec.image_column))
@@ -205,7 +211,7 @@ def open_images(spec: DataSpec, reading: Reading | None = None) -> ImageSet:
         decoded = decode_to_file(decoder, rows, Path(reading.cache_dir or HF_DATASETS_CACHE) / "ddpm_ext")
     else:
         decoded = decode_to_memory(decoder, rows)
-    decoder.tell()
+    say_once(*decoded.told)
     labels = labels and labels._replace(numbers=labels.numbers[decoded.kept])
     mark = fingerprint(decoded.digest, labels and labels.numbers, form)
     return ImageSet(

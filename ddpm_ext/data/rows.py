@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..run_dir import JsonRecord
 from .cells import Cell, Rows, encoded_image, file_bytes, image_name
 from .decoding.formats import UNREADABLE
-from .decoding.levels import ImageFormat, Seen, decode_image, probe, reason
+from .decoding.levels import COLOURS, ImageFormat, Seen, decode_image, probe, reason
 from .spec import DataSpec, SpecOptions, make_spec
 
 if TYPE_CHECKING:
@@ -114,13 +114,15 @@ class Decoded(NamedTuple):
     kept: np.ndarray  # int64, shape (n,): the row of each
     skipped: list[str]
     digest: str  # hex, of the levels
+    told: list[str]  # what must be said of the set
 
 
-def say_once(sentence: str) -> None:
-    """Print a sentence to stderr once in a program, on the first of several processes."""
-    if sentence not in _said and os.environ.get("RANK", "0") == "0":
-        _said.add(sentence)
-        print(sentence, file=sys.stderr)
+def say_once(*sentences: str) -> None:
+    """Print each sentence to stderr once in a program, on the first of several processes."""
+    for sentence in sentences:
+        if sentence not in _said and os.environ.get("RANK", "0") == "0":
+            _said.add(sentence)
+            print(sentence, file=sys.stderr)
 
 
 # Format ---------------------------------------------------------------------------------------------------------------
@@ -310,36 +312,54 @@ class Decoder:
         if total is not None:
             self.check_share(len(self.skipped), total)
 
-    def check_share(self, unreadable: int, total: int) -> None:
-        """Raise a UserError where too great a share of a set cannot be read."""
+    def check_share(self, unreadable: int, total: int, reasons: str | None = None) -> None:
+        """Raise a UserError where too great a share of a set cannot be read; reasons None are those met here."""
         allowed = self.reading.max_unreadable
         if unreadable > allowed * total:
             raise UserError(
                 f"{unreadable:,} of {total:,} images cannot be read, more than the {allowed:.3g} of them that "
-                f"--max_unreadable allows: {self.reasons}"
+                f"--max_unreadable allows: {self.reasons if reasons is None else reasons}"
             )
 
-    def tell(self) -> None:
-        """Say once what a set holds that was not read in full, or fills a small part of its range."""
-        seen, form = self.seen, self.form
+    def sentences(self) -> list[str]:
+        """Return what must be said of a set that was not read as it is stored, or fills a small part of its range."""
+        seen, form, said = self.seen, self.form, list[str]()
         if seen.cut:
-            say_once(
+            said.append(
                 f"{seen.cut:,} images store up to {seen.cut_bits} bits and are read at {form.bits}: --bits 16 (or "
                 "--preserve_input_precision) keeps them."
             )
         largest = seen.largest.get(16, 0)
         if form.value_range is None and 0 < largest < 1 << 15:
             whole = (1 << max(1, largest.bit_length())) - 1
-            say_once(
+            said.append(
                 f"The largest value of these 16-bit images is {largest} of 65535, so that they come out almost black: "
                 f"if they hold {largest.bit_length()} bits, say --value_range 0 {whole}."
             )
         if seen.enlarged and seen.smallest is not None:
             small = f"{seen.smallest[0]} x {seen.smallest[1]}"
-            say_once(
+            said.append(
                 f"{seen.enlarged:,} images are smaller than {form.height} x {form.width} and are enlarged, the "
                 f"smallest from {small}: --resolution {'x'.join(map(str, seen.smallest))} would keep its size."
             )
+        return said + [_changed(mode, channels, count) for (mode, channels), count in sorted(seen.changed.items())]
+
+
+def _changed(mode: str, channels: int, count: int) -> str:
+    """What was made of images whose colours are not the network's, and which network would hold them."""
+    made = {
+        ("LA", 1): "alpha is laid on white",
+        ("RGBA", 3): "alpha is laid on white",
+        ("LA", 3): "alpha is laid on white and grey repeated",
+        ("RGB", 1): "they are read as grey (Rec. 601)",
+        ("RGBA", 1): "alpha is laid on white, and they are read as grey (Rec. 601)",
+        ("RGBA", 2): "they are read as grey (Rec. 601) and alpha",
+    }.get((mode, channels), "grey is repeated")
+    holds = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}[mode]
+    return (
+        f"{count:,} images are {COLOURS[mode]} and the network has {channels} channel{'s' * (channels > 1)}: {made}. A "
+        f"network of {holds} (in_channels of --model_config_name_or_path; --init_new_head with --init_from) keeps them."
+    )
 
 
 def tell_of(rows: Cells, form: ImageFormat, reading: Reading) -> None:
@@ -357,7 +377,7 @@ def tell_of(rows: Cells, form: ImageFormat, reading: Reading) -> None:
     some = Decoder(form, reading._replace(strict=False), len(numbers))
     if all(levels is None for levels in some.decode(numbers, rows.cells(numbers))):
         raise some.reasons.none_readable()
-    some.tell()
+    say_once(*some.sentences())
 
 
 def _fill(decoder: Decoder, rows: Rows, levels: np.ndarray) -> tuple[list[int], str]:
@@ -378,7 +398,7 @@ def decode_to_memory(decoder: Decoder, rows: Rows) -> Decoded:
     form = decoder.form
     levels = np.empty((len(rows), form.channels, form.height, form.width), form.dtype)
     kept, digest = _fill(decoder, rows, levels)
-    return Decoded(levels[: len(kept)], np.asarray(kept, np.int64), decoder.skipped, digest)
+    return Decoded(levels[: len(kept)], np.asarray(kept, np.int64), decoder.skipped, digest, decoder.sentences())
 
 
 def decode_to_file(decoder: Decoder, rows: Rows, cache: Path) -> Decoded:
@@ -396,12 +416,14 @@ def decode_to_file(decoder: Decoder, rows: Rows, cache: Path) -> Decoded:
         if not folder.is_dir():
             _write_decoded(decoder, rows, folder)
     record = json.loads((folder / "decoded.json").read_text(encoding="utf-8"))
-    if decoder.reading.strict and record["skipped"]:
-        raise UserError(f"The image {record['skipped'][0]} cannot be read.")
-    decoder.check_share(len(record["skipped"]), len(rows))
+    skipped: list[str] = record["skipped"]
+    reasons = record.get("reasons") or f"{', '.join(skipped[:3])}."  # records of 0.1.0 had none
+    if decoder.reading.strict and skipped:
+        raise UserError(f"{len(skipped):,} of {len(rows):,} images cannot be read: {reasons}")
+    decoder.check_share(len(skipped), len(rows), reasons)
     kept = np.load(folder / "kept.npy")
     levels = np.load(folder / "pixels.npy", mmap_mode="r")
-    return Decoded(levels[: len(kept)], kept, record["skipped"], record["digest"])
+    return Decoded(levels[: len(kept)], kept, skipped, record["digest"], record.get("told", []))
 
 
 def _write_decoded(decoder: Decoder, rows: Rows, folder: Path) -> None:
@@ -418,7 +440,8 @@ def _write_decoded(decoder: Decoder, rows: Rows, folder: Path) -> None:
         kept, digest = _fill(decoder, rows, levels)
         levels.flush()
         np.save(f"{temporary}/kept.npy", np.asarray(kept, np.int64))
-        record = {"digest": digest, "skipped": decoder.skipped}
+        reasons = str(decoder.reasons) if decoder.skipped else None
+        record = {"digest": digest, "skipped": decoder.skipped, "reasons": reasons, "told": decoder.sentences()}
         Path(temporary, "decoded.json").write_text(json.dumps(record), encoding="utf-8")
         os.rename(temporary, folder)
         os.mkdir(temporary)  # for its owner to remove

@@ -29,11 +29,14 @@ from .spec import DIGITS, DataSpec
 
 __all__ = [
     "Labels",
+    "empty_set",
     "find_image_column",
     "find_label_column",
+    "no_classes",
     "number_labels",
     "open_source",
     "read_labels",
+    "without_class",
 ]
 
 DIGITS_DIR = Path(__file__).parent / "digits"
@@ -256,6 +259,29 @@ def _image_repository(name: str, cache_dir: str | None) -> tuple[str, list[str]]
     if any(file.rpartition("/")[2] in _METADATA for file in names) or image_count(entries) + archives <= tables:
         return None
     return str(info.sha), names
+
+
+# What a set lacks, in the words of every way to read it ---------------------------------------------------------------
+
+
+def empty_set(spec: DataSpec) -> UserError:
+    """Return the error for a split without rows."""
+    return UserError(f"The data set is empty: split {spec.split!r} of {spec.name} has no rows.")
+
+
+def no_classes(spec: DataSpec, hint: str = "") -> UserError:
+    """Return the error for a set whose classes are asked for and that has none.
+
+    Args:
+        spec: The set.
+        hint: Where they may stand; see `classes_in_names`.
+    """
+    return UserError(f"The images of {spec.name} have no classes: name their label_column.{hint}")
+
+
+def without_class(what: str) -> UserError:
+    """Return the error for images without a class where classes are asked for: "3 of the 9 images of x have"."""
+    return UserError(f"{what} no class (the label is empty or below 0): classes cannot be asked for.")
 
 
 # Columns --------------------------------------------------------------------------------------------------------------

@@ -33,15 +33,24 @@ from torch import Tensor
 from ..errors import UserError
 from ..run_dir import JsonRecord
 from .cells import Cell, Row, array_cell, file_bytes, undecoded
+from .folder import classes_in_names
 from .order import Batch, as_tensor
 from .rows import Decoder, ImageOptions, Reading, image_format, say_once, spec_and_reading, tell_of
-from .sources import find_image_column, find_label_column, number_labels, open_source
+from .sources import (
+    empty_set,
+    find_image_column,
+    find_label_column,
+    no_classes,
+    number_labels,
+    open_source,
+    without_class,
+)
 from .spec import DataSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["BLOCK_ROWS", "ImageStream", "file_mark", "open_stream", "stream_images"]
+__all__ = ["BLOCK_ROWS", "ImageStream", "file_mark", "open_stream", "stream_images", "without_resolution"]
 
 BLOCK_ROWS = 4096
 _REMEMBERED_BLOCKS = 64  # block starts kept, so that a state can be asked for behind what was read ahead
@@ -114,7 +123,7 @@ class ImageStream:
             UserError: it states no classes.
         """
         if self._rows.label_column is None:
-            raise UserError(f"The images of {self.spec.name} have no classes: name their label_column.")
+            raise no_classes(self.spec, self._rows.hint)
         if self.num_classes is None:
             raise UserError(
                 f"The label_column {self._rows.label_column!r} of {self.spec.name} does not say how many classes there "
@@ -149,10 +158,7 @@ class ImageStream:
         without = [int(number) for number in numbers if block.labels[number] < 0]
         if without and self._classes_required:
             name = block.name(block.images[without[0]], without[0])
-            raise UserError(
-                f"The image {name} of {self.spec.name} has no class (its label is empty or below 0): classes cannot be "
-                "asked for."
-            )
+            raise without_class(f"The image {name} of {self.spec.name} has")
 
     def state_dict(self, position: int) -> JsonRecord:
         """What must be stored to go on at a global position, on any number of processes; plain JSON."""
@@ -244,6 +250,7 @@ class _StreamRows:
         if source.note is not None:
             say_once(source.note)
         table = source.table if source.table.features is not None else source.table._resolve_features()
+        self.hint = classes_in_names(source.files or [])
         self.column = find_image_column(table.features, spec.image_column)
         self.label_column = find_label_column(table.features, spec.label_column)
         label = table.features[self.label_column] if self.label_column is not None else None
@@ -332,6 +339,11 @@ def file_mark(file: str) -> tuple[str, int | None, int | None]:
     return Path(file).name, os.path.getsize(file), rows
 
 
+def without_resolution() -> UserError:
+    """Return the error for a stream whose images have no stated size."""
+    return UserError("A stream needs a --resolution: the sizes of what has not been read are not known.")
+
+
 def stream_images(
     dataset_name: str | None = None, *, block_rows: int = BLOCK_ROWS, **options: Unpack[ImageOptions]
 ) -> ImageStream:
@@ -359,13 +371,13 @@ def open_stream(spec: DataSpec, reading: Reading | None = None, block_rows: int 
     """
     reading = reading or Reading()
     if spec.resolution is None:
-        raise UserError("A stream needs a resolution: the sizes of what has not been read are not known.")
+        raise without_resolution()
     if block_rows < 1:
         raise UserError(f"block_rows must be at least 1, got {block_rows}.")
     rows = _StreamRows(spec, reading.cache_dir)
     first = rows.first(_MARKED_ROWS)
     if not first:
-        raise UserError(f"The data set is empty: split {spec.split!r} of {spec.name} has no rows.")
+        raise empty_set(spec)
     some = Block(Place(0, 0, 0, 0, None), first, None, [])
     form = image_format(some, spec)
     described = f"stream {rows.num_shards} {block_rows} {form.identity}\n{_content_mark(rows.shards)}"

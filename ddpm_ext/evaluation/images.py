@@ -170,14 +170,12 @@ def images_and_labels(unet: UNet2DModel, images: ImageSet, numbers: range) -> tu
         numbers: Which images.
 
     Raises:
-        UserError: it asks for them and the set has none.
+        UserError: it asks for them and the set, or an image of it, has none.
     """
-    pixels, labels = images.batch(numbers)
     if number_of_classes(unet.config) is None:
-        return pixels, None
-    if labels is None:
-        raise UserError("The network is class-conditional, and these images have no classes: name their label_column.")
-    return pixels, labels
+        return images.batch(numbers).pixels, None
+    images.require_classes()
+    return images.batch(numbers)
 
 
 def class_labels(num_classes: int | None, images: ImageSet, number: int) -> list[int] | None:
@@ -211,10 +209,10 @@ def labels_of(images: ImageSet, count: int) -> list[int]:
     Raises:
         UserError: it has none.
     """
+    images.require_classes()
     found: list[int] = []
     for start in range(0, count, 4096):
         labels = images.batch(range(start, min(start + 4096, count))).labels
-        if labels is None:
-            raise UserError("The reference has no classes: name their label_column.")
+        assert labels is not None  # required above
         found += labels.tolist()
     return found

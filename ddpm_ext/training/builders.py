@@ -19,9 +19,8 @@ from torch import nn
 from ..data.dataset import ImageSet, open_images
 from ..data.rows import Reading
 from ..data.spec import DataSpec, make_spec
-from ..data.streaming import ImageStream, open_stream
+from ..data.streaming import ImageStream, open_stream, without_resolution
 from ..diffusion.words import EXTENSION_KEY, LEARNED_VARIANCES
-from ..errors import UserError
 from ..models.classes import class_options
 from ..models.unet import UNET_PRESETS, build_unet, unet_config
 from ..models.values import check_bands, value_options
@@ -139,7 +138,7 @@ def refuse_several_sizes(spec: DataSpec, reading: Reading, *, streaming: bool) -
         ValueError: there are several, or a stream's are not known.
     """
     if streaming:
-        raise UserError("A stream needs --resolution: the sizes of what has not been read are not known.")
+        raise without_resolution()
     as_stored = replace(spec, resolution=None)
     open_images(as_stored, reading._replace(memory_bytes=0, mapped_bytes=0, max_unreadable=1.0, strict=False))
 

@@ -9,6 +9,7 @@ of 8 bits go through Pillow alone; deeper ones, arrays and files of several band
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -30,10 +31,11 @@ from .formats import (
 )
 from .samples import TURNS, Samples, array_samples, deep_samples, is_array
 
-__all__ = ["Encoded", "ImageFormat", "Seen", "decode_image", "probe", "reason"]
+__all__ = ["COLOURS", "Encoded", "ImageFormat", "Seen", "decode_image", "probe", "reason"]
 
 Encoded = bytes | str | np.ndarray | None  # the content of a file, its path, an array, or an empty row
 
+COLOURS = {"L": "grey", "LA": "grey and alpha", "RGB": "RGB", "RGBA": "RGB and alpha"}
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _LUMA = (0.299, 0.587, 0.114)  # Rec. 601, as Pillow's own
 
@@ -75,10 +77,21 @@ class Seen:
         self.largest: dict[int, int] = {}  # stored bits -> largest integer value met
         self.enlarged = 0  # images smaller than what was asked for
         self.smallest: tuple[int, int] | None = None  # (height, width) of the smallest of them
+        self.changed: Counter[tuple[str, int]] = Counter()  # (mode stored, channels read) where they are not the same
 
     def note_values(self, bits: int, largest: int) -> None:
         """Remember the largest stored value of an image."""
         self.largest[bits] = max(self.largest.get(bits, 0), largest)
+
+    def note_channels(self, mode: str, channels: int) -> None:
+        """Remember an image whose colours or alpha are not read as they are stored.
+
+        Args:
+            mode: L, LA, RGB or RGBA.
+            channels: What is made of it.
+        """
+        if _MODES.get(channels) != mode:
+            self.changed[mode, channels] += 1
 
     def note_size(self, height: int, width: int, form: ImageFormat) -> None:
         """Remember an image that is enlarged.
@@ -181,7 +194,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def _check_channels(mode: str, channels: int) -> None:
     """Refuse channels that an image does not have: neither alpha nor bands are made up, and none is cut off."""
     if channels > 4 or (channels in (2, 4) and mode in ("L", "RGB")):
-        what = {"L": "grey", "LA": "grey and alpha", "RGB": "RGB", "RGBA": "RGB and alpha"}[mode]
+        what = COLOURS[mode]
         raise Unreadable(
             f"{what} for a network of {channels} channels",
             f"it holds {what}, and the network has {channels} channels: give the network 1 or 3, or images with "
@@ -208,7 +221,9 @@ def _decode_8_bits(image: Image.Image, form: ImageFormat, place: float, seen: Se
         if image.mode.startswith("I"):
             seen.note_values(bits, int(np.asarray(image).max()))
     turn = TURNS.get(_orientation(image))
-    image = _with_channels(_eight_bits(image if turn is None else image.transpose(turn)), form.channels)
+    plain = _eight_bits(image if turn is None else image.transpose(turn))
+    image = _with_channels(plain, form.channels)
+    seen.note_channels(plain.mode, form.channels)
     if image.size != (form.width, form.height):
         seen.note_size(image.height, image.width, form)
         middle = 0.5 if form.center_crop else place
@@ -305,6 +320,8 @@ def _scaled(levels: np.ndarray, form: ImageFormat, place: float, *, alpha: bool)
 def _decode_samples(samples: Samples, form: ImageFormat, place: float, seen: Seen) -> np.ndarray:
     """Levels of samples of any depth, shape (C, H, W)."""
     levels = _mix_channels(_levels(samples, form, seen), samples.mode, form)
+    if samples.mode is not None:
+        seen.note_channels(samples.mode, form.channels)
     seen.note_size(levels.shape[0], levels.shape[1], form)
     levels = _scaled(levels, form, place, alpha=samples.mode in ("LA", "RGBA") and form.channels in (2, 4))
     return np.ascontiguousarray(np.rint(levels).clip(0, form.top).astype(form.dtype).transpose(2, 0, 1))
