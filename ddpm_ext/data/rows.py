@@ -313,7 +313,13 @@ class Decoder:
             self.check_share(len(self.skipped), total)
 
     def check_share(self, unreadable: int, total: int, reasons: str | None = None) -> None:
-        """Raise a UserError where too great a share of a set cannot be read; reasons None are those met here."""
+        """Raise a UserError where too great a share of a set cannot be read.
+
+        Args:
+            unreadable: How many cannot.
+            total: Of how many.
+            reasons: Why; None for what was met here.
+        """
         allowed = self.reading.max_unreadable
         if unreadable > allowed * total:
             raise UserError(
