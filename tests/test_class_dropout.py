@@ -40,14 +40,19 @@ def test_the_share_is_told_the_null_label_and_the_others_their_own(tmp_path: Pat
 
 
 def test_the_exported_network_knows_its_null_label_and_is_guided(tmp_path: Path) -> None:
-    assert run_here(tmp_path / "run", max_train_steps=2, class_conditional=True, class_dropout=0.1) == 0
+    given = {"class_conditional": True, "class_dropout": 0.1, "use_ema": "false", "lr_warmup_steps": 0}
+    assert run_here(tmp_path / "run", max_train_steps=2, **given) == 0
     pipeline = DDPMExtPipeline.from_pretrained(tmp_path / "run")
     pipeline.set_progress_bar_config(disable=True)
     classes = classes_of(pipeline.unet.config)
     assert classes is not None and (classes.number, classes.null_label) == (10, 10)
     assert pipeline.unet.class_embedding.weight.shape[0] == 11
-    images: Any = pipeline(2, num_inference_steps=2, class_labels=[0, 9], guidance_scale=1.0, output_type="pt")
-    assert torch.isfinite(images.images).all()
+    made: list[torch.Tensor] = []
+    for scale in (0.0, 1.0):
+        asked: dict[str, Any] = {"class_labels": [0, 9], "guidance_scale": scale, "num_inference_steps": 2}
+        generator = torch.Generator().manual_seed(0)
+        made.append(pipeline(2, generator=generator, output_type="pt", **asked).images)  # pyright: ignore
+    assert torch.isfinite(made[1]).all() and not torch.equal(*made)
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.0])

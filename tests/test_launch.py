@@ -579,11 +579,3 @@ def test_a_sharded_fine_tune_of_a_stream_goes_on_bitwise_without_its_source(ema:
         assert not torch.equal(tensor, there[name]), name
     records = [json.loads((folder / "config.json").read_text())["init_from"] for folder in (whole, moved)]
     assert records[0] == records[1] and records[0]["source"] == str(tmp_path / "source")
-
-
-def test_deepspeeds_file_is_understood_by_its_plugin() -> None:
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    from accelerate.utils import DeepSpeedPlugin
-
-    config = yaml.safe_load((CONFIGS / "deepspeed_zero2.yaml").read_text())["deepspeed_config"]
-    assert DeepSpeedPlugin(zero_stage=config["zero_stage"]).zero_stage == 2

@@ -11,8 +11,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.testing import assert_close
-from training import TORCHRUN, assert_bitwise_equal, finish, forget_accelerator, options, run_here, start, weights
+from training import (
+    TORCHRUN,
+    assert_bitwise_equal,
+    finish,
+    forget_accelerator,
+    log_without_speed,
+    options,
+    run_here,
+    start,
+    weights,
+)
 
+from ddpm_ext.data.order import Batch
 from ddpm_ext.diffusion.losses import (
     REMEMBERED,
     LossHistory,
@@ -24,6 +35,7 @@ from ddpm_ext.diffusion.losses import (
 from ddpm_ext.training.state.meter import Meter
 from ddpm_ext.training.state.rng import uniforms
 from ddpm_ext.training.state.timestep_samplers import Timesteps
+from ddpm_ext.training.trainer import Trainer
 
 T = 6
 AWARE = {
@@ -126,6 +138,21 @@ def test_logged_losses_are_means_over_uniform_steps() -> None:
     record = meter.read(Accelerator(cpu=True))
     assert record["loss"] == pytest.approx((0.5 * 1 + 1.5 * 3) / 2)
     assert (record["loss_q1"], record["loss_q4"]) == (1.0, 3.0)
+
+
+def test_the_log_weighs_losses_as_training_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Σ w L / Σ w in the log, where the loss that is minimised is Σ w L / B."""
+    weight, minimised, loss = torch.linspace(0.5, 3, 16), [], Trainer.loss
+    monkeypatch.setattr(Timesteps, "choose", lambda self, uniform, *_: (uniform, weight))
+
+    def heard(self: Trainer, batch: Batch, micro: int) -> Tensor:
+        minimised.append(loss(self, batch, micro))
+        return minimised[-1]
+
+    monkeypatch.setattr(Trainer, "loss", heard)
+    assert run_here(tmp_path / "run", **AWARE, max_train_steps=1, logging_steps=1) == 0
+    (record,) = log_without_speed(tmp_path / "run")
+    assert record["loss"] == pytest.approx(minimised[0].item() * 16 / weight.sum().item(), rel=1e-5)
 
 
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:

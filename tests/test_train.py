@@ -183,15 +183,24 @@ def test_too_many_bad_steps_stop_the_run_with_what_one_must_know(
     assert status(tmp_path / "run")["status"] == "failed" and status(tmp_path / "run")["update"] == 6
 
 
-def test_the_loss_of_a_bad_step_is_the_mean_of_all_its_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loss = Trainer.loss
+@pytest.mark.parametrize("added", [0.0, math.inf])
+def test_the_loss_of_a_bad_step_is_the_mean_of_all_its_passes(
+    added: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, losses = Trainer.loss, []
 
     def first_pass_overflows(self: Trainer, batch: Any, micro: int) -> torch.Tensor:
-        return loss(self, batch, micro) + (float("inf") if micro == 0 else 0)
+        found = loss(self, batch, micro) + (added if micro == 0 else 0)
+        losses.append(float(found.detach()))
+        return found
 
     monkeypatch.setattr(Trainer, "loss", first_pass_overflows)
-    with pytest.raises(RunError, match=r"loss inf, learning rate"):
+    monkeypatch.setattr(Trainer, "_clip", lambda _: torch.tensor(math.nan))  # the gradient alone is not finite
+    with pytest.raises(RunError) as stopped:
         run_here(tmp_path / "run", max_bad_steps=1, train_batch_size=4, gradient_accumulation_steps=2)
+    told = re.search(r"loss (\S+), learning rate", str(stopped.value))
+    assert told is not None and len(losses) == 2
+    assert float(told[1]) == pytest.approx(sum(losses) / 2, rel=1e-6)
 
 
 # Failures -------------------------------------------------------------------------------------------------------------
@@ -532,6 +541,8 @@ def test_a_folder_of_colour_pictures_that_are_not_square(pictures: Path, tmp_pat
     given = {"train_data_dir": pictures, "resolution": "8x12", "model_config_name_or_path": network}
     assert run_here(tmp_path / "run", **given, num_epochs=2, max_train_steps=None, train_batch_size=6) == 0
     assert status(tmp_path / "run")["update"] == 8
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000008" / "state.json").read_text())
+    assert (state["epoch"], state["global_position"]) == (2, 48)  # of 24 images
     unet = DDPMExtPipeline.from_pretrained(tmp_path / "run" / "pipeline").unet
     assert list(unet.config["sample_size"]) == [8, 12]
     with Image.open(tmp_path / "run" / "samples" / "step-00000008.png") as grid:
