@@ -273,7 +273,7 @@ def markdown(rows: Sequence[Row], options: BenchmarkOptions) -> str:
         f"- Commit: {made_by['commit'] or 'unknown'}{', --quick' if options.quick else ''}",
         "- Training: the same network, dropout, flips, clipping, AdamW numbers and average on both sides. Diffusers' "
         "is a plain loop with DDPMScheduler, torch.optim.AdamW and EMAModel in their defaults; ours is "
-        "`Trainer.update` with the defaults of `scripts/train.py`.",
+        "`Trainer.update` with the defaults of `ddpm-ext train`.",
         "- Setting up: our scheduler computes all weights of a chain in float64 when it is made and when its timesteps "
         "are chosen, which costs about a millisecond once; Diffusers' computes them anew at every step, in float32.",
         "",

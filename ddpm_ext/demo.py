@@ -412,7 +412,7 @@ def space_files(model: str, repo_id: str, staging: Path) -> dict[str, Path]:
         here = "a path on this machine" if Path(model).exists() else "no such name"
         raise UserError(
             f"A Space shows a model of the Hub, named user/model, and {model} is {here}. Push it first "
-            f"(scripts/push_to_hub.py --model {model} --hub_model_id user/model), then give that name."
+            f"(ddpm-ext push --model {model} --hub_model_id user/model), then give that name."
         )
     try:
         needed = [need.split(";")[0].strip() for need in requires("ddpm-ext") or () if "extra ==" not in need]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection
 
-__all__ = ["HubError", "UsageError", "UserError", "check_word", "did_you_mean", "is_whole"]
+__all__ = ["HubError", "UsageError", "UserError", "check_word", "did_you_mean", "is_whole", "nearest"]
 
 
 class UserError(ValueError):
@@ -24,28 +24,26 @@ class HubError(UserError, OSError):
     """A push or a pull failed; the message is shown without a traceback."""
 
 
-def check_word(name: str, word: object, words: Sequence[str]) -> None:
+def check_word(name: str, word: object, words: Collection[str], error: type[UserError] = UserError) -> None:
     """Refuse a word that is not one of those allowed.
 
     Raises:
-        UserError: with the list of the allowed words.
+        UserError: with the list of the allowed words, and the one that was meant where one is near.
     """
     if word not in words:
-        raise UserError(
-            f"{name} must be one of {', '.join(map(repr, words))}, got {word!r}.{did_you_mean(word, words)}"
-        )
+        allowed, meant = ", ".join(map(repr, words)), did_you_mean(word, words)
+        raise error(f"{name} must be one of {allowed}, got {word!r}.{meant}")
 
 
-def did_you_mean(word: object, words: Iterable[str], mark: str = "") -> str:
-    """Return the sentence " Did you mean …?" with the word that is nearest to one that is not known; "" for none.
+def did_you_mean(word: object, words: Collection[str]) -> str:
+    """Return the sentence " Did you mean …?" with the word that is nearest to one that is not known; "" for none."""
+    near = nearest(word, words)
+    return f" Did you mean {near}?" if near else ""
 
-    Args:
-        word: What was given.
-        words: What is known.
-        mark: What stands before the word where it is typed, "--" of an option.
-    """
-    near = difflib.get_close_matches(str(word).lower(), words, n=1)
-    return f" Did you mean {mark}{near[0]}?" if near else ""
+
+def nearest(word: object, words: Collection[str]) -> str | None:
+    """Return the one of some words whose letters are nearest to another's; None where none is near."""
+    return next(iter(difflib.get_close_matches(str(word).lower(), [str(known) for known in words], n=1)), None)
 
 
 def is_whole(number: object) -> bool:

@@ -36,7 +36,8 @@ def test_the_comment_is_a_command_that_uses_the_file(name: str) -> None:
     for command in commands:
         parsed = launch_command_parser().parse_args(command.split())
         assert parsed.config_file == f"accelerate_configs/{name}.yaml"
-        assert parsed.training_script == "scripts/train.py"
+        assert (parsed.module, parsed.training_script) == (True, "ddpm_ext")
+        assert parsed.training_script_args[0] == "train"
 
 
 @pytest.mark.parametrize("name", NAMES)

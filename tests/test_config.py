@@ -126,7 +126,7 @@ def test_an_option_by_hand_replaces_the_presets_other_way_of_saying_it() -> None
         ("--loss hybird", "invalid choice: 'hybird', did you mean hybrid?"),
         ("--forecast H100", "invalid choice: 'H100', did you mean h100? (choose from h100, h200, "),
         ("--forecast tpu", "cpu, none)"),
-        ("--preset cifr", "preset must be one of digits, "),
+        ("--preset cifr10", "got 'cifr10'. Did you mean cifar10?"),
         ("--config missing.yaml", "there is none at missing.yaml"),
         ("--preset", "--preset needs a value"),
         ("--learning_rate 0", "learning_rate must be above 0, got 0"),
@@ -157,7 +157,7 @@ def test_an_option_by_hand_replaces_the_presets_other_way_of_saying_it() -> None
         ("--adam_weight_decay nan", "adam_weight_decay must be"),
         ("--max_grad_norm inf", "max_grad_norm must be a finite number"),
         ("--save_images_steps 5 --save_images_epochs 1", "both say when grids are drawn"),
-        ("--allow_config_change lerning_rate", 'there is no "lerning_rate". Did you mean "learning_rate"?'),
+        ("--allow_config_change lerning_rate", "there is no lerning_rate. Did you mean learning_rate?"),
         ("--ddpm_num_steps 50 --ddpm_num_inference_steps 60", "must be at most ddpm_num_steps, 50, got 60"),
     ],
 )
@@ -230,7 +230,7 @@ def test_several_sizes_are_refused_where_nobody_named_one(words: str, equal: boo
 
 
 def test_a_word_is_checked_without_the_parser_too() -> None:
-    with pytest.raises(ValueError, match='loss must be one of "simple", "vlb", "hybrid", got \'l2\''):
+    with pytest.raises(ValueError, match="loss must be one of 'simple', 'vlb', 'hybrid', got 'l2'"):
         TrainConfig(max_train_steps=1, loss="l2")  # pyright: ignore[reportArgumentType]
 
 

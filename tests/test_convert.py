@@ -373,8 +373,8 @@ def test_a_table_of_other_values_is_no_time_embedding() -> None:
         ("diffusers", {"resolution": 64}, "--resolution has .*, and source is 'diffusers'"),
         ("diffusers", {"weights": "net_model"}, "--weights has an effect only with"),
         ("guided-diffusion", {"num_heads": 1, "num_head_channels": 64}, "give one of them"),
-        ("guided-diffusion", {"attention_order": "old"}, "attention_order must be one of legacy, new, got 'old'"),
-        ("ddim", {"prediction_type": "x_0"}, "prediction_type must be one of epsilon, sample"),
+        ("guided-diffusion", {"attention_order": "old"}, "attention_order must be one of 'legacy', 'new', got 'old'"),
+        ("ddim", {"prediction_type": "x_0"}, "prediction_type must be one of 'epsilon', 'sample'"),
     ],
 )
 def test_options_without_sense_or_effect_are_refused(source: Any, more: dict[str, Any], sentence: str) -> None:

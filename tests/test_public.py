@@ -84,3 +84,16 @@ def test_a_wrong_example_would_be_noticed(capsys: pytest.CaptureFixture[str]) ->
     (test,) = doctest.DocTestFinder().find(wrong, "wrong", globs={})
     assert doctest.DocTestRunner().run(test).failed == 1
     assert "Expected" in capsys.readouterr().out
+
+
+def test_the_word_that_was_meant_is_named() -> None:
+    """One rule for commands, options and words of Python: the nearest by letters, and nothing where none is near."""
+    for call, meant in (
+        (lambda: ddpm_ext.build_unet("cifr10"), "Did you mean cifar10?"),
+        (lambda: ddpm_ext.DDPMExtScheduler(variance_type="fixed_smal"), "Did you mean fixed_small?"),  # pyright: ignore
+        (lambda: ddpm_ext.TrainConfig(max_train_steps=1, loss="hybird"), "Did you mean hybrid?"),  # pyright: ignore
+        (lambda: ddpm_ext.build_unet("xyz"), "got 'xyz'."),
+    ):
+        with pytest.raises(ddpm_ext.UserError) as refused:
+            call()
+        assert str(refused.value).endswith(meant)

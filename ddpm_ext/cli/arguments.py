@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import sys
 import textwrap
@@ -19,7 +18,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 import yaml
 
-from ..errors import UsageError
+from ..errors import UsageError, check_word, nearest
 from ..training.config import BROUGHT, TrainConfig, recorded
 from ..training.presets import PRESETS
 from .suggestions import suggestion
@@ -134,8 +133,7 @@ def _preset_name(preset: str | None, given: set[str]) -> str:
     """The preset named, or the one that fits a command that names none."""
     if preset is None:
         return "unconditional" if given & {"dataset_name", "train_data_dir"} else "digits"
-    if preset not in PRESETS:
-        raise UsageError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
+    check_word("preset", preset, PRESETS, UsageError)
     return preset
 
 
@@ -290,8 +288,8 @@ class _Parser(argparse.ArgumentParser):
         if action.choices is None or value in action.choices:
             return
         words = ["none" if word is None else str(word) for word in action.choices]
-        near = difflib.get_close_matches(str(value).lower(), words, n=1)
-        meant = f", did you mean {near[0]}?" if near else ""
+        near = nearest(value, words)
+        meant = f", did you mean {near}?" if near else ""
         raise argparse.ArgumentError(action, f"invalid choice: {value!r}{meant} (choose from {', '.join(words)})")
 
 

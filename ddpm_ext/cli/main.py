@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 import traceback
@@ -10,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import __version__
-from ..errors import UsageError, UserError
+from ..errors import UsageError, UserError, did_you_mean
 from ..signals import PREEMPTED, Stopped, exit_process, let_go, report_error, terminable
 from ..threads import set_thread_defaults
 from .commands import COMMANDS
@@ -79,9 +78,8 @@ def _command(argv: list[str]) -> Callable[[list[str]], int]:
     if name == "--version":
         return lambda _: print(f"ddpm-ext {__version__}") or 0
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        meant = f"Did you mean {close[0]}?" if close else f"There are {', '.join(COMMANDS)}."
-        raise UsageError(f"There is no command {argv[0]}. {meant}")
+        meant = did_you_mean(name, COMMANDS) or f" There are {', '.join(COMMANDS)}."
+        raise UsageError(f"There is no command {argv[0]}.{meant}")
     return COMMANDS[name]
 
 

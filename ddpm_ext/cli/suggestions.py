@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
+
+from ..errors import nearest
 
 __all__ = ["suggestion"]
 
@@ -140,6 +141,6 @@ def suggestion(name: str, known: Collection[str]) -> str:
     meant = [other for other in MEANT.get(name, ()) if other in known]
     words = set(name.split("_"))
     parts = sorted((other for other in known if words <= set(other.split("_"))), key=len)
-    alike = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    alike = [near] if (near := nearest(name, known)) else []
     best = [*meant, *alike[: len(name) > 3], *parts, *alike][:1]
     return f" Did you mean --{best[0]}?" if best else " --help lists all options."

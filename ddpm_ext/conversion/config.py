@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from ..errors import UserError
+from ..errors import UserError, check_word
 from ..options import option, required
 
 __all__ = ["ConvertError", "ConvertOptions", "Source", "codes", "unanswered"]
@@ -81,8 +81,7 @@ class ConvertOptions:
     token: str | None = option(None, "diffusers: token for a private repository.")
 
     def __post_init__(self) -> None:
-        if self.source not in get_args(Source):
-            raise ConvertError(f"source must be one of {', '.join(get_args(Source))}, got {self.source!r}.")
+        check_word("source", self.source, get_args(Source), ConvertError)
         words = {
             "prediction_type": ("epsilon", "sample", "posterior_mean"),
             "variance_type": ("fixed_small", "fixed_large", "learned", "learned_range"),
@@ -90,8 +89,8 @@ class ConvertOptions:
             "attention_order": ("legacy", "new"),
         }
         for name, allowed in words.items():
-            if getattr(self, name) not in (None, *allowed):
-                raise ConvertError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+            if (word := getattr(self, name)) is not None:
+                check_word(name, word, allowed, ConvertError)
         for name in ("resolution", "image_channels", "num_timesteps", "num_heads", "num_head_channels"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConvertError(f"{name} must be at least 1, got {value}.")

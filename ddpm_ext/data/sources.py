@@ -21,7 +21,7 @@ from datasets.table import InMemoryTable
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from .cells import Source
 from .decoding.files import archive_kind, paths_of_set
 from .folder import ARRAYS, SPLIT_FOLDERS, Entry, Listing, image_count, list_images, local_entries, split_prefix
@@ -294,11 +294,16 @@ def _may_be_images(name: str, feature: object) -> bool:
     return name in ("image", "img", "images") and not isinstance(feature, (datasets.ClassLabel, datasets.Audio))
 
 
+def _no_column(name: str, asked: str, features: datasets.Features) -> str:
+    """Say that a column asked for is not there."""
+    return f"{name} must be one of the columns {list(features)}, got {asked!r}.{did_you_mean(asked, features)}"
+
+
 def find_image_column(features: datasets.Features, asked: str | None) -> str:
     """Return the column of the images: the one asked for, or the only one that can be meant."""
     if asked is not None:
         if asked not in features:
-            raise UserError(f"image_column must be one of the columns {list(features)}, got {asked!r}.")
+            raise UserError(_no_column("image_column", asked, features))
         return asked
     found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     found = found or [name for name, feature in features.items() if _may_be_images(name, feature)]
@@ -311,7 +316,7 @@ def find_label_column(features: datasets.Features, asked: str | None) -> str | N
     """Return the column of the labels: the one asked for, or the only one that can be meant, or None."""
     if asked is not None:
         if asked not in features:
-            raise UserError(f"label_column must be one of the columns {list(features)}, got {asked!r}.")
+            raise UserError(_no_column("label_column", asked, features))
         return asked
     found = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     return found[0] if len(found) == 1 else None

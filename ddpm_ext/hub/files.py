@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..diffusion.words import INDEX
-from ..errors import HubError
+from ..errors import HubError, check_word
 from ..run_dir import JsonRecord
 from .pipeline_files import (
     Files,
@@ -167,8 +167,8 @@ def _mentions(text: str, name: str) -> bool:
 
 def _variant_files(files: Files, variant: str | None, staging: Path) -> Files:
     """Return half-precision weights that have to be made; those that are there must be the full ones, rounded."""
-    if variant is not None and variant not in _VARIANTS:
-        raise HubError(f"variant must be one of {', '.join(_VARIANTS)}, got {variant!r}.")
+    if variant is not None:
+        check_word("variant", variant, _VARIANTS, HubError)
     made: Files = {}
     for name in sorted({name.split("/")[0] for name, path in files.items() if is_weights_name(path.name)}):
         known = {weights.variant: weights for weights in weights_of(files[f"{name}/config.json"].parent)}

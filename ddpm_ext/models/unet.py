@@ -16,7 +16,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from ..diffusion.words import Arguments, Config
-from ..errors import UserError
+from ..errors import UserError, check_word
 from .values import image_size
 
 __all__ = [
@@ -133,8 +133,7 @@ UNET_PRESETS: dict[str, UNetPreset] = {
 def unet_config(preset_or_config: str | Config, **changes: Any) -> Arguments:
     """Return arguments of UNet2DModel: those of a preset or a configuration, under `changes` that are not None."""
     if isinstance(preset_or_config, str):
-        if preset_or_config not in UNET_PRESETS:
-            raise UserError(f"unet must be one of {sorted(UNET_PRESETS)} or a configuration, got {preset_or_config!r}.")
+        check_word("unet", preset_or_config, UNET_PRESETS)
         preset_or_config = UNET_PRESETS[preset_or_config].config
     config = {key: value for key, value in preset_or_config.items() if not key.startswith("_")}
     return config | {key: value for key, value in changes.items() if value is not None}
@@ -181,8 +180,7 @@ def build_unet(
     )
     if init is None:
         init = UNET_PRESETS[preset_or_config].init if isinstance(preset_or_config, str) else "ddpm"
-    if init not in get_args(Initialisation):
-        raise UserError(f"init must be one of {get_args(Initialisation)}, got {init!r}.")
+    check_word("init", init, get_args(Initialisation))
     arguments = set(inspect.signature(UNet2DModel.__init__).parameters) - {"self"}
     if unknown := set(config) - arguments:
         raise UserError(f"UNet2DModel has no argument {sorted(unknown)}; it has {sorted(arguments)}.")

@@ -58,7 +58,7 @@ class GuidanceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(GuidanceConfig):
-    """Options of scripts/sample.py."""
+    """Options of `ddpm-ext sample`."""
 
     model: str = required("Folder or Hub name of a pipeline.")
     output_dir: str = option("samples", "Folder for 000000.png ... and grid.png.")

@@ -23,7 +23,7 @@ from typing_extensions import Unpack
 
 from ..diffusion.process import compute_dtype, eps_weights, per_image
 from ..diffusion.words import Config
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..models.classes import classes_of
 from ..schedulers.config import GuidanceSetting, guidance_setting
 from .config import GuidanceOptions
@@ -72,8 +72,8 @@ def make_guidance(config: Config, T: int, **options: Unpack[GuidanceOptions]) ->
         UserError: numbers out of range, options without effect, or a network that has no null label.
         TypeError: an option that there is not.
     """
-    if unknown := options.keys() - GuidanceOptions.__annotations__.keys():
-        raise TypeError(f"There is no option {', '.join(sorted(unknown))} of guidance.")
+    for name in options.keys() - GuidanceOptions.__annotations__.keys():
+        raise TypeError(f"There is no option {name} of guidance.{did_you_mean(name, GuidanceOptions.__annotations__)}")
     scale, rescale = options.get("guidance_scale", 0.0), options.get("guidance_rescale", 0.0)
     interval, guider = options.get("guidance_interval"), options.get("guider")
     if not _is_number(scale) or not 0 <= scale < math.inf:

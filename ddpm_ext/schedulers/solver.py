@@ -178,7 +178,7 @@ class DDPMExtSolverScheduler(BaseScheduler, SchedulerMixin):
         x_s = α_s [x̂_0 + d_0 x̂_0 + Σ_j d_j (x̂_0 - x̂_0^j)] + √(1-ᾱ_s) ε̂ + h [c_0 ε̂ + Σ_j c_j (ε̂ - ε̂^j)]
 
     The options are those of `DDPMExtScheduler`. Steps and coefficients of every K lie in the config's `_ddpm_ext`,
-    where `scripts/calibrate.py --solver_steps` puts them; `DDPMExtScheduler.from_config(solver.config)` is the
+    where `ddpm-ext calibrate --solver_steps` puts them; `DDPMExtScheduler.from_config(solver.config)` is the
     ancestral chain of the same network, and the way back loses nothing.
 
     Example:
@@ -254,14 +254,14 @@ class DDPMExtSolverScheduler(BaseScheduler, SchedulerMixin):
         fitted = fitted_solvers(self.config)
         if fitted is None:
             raise UserError(
-                "This scheduler has no fitted solver. Fit one to the network with scripts/calibrate.py --solver_steps "
-                "4,5,10, or sample with DDPMExtScheduler.from_config(scheduler.config)."
+                "This scheduler has no fitted solver. Fit one to the network with `ddpm-ext calibrate "
+                "--solver_steps 4,5,10`, or sample with DDPMExtScheduler.from_config(scheduler.config)."
             )
         K = num_inference_steps
         if K is None or not is_whole(K) or int(K) not in fitted.solvers:
             raise UserError(
                 f"num_inference_steps must be one of {', '.join(map(str, fitted.solvers))}, for which a solver was "
-                f"fitted, got {K!r}. Fit others with scripts/calibrate.py --solver_steps, or sample "
+                f"fitted, got {K!r}. Fit others with `ddpm-ext calibrate --solver_steps`, or sample "
                 "with DDPMExtScheduler.from_config(scheduler.config)."
             )
         K = int(K)

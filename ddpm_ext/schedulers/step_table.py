@@ -189,7 +189,7 @@ def measured_errors(options: SchedulerOptions, what: str) -> Tensor:
     if options.extension.mse_eps is None:
         raise UserError(
             f"{what} needs the network's measured errors, and this scheduler has none. Measure them with "
-            "scripts/calibrate.py, or put mse_eps, one number per step, into the config's _ddpm_ext."
+            "`ddpm-ext calibrate`, or put mse_eps, one number per step, into the config's _ddpm_ext."
         )
     return torch.tensor(options.extension.mse_eps, dtype=torch.float64)
 

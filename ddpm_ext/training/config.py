@@ -7,7 +7,6 @@ over them.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 import re
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from ..diffusion.words import LossOptions
-from ..errors import UserError
+from ..errors import UserError, check_word, did_you_mean
 from ..options import option, required
 from .options import (
     DataOptions,
@@ -89,7 +88,7 @@ class TrainConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructConfig:
-    """Options of scripts/reconstruct_ema.py."""
+    """Options of `ddpm-ext reconstruct-ema`."""
 
     run: str = required("Run folder trained with --ema power_function.")
     sigma_rel: float = required("Relative width that is wanted.")
@@ -110,14 +109,12 @@ def _check_words(config: TrainConfig) -> None:
     """Words come from their lists, also when a config is built in code and not by the parser."""
     for name, hint in get_type_hints(TrainConfig).items():
         value = getattr(config, name, None)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            words = ", ".join(f'"{word}"' for word in get_args(hint))
-            raise UserError(f"{name} must be one of {words}, got {value!r}.")
+        if get_origin(hint) is Literal:
+            check_word(name, value, get_args(hint))
     known = [*(field.name for field in dataclasses.fields(TrainConfig)), "network", "data"]  # what options lead to
     for name in config.allow_config_change:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise UserError(f'allow_config_change names options, and there is no "{name}". Did you mean "{nearest}"?')
+            raise UserError(f"allow_config_change names options, and there is no {name}.{did_you_mean(name, known)}")
 
 
 def _check_ranges(config: TrainConfig) -> None:

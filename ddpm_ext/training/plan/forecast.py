@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
+from ...errors import check_word
 from ...models.unet import count_parameters
 from ...models.values import image_size
 from ...run_dir import RunError
@@ -239,8 +240,7 @@ def forecast(config: TrainConfig, kind: str | None = None) -> Forecast:
         RunError: no such kind, or a batch that cannot be shared.
     """
     kind, processes = kind or config.forecast, config.forecast_processes
-    if kind not in ACCELERATORS and kind != "cpu":
-        raise RunError(f"forecast must be one of {', '.join(ACCELERATORS)} or cpu, got {kind!r}.")
+    check_word("forecast", kind, (*ACCELERATORS, "cpu"), RunError)
     accelerator = ACCELERATORS[kind] if kind in ACCELERATORS else _this_cpu()
     network = network_config(config)
     if network.get("sample_size") is None:
