@@ -142,6 +142,28 @@ def test_what_a_new_checkpoint_leaves_behind_goes_before_it_has_its_name(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000008", "step-00000009"]
 
 
+def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name_and_the_name_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[int | str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def watched_fsync(handle: int) -> None:
+        done.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def watched_rename(self: Path, target: Path) -> Path:
+        done.append("named")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    path = write(tmp_path, 5)
+    named = done.index("named")
+    assert {file.stat().st_ino for file in (path, *path.iterdir())} == set(done[:named])
+    assert done[named + 1 :] == [tmp_path.stat().st_ino]
+
+
 def test_what_kills_leave_behind_is_no_checkpoint_and_is_swept(tmp_path: Path) -> None:
     write(tmp_path, 5)
     half = tmp_path / ".step-00000010.1234.tmp"

@@ -94,6 +94,26 @@ def test_stopped_after_any_update_it_goes_on_bitwise(changes, tmp_path: Path, mo
         assert all(left[name].equal(right[name]) for name in left)
 
 
+def test_skipped_steps_before_a_stop_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps 1 and 3 are no updates: weights, log and counters go on from behind them."""
+    loss, update, bad = Trainer.loss, Trainer.update, {1, 3}
+    monkeypatch.setattr(
+        Trainer,
+        "loss",
+        lambda self, batch, micro: loss(self, batch, micro) * (float("nan") if self.state.step in bad else 1),
+    )
+    given = {**ALL_DRAWS, "max_train_steps": 6}
+    assert run_here(tmp_path / "whole", **given) == 0
+    monkeypatch.setattr(Trainer, "update", stopping_after(3))
+    assert run_here(tmp_path / "stopped", **given) == PREEMPTED
+    monkeypatch.setattr(Trainer, "update", update)
+    assert run_here(tmp_path / "stopped", **given) == 0
+    assert_bitwise_equal(tmp_path / "whole", tmp_path / "stopped", 6)
+    assert log_without_speed(tmp_path / "whole") == log_without_speed(tmp_path / "stopped")
+    state = json.loads((tmp_path / "stopped" / "checkpoints" / "step-00000006" / "state.json").read_text())
+    assert (state["update"], state["step"], state["skipped"], state["global_position"]) == (6, 8, 2, 64)
+
+
 def test_a_finished_run_has_nothing_to_do(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = (uninterrupted / "config.json").stat().st_mtime_ns
     assert run_here(uninterrupted, **ALL_DRAWS) == 0

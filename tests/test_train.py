@@ -115,6 +115,26 @@ def test_accumulation_changes_nothing_but_the_order_of_sums(accumulation: int, t
     assert parts.state.meter.read(parts.accelerator)["loss"] == pytest.approx(loss, rel=1e-12)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_every_option_of_the_optimiser_stands_in_its_step(fused: bool) -> None:
+    """AdamW, Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2, by hand in float64."""
+    given: dict[str, Any] = {"learning_rate": 0.3, "adam_beta1": 0.7, "adam_beta2": 0.8, "adam_epsilon": 0.05}
+    config = TrainConfig(max_train_steps=9, **given, adam_weight_decay=0.2, fused_optimizer=fused)
+    network = torch.nn.Linear(3, 2).double()
+    frozen = network.bias.requires_grad_(False).clone()
+    optimizer, theta = builders.build_optimizer(config, network), network.weight.detach().clone()
+    m = v = torch.zeros_like(theta)
+    for step in (1, 2, 3):
+        g = torch.randn_like(theta)
+        network.weight.grad = g.clone()
+        optimizer.step()
+        m, v = 0.7 * m + 0.3 * g, 0.8 * v + 0.2 * g**2
+        theta = theta - 0.3 * 0.2 * theta
+        theta = theta - 0.3 * (m / (1 - 0.7**step)) / ((v / (1 - 0.8**step)).sqrt() + 0.05)
+    torch.testing.assert_close(network.weight.detach(), theta, rtol=1e-12, atol=1e-12)
+    assert torch.equal(network.bias, frozen)
+
+
 @pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"])
 def test_the_learning_rate_is_diffusers_course_of_the_updates(name: Any) -> None:
     config = TrainConfig(max_train_steps=50, lr_scheduler=name, lr_warmup_steps=10, learning_rate=0.3)
@@ -293,6 +313,7 @@ def test_a_corrupt_picture_of_a_stream_is_told_when_met_counted_once_and_written
     assert run_here(tmp_path / "run", **given) == PREEMPTED
     monkeypatch.setattr(Trainer, "update", update)
     assert capsys.readouterr().err.count(BROKEN) == 1
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["skipped_images"] == [BROKEN]
     assert run_here(tmp_path / "run", **given) == 0  # 12 updates of 8: four epochs
     assert BROKEN not in capsys.readouterr().err  # the checkpoint knows it
     assert [record["unreadable_images"] for record in log_without_speed(tmp_path / "run")] == [1, 1, 1, 1]
@@ -490,6 +511,21 @@ def test_the_plot_has_titles_units_ranges_of_t_and_the_mean_of_the_last_tenth(
     assert f"last tenth: {mean:.4f}" in [text.get_text() for text in whole.get_legend().get_texts()]
 
 
+def test_the_plots_ranges_of_t_are_those_that_the_meter_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 10 steps a quarter is 2.5: t belongs to the first whose end lies above it."""
+    figures = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed")
+    drawn, run = [], RunDir(tmp_path)
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    run.config.write_text('{"config": {"ddpm_num_steps": 10}}')
+    run.append_log({"update": 1, "loss": 1.0, "learning_rate": 1.0, **{f"loss_q{q}": 1.0 for q in (1, 2, 3, 4)}})
+    assert draw_training(run)
+    words = [text.get_text() for text in drawn[0].axes[1].get_legend().get_texts()]
+    assert words == ["t = 0 … 2", "t = 3 … 4", "t = 5 … 7", "t = 8 … 9"]
+    meter = Meter(torch.device("cpu"), 10)
+    meter.add_losses(torch.ones(10), torch.arange(10))
+    assert meter.sums[1].tolist() == [3, 2, 3, 2]
+
+
 def test_a_tracker_that_is_not_installed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RunError, match=r"--report_to wandb needs the package: pip install 'ddpm-ext\[wandb\]'"):
@@ -503,6 +539,7 @@ def test_the_progress_line_shows_step_loss_images_per_second_and_time_left(tmp_p
     progress.since -= 2
     rate = progress.images_per_second()
     assert 20 < rate <= 80  # 20 updates of 8 pictures in 2 seconds and a bit, on a machine that may be busy
+    assert progress.images_per_second() == 0  # none since the call before
     progress.show({"loss": 0.5, "images_per_second": rate})
     progress.bar.start_t -= 10  # 2 updates a second, so 40 more take 20
     line = str(progress.bar)
