@@ -136,7 +136,8 @@ def relative_difference(case: Case) -> tuple[int, float]:
             continue
         centre = 1.0 if weight.ndim == 1 and name.endswith("weight") else 0.0  # of a norm
         weight.copy_(centre + torch.randn_like(weight) * (0.1 if weight.ndim < 2 else weight[0].numel() ** -0.5))
-    unet = convert_weights(original.state_dict(), ConvertOptions(case.source, "", "", **case.said)).unet
+    said = case.said if case.classes is None else {**case.said, "null_label": "none"}
+    unet = convert_weights(original.state_dict(), ConvertOptions(case.source, "", "", **said)).unet
     size, T = case.said["resolution"], case.said.get("num_timesteps", 1000)
     differences: list[Tensor] = []
     for t in (0, 1, T // 2, T - 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from other_networks import HoNetwork, OpenAINetwork, PyTorchDDPM
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddpm_ext import DDPMExtPipeline
@@ -27,7 +28,9 @@ from ddpm_ext.conversion.convert import (
     convert_weights,
 )
 from ddpm_ext.conversion.converted_card import fingerprint
-from ddpm_ext.conversion.state_dict_maps import recognise
+from ddpm_ext.conversion.recognise import recognise
+from ddpm_ext.errors import UserError
+from ddpm_ext.models.classes import classes_of
 
 ROOT = Path(__file__).resolve().parent.parent
 # What no file tells, as these tests have it; `options` takes what a source has.
@@ -39,6 +42,9 @@ ORIGINALS: dict[str, Any] = {
     "guided-diffusion": OpenAINetwork,
     "ddim": HoNetwork,
 }
+
+
+CLASSES = {"null_label": "none"}  # asked for where there are classes
 
 
 def options(source: Any, **more: Any) -> ConvertOptions:
@@ -105,6 +111,7 @@ def test_networks_of_openai_convert(source: Any, more: dict[str, Any]) -> None:
     learned = more.get("out", 6) != more.get("channels", 3)
     said = {} if learned else {"variance_type": "fixed_small"}
     order = "new" if more.get("new_order") else "legacy"
+    said |= CLASSES if "classes" in more else {}
     pipe = convert_weights(original.state_dict(), options(source, attention_order=order, **heads, **said))
     labels = {"y": torch.tensor([0, 2, 1, more["classes"] - 1])} if "classes" in more else {}
     assert_same_outputs(original, pipe.unet, T_SEEN, T_SEEN, **labels)
@@ -148,7 +155,10 @@ def test_what_a_file_cannot_tell_is_asked_for(source: Any, left_out: list[str], 
     assert all(f"--{name}" in asked and f"--{name} " in usual for name in left_out)
     for name in re.findall(r"--(\w+)", message):  # every hint is an option that this source takes
         ConvertOptions(
-            source, "a", "b", **{name: {**SAID, **OPENAI, "rescale_timesteps": True}.get(name, "fixed_small")}
+            source,
+            "a",
+            "b",
+            **{name: {**SAID, **OPENAI, **CLASSES, "rescale_timesteps": True}.get(name, "fixed_small")},
         )
 
 
@@ -290,7 +300,7 @@ def test_the_first_tensor_of_improved_diffusion_that_does_not_fit_is_named(
 ) -> None:
     weights = changed(OpenAINetwork(classes=10).state_dict(), name, change)
     with pytest.raises(ConvertError, match=sentence):
-        convert_weights(weights, options("improved-diffusion"))
+        convert_weights(weights, options("improved-diffusion", **CLASSES))
 
 
 @pytest.mark.slow  # some hundred networks
@@ -427,6 +437,161 @@ def prefixed(prefix: str) -> dict[str, Tensor]:
 def test_weights_are_taken_from_containers_and_wrapped_modules(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "ckpt.pt")
     assert read_weights(tmp_path / "ckpt.pt") == ONE
+
+
+AVERAGED = {"n_averaged": torch.tensor(7), **prefixed("module.")}
+BETAS = {"betas": torch.linspace(1e-4, 0.02, 5), "alphas_cumprod": torch.linspace(0.9, 0.1, 5)}
+PROCESS = {**BETAS, "sqrt_alphas_cumprod": torch.ones(5), "posterior_mean_coef1": torch.ones(5)}
+LIGHTNING = {"epoch": 3, "global_step": 9, "pytorch-lightning_version": "2.1", "optimizer_states": [OPTIMISER]}
+LIGHTNING |= {"lr_schedulers": [], "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.1)}}}
+
+
+@pytest.mark.parametrize(
+    ("content", "schedule"),
+    [
+        (AVERAGED, {}),  # torch.optim.swa_utils.AveragedModel
+        ({"ema": AVERAGED, "step": 3}, {}),
+        ({**LIGHTNING, "state_dict": {**prefixed("model."), **PROCESS}}, BETAS),
+        ({**LIGHTNING, "state_dict": {**prefixed("model.net."), **prefixed("ema_model.net."), **PROCESS}}, BETAS),
+        ({**prefixed("denoise_fn."), "betas": BETAS["betas"]}, {"betas": BETAS["betas"]}),
+        (  # ema_pytorch, beside the trainer's other entries
+            {
+                "model": {"model.x": torch.ones(1)},
+                "ema": {**prefixed("online_model.model."), **prefixed("ema_model.model.")}
+                | {"initted": torch.tensor([True]), "step": torch.tensor([9])}
+                | {f"ema_model.{name}": table for name, table in PROCESS.items()},
+            },
+            BETAS,
+        ),
+    ],
+)
+def test_what_lies_beside_the_weights_is_no_weight(content: Any, schedule: dict[str, Tensor], tmp_path: Path) -> None:
+    """Counters of averages are dropped; betas come along under their own names, tables that follow from them do not."""
+    torch.save(content, tmp_path / "ckpt.pt")
+    which = "ema.ema_model" if "ema" in content and "model" in content else None
+    found = read_weights(tmp_path / "ckpt.pt", which)
+    assert found == ONE or found.keys() == {**ONE, **schedule}.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in {**ONE, **schedule}.items())
+
+
+def test_averages_whose_names_have_no_dots_get_those_of_the_weights(tmp_path: Path) -> None:
+    """CompVis' LitEma: model_ema.diffusion_modelheadweight is model.diffusion_model.head.weight."""
+    names = {name: f"diffusion_model.{name}" for name in ONE}
+    content = {f"model.{name}": ONE[key] * 0 for key, name in names.items()}
+    content |= {f"model_ema.{name.replace('.', '')}": ONE[key] for key, name in names.items()}
+    content |= {"model_ema.decay": torch.tensor(0.999), "model_ema.num_updates": torch.tensor(5), **PROCESS}
+    torch.save({"state_dict": content}, tmp_path / "ckpt.ckpt")
+    with pytest.raises(ConvertError, match=r"several sets of weights: model, model_ema\."):
+        read_weights(tmp_path / "ckpt.ckpt")
+    found = read_weights(tmp_path / "ckpt.ckpt", "model_ema")
+    assert all(torch.equal(found[name], tensor) for name, tensor in {**ONE, **BETAS}.items())
+
+
+@pytest.mark.parametrize("source", ["ddim", "improved-diffusion"])
+def test_betas_in_the_file_are_compared_with_the_schedule_that_is_stated(source: Any) -> None:
+    weights = ORIGINALS[source]().state_dict()
+    linear = torch.linspace(1e-4, 0.02, 1000)
+    t = torch.arange(1001, dtype=torch.float64) / 1000
+    bar = ((t + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+    cosine = (1 - bar[1:] / bar[:-1]).clamp(max=0.999).float()
+    for betas, schedule in ((linear, "linear"), (cosine, "cosine")):
+        if (source, schedule) == ("ddim", "cosine"):
+            continue
+        beside = {**weights, "betas": betas, "alphas_cumprod": (1 - betas.double()).cumprod(0).float()}
+        pipe = convert_weights(beside, options(source, noise_schedule=schedule, num_timesteps=None))
+        torch.testing.assert_close(pipe.scheduler.betas.float(), betas, rtol=1e-4, atol=1e-7)  # T is theirs, too
+    beside = {**weights, "betas": cosine}
+    words = (
+        r"holds 'betas', 1000 numbers from 4.128e-05 to 0.999, and --noise_schedule linear has 1000 from 0.0001 to 0.02"
+    )
+    with pytest.raises(ConvertError, match=words):
+        convert_weights(beside, options(source))
+    with pytest.raises(ConvertError, match=r"holds 'alphas_cumprod', 1000 numbers .* has 500 from"):
+        more = {"rescale_timesteps": False} if source == "improved-diffusion" else {}
+        convert_weights({**weights, "alphas_cumprod": linear}, options(source, num_timesteps=500, **more))
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["init_conv.weight", "time_mlp.1.weight", "final_conv.weight"], "of lucidrains/denoising-diffusion-pytorch"),
+        (["time_embed.0.weight", "input_blocks.0.0.weight", "out.2.weight"], "of guided-diffusion's classifier"),
+        (["all_modules.0.weight", "all_modules.1.W"], "of yang-song/score_sde"),
+        (["x_embedder.proj.weight", "blocks.0.attn.qkv.weight"], "a diffusion transformer, not a U-Net"),
+        (["first_stage_model.quant_conv.weight", "model.x"], "a latent diffusion model"),
+        (
+            [
+                "conv_in.weight",
+                "time_embedding.linear_1.weight",
+                "down_blocks.0.resnets.0.conv1.weight",
+                "up_blocks.0.x",
+            ],
+            "of Diffusers: give --source diffusers and the folder of the pipeline",
+        ),
+    ],
+)
+def test_networks_of_other_codes_are_named(names: list[str], words: str) -> None:
+    weights = dict.fromkeys(names, torch.ones(1))
+    with pytest.raises(ConvertError, match=words):
+        recognise(weights)
+    for source in ORIGINALS:
+        with pytest.raises(ConvertError, match=words):
+            convert_weights(weights, options(source))
+
+
+def test_whether_a_row_stands_for_no_class_is_asked_for_and_guides() -> None:
+    """Ten rows are ten classes, or nine and a null label: the file cannot tell."""
+    weights = OpenAINetwork(classes=10).state_dict()
+    with pytest.raises(ConvertError, match=r"does not tell --null_label: .* took: .* --null_label none\."):
+        convert_weights(weights, options("guided-diffusion"))
+    for word, number, null in (("none", 10, None), ("last", 9, 9)):
+        pipe = convert_weights(weights, options("guided-diffusion", null_label=word))
+        assert classes_of(pipe.unet.config) == (number, null, None)
+        pipe.set_progress_bar_config(disable=True)
+        draw: Any = lambda pipe=pipe, **more: pipe(1, num_inference_steps=2, output_type="pt", **more)  # noqa: E731
+        if null is None:
+            with pytest.raises(UserError, match="trained with a class for every image"):
+                draw(class_labels=0, guidance_scale=1.0)
+        else:
+            assert torch.isfinite(draw(class_labels=8, guidance_scale=1.0).images).all()
+            with pytest.raises(UserError, match="9 stands for no class"):
+                draw(class_labels=9)
+    with pytest.raises(ConvertError, match="knows no classes, got --null_label last"):
+        convert_weights(OpenAINetwork().state_dict(), options("guided-diffusion", null_label="last"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_numbers_of_another_precision_are_kept_in_float32_and_said(dtype: torch.dtype, tmp_path: Path) -> None:
+    weights = {name: weight.to(dtype) for name, weight in HoNetwork().state_dict().items()}
+    torch.save(weights, tmp_path / "ckpt.pt")
+    said = {**SAID, "variance_type": "fixed_large", "num_timesteps": 1000}
+    folder = convert(ConvertOptions("ddim", str(tmp_path / "ckpt.pt"), str(tmp_path / "out"), **said))
+    kept = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(kept["conv_in.weight"], weights["conv_in.weight"].float())
+    assert f"| Numbers | {str(dtype)[6:]} in the checkpoint, float32 here |" in (folder / "README.md").read_text()
+
+
+def test_a_checkpoint_in_several_files_is_read_by_its_index(tmp_path: Path) -> None:
+    for number, name in enumerate(ONE, 1):
+        save_file({name: ONE[name]}, tmp_path / f"model-0000{number}-of-00002.safetensors")
+    places = {name: f"model-0000{number}-of-00002.safetensors" for number, name in enumerate(ONE, 1)}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert read_weights(index) == ONE
+    with pytest.raises(ConvertError, match="is one of several files of a checkpoint: name their index"):
+        read_weights(tmp_path / "model-00001-of-00002.safetensors")
+    index.write_text(json.dumps({"weight_map": {**places, "more.weight": places["head.weight"]}}))
+    with pytest.raises(
+        ConvertError, match=r"names 'more.weight', which model-00001-of-00002.safetensors does not hold"
+    ):
+        read_weights(index)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ConvertError, match=r"names model-00002-of-00002.safetensors, and there is no such file"):
+        read_weights(index)
+    for odd in ("[]", "{}", "no", '{"weight_map": [1]}'):
+        index.write_text(odd)
+        with pytest.raises(ConvertError, match="is no index of a checkpoint in several files"):
+            read_weights(index)
 
 
 def test_safetensors_are_read(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ _OPEN: dict[str, tuple[str, ...]] = {
     "num_heads": _OPENAI,
     "num_head_channels": _OPENAI,
     "attention_order": _OPENAI,
+    "null_label": _OPENAI,
     "weights": _CODES,
     "license": (*_CODES, "diffusers"),
     "token": ("diffusers",),
@@ -34,9 +35,9 @@ _OPEN: dict[str, tuple[str, ...]] = {
 # What each code's own scripts take where a command line says nothing: shown beside the question, never assumed.
 _USUAL: dict[str, str] = {
     "guided-diffusion": "--resolution 64 --prediction_type epsilon --variance_type fixed_large --noise_schedule linear "
-    "--num_timesteps 1000 --rescale_timesteps false --num_heads 4 --attention_order legacy",
+    "--num_timesteps 1000 --rescale_timesteps false --num_heads 4 --attention_order legacy --null_label none",
     "improved-diffusion": "--resolution 64 --prediction_type epsilon --variance_type fixed_large --noise_schedule "
-    "linear --num_timesteps 1000 --rescale_timesteps true --num_heads 4 --attention_order legacy",
+    "linear --num_timesteps 1000 --rescale_timesteps true --num_heads 4 --attention_order legacy --null_label none",
     "pytorch-ddpm": "--resolution 32 --prediction_type epsilon --variance_type fixed_large --noise_schedule linear",
     "ddim": "--resolution 32 --prediction_type epsilon --variance_type fixed_large --noise_schedule linear "
     "--num_timesteps 1000",
@@ -74,6 +75,11 @@ class ConvertOptions:
         "Rows of qkv: legacy [head][q,k,v], new (use_new_attention_order) [q,k,v][head]. Names and shapes are the same "
         "and the network another, so it is asked for where there is more than one head.",
     )
+    null_label: Literal["none", "last"] | None = option(
+        None,
+        "Whether the last row of the class embedding stands for no class, as in networks trained for guidance; asked "
+        "for where there are classes.",
+    )
     weights: str | None = option(None, "The entry of the file that is taken, as ema_model, where there are several.")
     license: str | None = option(
         None, "Licence of the weights, for the card, by the Hub's name; none: that of a Hub pipeline's card."
@@ -87,6 +93,7 @@ class ConvertOptions:
             "variance_type": ("fixed_small", "fixed_large", "learned", "learned_range"),
             "noise_schedule": ("linear", "cosine", "quad", "sigmoid"),
             "attention_order": ("legacy", "new"),
+            "null_label": ("none", "last"),
         }
         for name, allowed in words.items():
             if (word := getattr(self, name)) is not None:

@@ -20,13 +20,15 @@ from torch import Tensor
 
 from ..diffusion.words import Arguments
 from ..hub.pipeline_files import PICKLES
+from ..models.classes import class_options
 from ..pipelines.ddpm import DDPMExtPipeline, load_pipeline
 from ..pipelines.locate import is_hub_name
 from ..schedulers.ddpm import DDPMExtScheduler
-from .checkpoints import read_weights
+from .checkpoints import SCHEDULE, read_weights
 from .config import ConvertError, ConvertOptions, unanswered
 from .converted_card import write_converted_card
-from .state_dict_maps import LAYOUTS, Layout, Place, Shape, all_places, find, left_over, measure, recognise
+from .recognise import recognise, refuse_others
+from .state_dict_maps import LAYOUTS, Layout, Place, Shape, all_places, find, left_over, measure
 
 __all__ = ["convert", "convert_weights"]
 
@@ -65,15 +67,22 @@ def convert(options: ConvertOptions) -> Path:
         source = "diffusers"
     if source == "diffusers":
         options.check_source(source)
-        pipeline = load_pipeline(options.checkpoint, options.token)
+        pipeline, precision = load_pipeline(options.checkpoint, options.token), None
     else:
         weights = read_weights(options.checkpoint, options.weights)
+        precision = _precision(weights)
         source = recognise(weights) if source == "auto" else source
         options = replace(options, source=source)
         pipeline = convert_weights(weights, options)
     pipeline.save_pretrained(target)
-    write_converted_card(target, pipeline, replace(options, source=source))
+    write_converted_card(target, pipeline, replace(options, source=source), precision)
     return target
+
+
+def _precision(weights: Mapping[str, Tensor]) -> str | None:
+    """What has become of numbers that are not of float32, in words; None where all are."""
+    kinds = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()} - {"float32"})
+    return f"{', '.join(kinds)} in the checkpoint, float32 here" if kinds else None
 
 
 def _check_target(target: Path, checkpoint: str) -> None:
@@ -98,7 +107,12 @@ def convert_weights(weights: Mapping[str, Tensor], options: ConvertOptions) -> D
     Raises:
         ConvertError: as in `convert`.
     """
+    refuse_others(weights)
+    schedule = {name: weights[name] for name in SCHEDULE if name in weights}
+    weights = {name: weight for name, weight in weights.items() if name not in schedule}
     layout = LAYOUTS[options.source]
+    if options.num_timesteps is None and schedule and not layout.table:
+        options = replace(options, num_timesteps=len(next(iter(schedule.values()))))
     shape = measure(weights, layout)
     settings = _settle(weights, shape, layout, options)
     unet = UNet2DModel(**_unet_arguments(shape, layout, settings))
@@ -107,7 +121,11 @@ def convert_weights(weights: Mapping[str, Tensor], options: ConvertOptions) -> D
         place.target: place for place in all_places(shape, layout, lambda width: heads.get(width, 1), settings.order)
     }
     _fill(unet, weights, places, layout)
-    return DDPMExtPipeline(unet.eval(), _scheduler(layout, settings, options))
+    scheduler = _scheduler(layout, settings, options)
+    _check_schedule(schedule, scheduler, options)
+    if options.null_label == "last" and shape.classes is not None:
+        unet.register_to_config(**class_options(shape.classes - 1, with_null_label=True))
+    return DDPMExtPipeline(unet.eval(), scheduler)
 
 
 # What the options say -------------------------------------------------------------------------------------------------
@@ -135,7 +153,10 @@ def _settle(weights: Mapping[str, Tensor], shape: Shape, layout: Layout, options
         "rescale_timesteps": is_openai and T != 1000,
         "num_heads": is_openai and not has_heads,
         "attention_order": is_openai and is_split,
+        "null_label": shape.classes is not None,
     }
+    if options.null_label is not None and shape.classes is None:
+        raise ConvertError(f"The network knows no classes, got --null_label {options.null_label}: leave it out.")
     missing = [name for name, is_asked in asked.items() if is_asked and getattr(options, name) is None]
     if missing or T is None:
         raise unanswered(missing, layout.name)
@@ -266,6 +287,19 @@ def _scheduler(layout: Layout, settings: _Settings, options: ConvertOptions) -> 
         ends = (options.beta_start or 1e-4) * scale, (options.beta_end or 0.02) * scale
         arguments |= {"beta_start": ends[0], "beta_end": ends[1]}
     return DDPMExtScheduler(**arguments)
+
+
+def _check_schedule(schedule: Mapping[str, Tensor], scheduler: DDPMExtScheduler, options: ConvertOptions) -> None:
+    """Raise ConvertError where the betas in the checkpoint are not those of the schedule that was stated."""
+    for name, theirs in schedule.items():
+        ours = getattr(scheduler, name)
+        theirs = theirs.flatten().to(ours.dtype)
+        if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-6):
+            raise ConvertError(
+                f"The checkpoint holds {name!r}, {len(theirs)} numbers from {theirs[0]:.4g} to {theirs[-1]:.4g}, and "
+                f"--noise_schedule {options.noise_schedule} has {len(ours)} from {ours[0]:.4g} to {ours[-1]:.4g}: give "
+                "the schedule of the training."
+            )
 
 
 # Weights --------------------------------------------------------------------------------------------------------------

@@ -90,8 +90,17 @@ def _upstream_license(options: ConvertOptions) -> License | None:
         return None
 
 
-def write_converted_card(folder: Path, pipeline: DDPMExtPipeline, options: ConvertOptions) -> Path | None:
-    """Write README.md into the folder of a converted pipeline; None where the one there was written by hand."""
+def write_converted_card(
+    folder: Path, pipeline: DDPMExtPipeline, options: ConvertOptions, precision: str | None = None
+) -> Path | None:
+    """Write README.md into the folder of a converted pipeline; None where the one there was written by hand.
+
+    Args:
+        folder: The pipeline's.
+        pipeline: With the converted weights.
+        options: Of the conversion, with the source that was recognised.
+        precision: What has become of numbers of another precision.
+    """
     card = folder / "README.md"
     if card.is_file() and RENDERED not in card.read_text(encoding="utf-8"):
         return None
@@ -109,6 +118,7 @@ def write_converted_card(folder: Path, pipeline: DDPMExtPipeline, options: Conve
     }
     rows = {"Source": said.pop("source"), "Checkpoint": name}
     rows |= {"SHA-256": sha256(checkpoint)} if is_file else {}
+    rows |= {"Numbers": precision} if precision is not None else {}
     rows |= {f"`--{name}`": value for name, value in said.items()}
     words = {pipeline.scheduler.config["prediction_type"], pipeline.scheduler.config["variance_type"]}
     own = seen["labelled"] or not words.isdisjoint(STOCK_CANNOT)  # else Diffusers alone can sample it

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from .config import ConvertError
 
-__all__ = ["LAYOUTS", "Layout", "Place", "Shape", "all_places", "find", "left_over", "measure", "recognise"]
+__all__ = [
+    "LAYOUTS",
+    "Layout",
+    "Place",
+    "Shape",
+    "all_places",
+    "find",
+    "left_over",
+    "measure",
+]
 
 Change = Callable[[Tensor], Tensor]
 Weights = Mapping[str, Tensor]
@@ -123,26 +132,6 @@ LAYOUTS = {
         None,
     ),
 }
-
-
-def recognise(weights: Weights) -> str:
-    """Return the source whose names a checkpoint has.
-
-    Raises:
-        ConvertError: it has those of none.
-    """
-    found = [name for name, layout in LAYOUTS.items() if all(f"{own}.weight" in weights for own in _signs(layout))]
-    if not found:
-        raise ConvertError(
-            f"The checkpoint is of none of {', '.join(LAYOUTS)}: its first tensor is {next(iter(weights), None)!r}. "
-            "Give --source where you know better."
-        )
-    resamples = any(re.match(r"output_blocks\.\d+\.[12]\.in_layers\.", name) for name in weights)
-    return found[0] if resamples else found[-1]
-
-
-def _signs(layout: Layout) -> tuple[str, ...]:
-    return (layout.conv_in, layout.conv_out, *layout.time)
 
 
 # The shape ------------------------------------------------------------------------------------------------------------
