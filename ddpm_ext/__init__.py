@@ -4,10 +4,9 @@ The names below are what users need; each is loaded when it is first used.
 """
 
 import sys
+from importlib import import_module
 from itertools import pairwise
 from typing import TYPE_CHECKING
-
-from .lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -56,33 +55,38 @@ __all__ = [
 ]
 
 _HOMES = {
-    "conversion.convert": ("convert",),
-    "data.dataset": ("load_images",),
-    "diffusion.textbook": ("DenoiseDiffusion",),
-    "errors": ("UserError",),
-    "evaluation.bound.bits_per_dim": (
-        "BitsPerDim",
-        "RateDistortion",
-        "bits_per_dim",
-        "rate_distortion",
-    ),
-    "evaluation.calibrate": ("calibrate",),
-    "evaluation.config": (
-        "CalibrateConfig",
-        "EvalConfig",
-    ),
-    "evaluation.evaluate": ("evaluate",),
-    "hub.upload": ("push_to_hub",),
-    "models.unet": ("build_unet",),
-    "pipelines.ddpm": ("DDPMExtPipeline",),
-    "pipelines.locate": ("DIGITS",),
-    "schedulers.ddpm": ("DDPMExtScheduler",),
-    "schedulers.solver": ("DDPMExtSolverScheduler",),
-    "training.config": ("TrainConfig",),
-    "training.presets": ("PRESETS",),
-    "training.run": ("train",),
+    "conversion.convert": "convert",
+    "data.dataset": "load_images",
+    "diffusion.textbook": "DenoiseDiffusion",
+    "errors": "UserError",
+    "evaluation.bound.bits_per_dim": "BitsPerDim RateDistortion bits_per_dim rate_distortion",
+    "evaluation.calibrate": "calibrate",
+    "evaluation.config": "CalibrateConfig EvalConfig",
+    "evaluation.evaluate": "evaluate",
+    "hub.upload": "push_to_hub",
+    "models.unet": "build_unet",
+    "pipelines.ddpm": "DDPMExtPipeline",
+    "pipelines.locate": "DIGITS",
+    "schedulers.ddpm": "DDPMExtScheduler",
+    "schedulers.solver": "DDPMExtSolverScheduler",
+    "training.config": "TrainConfig",
+    "training.presets": "PRESETS",
+    "training.run": "train",
 }
-__getattr__, __dir__ = lazy_names(__name__, _HOMES)
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> object:
+    """Load a name from its module when it is first used (PEP 562), so that importing the package costs nothing."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the names that there are, loaded or not."""
+    return sorted({*globals(), *_HOME_OF})
 
 
 def _refuse_modules_as_commands() -> None:

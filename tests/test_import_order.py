@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ddpm_ext"
 
 # Lowest first. What stands between two commas may import everything before it; neighbours in one entry, each other.
 LAYERS: list[set[str]] = [
-    {"errors", "threads", "lazy", "options"},
+    {"errors", "threads", "options"},
     {"run_dir"},
     {"distributed", "signals"},
     {"diffusion"},

@@ -74,7 +74,7 @@ def check_network(model: object, images: Tensor) -> None:
     if (channels, size) != (in_channels, expected):
         raise UserError(
             f"images must have the network's {in_channels} channels and size {expected[0]} x {expected[1]}, got shape "
-            f"{tuple(images.shape)}. See channels and resolution of ddpm_ext.data.load_images."
+            f"{tuple(images.shape)}. See channels and resolution of ddpm_ext.load_images."
         )
     if "block_out_channels" in config:
         check_resolution(config, (size[0], size[1]))
