@@ -14,7 +14,6 @@ Source: Bao et al. 2022, "Analytic-DPM", arXiv:2201.06503; for an imperfect mean
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import get_args
 
 import numpy as np
@@ -30,7 +29,6 @@ from .words import TrajectoryCost
 __all__ = [
     "covariance",
     "ddim_variance",
-    "kl_bound",
     "optimal_trajectories",
     "optimal_trajectory",
     "optimal_variance",
@@ -232,27 +230,6 @@ def optimal_trajectories(
         if K < T and not math.isfinite(cheapest[K - 1]):
             raise UserError(f"No trajectory of {K} steps has a finite cost: mse_eps is too large. Measure it again.")
     return {K: list(range(T)) if K == T else _walk_back(came_from[:K], T) for K in steps}
-
-
-def kl_bound(tables: Tables, mse_eps: Tensor, timesteps: list[int], cost: TrajectoryCost = "analytic") -> float:
-    r"""Return the bound's KL part Σ L_{t-1} of a chain, in nats per dimension.
-
-        analytic: ½ [Σ J(s, t) + log SNR(n_1) - log SNR(n_K)]        fixed: ½ Σ F(s, t)
-
-    The last logarithm is left out where ᾱ = 0 at n_K, as in `analytic_edges`.
-
-    Args:
-        tables: One schedule.
-        mse_eps: float64, shape (T,).
-        timesteps: Of the chain, ascending code indices.
-        cost: Which reverse variance.
-    """
-    edges = trajectory_edges(tables, mse_eps, cost)
-    total = sum(edges[s, t] for s, t in pairwise(timesteps))
-    if cost == "analytic":
-        log_snr = tables.log_alpha_bar - tables.one_minus_alpha_bar.log()
-        total += (log_snr[timesteps[0]] - (log_snr[timesteps[-1]] if tables.alpha_bar[timesteps[-1]] > 0 else 0)).item()
-    return 0.5 * float(total)
 
 
 def checked_errors(name: str, errors: Tensor, tables: Tables) -> Tensor:

@@ -34,7 +34,6 @@ __all__ = [
     "eps_weights",
     "jump",
     "per_image",
-    "predict_eps",
     "predict_x_0",
     "q_marginal",
     "q_posterior",
@@ -246,21 +245,6 @@ def predict_x_0(output: Tensor, x_t: Tensor, t: Tensor, tables: Tables, predicti
     check_same_shape("output", output, "x_t", x_t)
     weights = x_0_weights(tables, check_steps(t, x_t, tables), prediction_type)
     return weighted_sum(x_t, weights.of_x_t, output, weights.of_output)
-
-
-def predict_eps(x_0: Tensor, x_t: Tensor, t: Tensor, tables: Tables) -> Tensor:
-    r"""Return the noise that leads from x_0 to x_t: ε = (x_t - √ᾱ_t x_0) / √(1-ᾱ_t).
-
-    Args:
-        x_0: Clean images or their prediction, shape (B, C, H, W).
-        x_t: Noised images, same shape.
-        t: int64, shape (B,), 0 <= t < T.
-        tables: One schedule, on t's device.
-    """
-    check_same_shape("x_0", x_0, "x_t", x_t)
-    alpha_bar = tables.alpha_bar[check_steps(t, x_t, tables)]
-    rstd = tables.one_minus_alpha_bar[t].rsqrt()
-    return weighted_sum(x_t, rstd, x_0, -alpha_bar.sqrt() * rstd, dtype=x_t.dtype)
 
 
 def training_target(

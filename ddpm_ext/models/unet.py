@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from diffusers import UNet2DModel
-from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from ..diffusion.words import Arguments, Config
@@ -26,7 +25,6 @@ __all__ = [
     "count_parameters",
     "init_ddpm_",
     "last_layers",
-    "set_dropout_",
     "unet_config",
 ]
 
@@ -213,17 +211,6 @@ def check_resolution(config: Config, size: tuple[int, int]) -> None:
 def count_parameters(unet: nn.Module) -> int:
     """Return the number of weights."""
     return sum(weight.numel() for weight in unet.parameters())
-
-
-def set_dropout_(unet: UNet2DModel, dropout: float) -> UNet2DModel:
-    """Give every residual block this probability of dropout, and the configuration too."""
-    if not 0 <= dropout < 1:
-        raise UserError(f"dropout must be in [0, 1), got {dropout}.")
-    for module in unet.modules():
-        if isinstance(module, ResnetBlock2D):
-            module.dropout.p = dropout
-    unet.register_to_config(dropout=dropout)
-    return unet
 
 
 # Initialisation -------------------------------------------------------------------------------------------------------
