@@ -24,15 +24,12 @@ from .folder import classes_in_names
 from .order import Batch, as_tensor, positions_to_indices
 from .rows import (
     Decoder,
-    ImageOptions,
-    Reading,
     decode_to_file,
     decode_to_memory,
     fingerprint,
     image_format,
     say_once,
     source_digest,
-    spec_and_reading,
     tell_of,
 )
 from .sources import (
@@ -45,7 +42,7 @@ from .sources import (
     read_labels,
     without_class,
 )
-from .spec import DataSpec
+from .spec import DataSpec, ImageOptions, Reading, spec_and_reading
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -13,88 +13,35 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from filelock import FileLock
 
 from ..errors import UserError
-from ..run_dir import JsonRecord
 from .cells import Cell, Rows, encoded_image, file_bytes, image_name
 from .decoding.formats import UNREADABLE
 from .decoding.levels import COLOURS, ImageFormat, Seen, decode_image, probe, reason
-from .spec import DataSpec, SpecOptions, make_spec
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from .spec import DataSpec, Reading
 
 __all__ = [
     "Cells",
     "Decoded",
     "Decoder",
-    "ImageOptions",
-    "Reading",
     "decode_to_file",
     "decode_to_memory",
     "fingerprint",
     "image_format",
     "say_once",
     "source_digest",
-    "spec_and_reading",
     "tell_of",
 ]
 
-# Decoded images up to MEMORY_BYTES are held in memory, up to MAPPED_BYTES in a file that all processes map; larger
-# sets are decoded when asked for.
-MEMORY_BYTES = 1 << 28
-MAPPED_BYTES = 1 << 34
-MAX_UNREADABLE = 0.01
 _ROWS_AT_ONCE = 512
 _SAMPLED_ROWS = 256  # rows whose whole content enters the fingerprint of a set too large to be read for it
 _TRIED_ROWS = 16  # rows decoded at the start of a set that is not read as a whole
 _ENOUGH = 100  # images met before a share of unreadable ones says something of a set of unknown length
 _said: set[str] = set()
-
-
-class Reading(NamedTuple):
-    """How a set is read; nothing of it changes what the set is.
-
-    Attributes:
-        strict: An image that cannot be read is an error; otherwise it is skipped, counted and named.
-        max_unreadable: Share of unreadable images above which the set is refused.
-        cache_dir: Home of downloads and of decoded images; None takes that of `datasets`.
-        max_images: Only the first so many rows.
-        num_workers: Threads that decode; 0 decodes in the calling one.
-        memory_bytes: Decoded sets up to this size are held in memory ...
-        mapped_bytes: ... and up to this size in a memory-mapped file; larger ones are decoded when asked for.
-    """
-
-    strict: bool = False
-    max_unreadable: float = MAX_UNREADABLE
-    cache_dir: str | None = None
-    max_images: int | None = None
-    num_workers: int = 0
-    memory_bytes: int = MEMORY_BYTES
-    mapped_bytes: int = MAPPED_BYTES
-
-
-class ImageOptions(SpecOptions, total=False):
-    """What names images, how they are cut, and how they are read: the options of `load_images`."""
-
-    strict: bool
-    max_unreadable: float
-    cache_dir: str | None
-    max_images: int | None
-    num_workers: int
-    memory_bytes: int
-    mapped_bytes: int
-
-
-def spec_and_reading(dataset_name: str | None, **options: Unpack[ImageOptions]) -> tuple[DataSpec, Reading]:
-    """Return the two records that options make: which images, and how they are read."""
-    given: JsonRecord = dict(options)
-    reading = Reading(**{name: given.pop(name) for name in Reading._fields if name in given})
-    return make_spec(dataset_name, **given), reading
 
 
 class Cells(Protocol):

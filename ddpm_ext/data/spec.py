@@ -1,4 +1,4 @@
-"""The record of the images that a run was trained on: written by training, read by whatever measures the result.
+"""Which images, and how they are read; the record that training leaves of them, for whatever measures the result.
 
 run/config.json   {"config": {...}, "data": {"dataset_name": ..., "resolution": [32, 32], "class_names": [...], ...}}
 """
@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from ..errors import UserError, did_you_mean
 from ..models.values import image_size
@@ -20,13 +20,35 @@ if TYPE_CHECKING:
 
     from .dataset import ImageSet
 
-__all__ = ["DIGITS", "DataSpec", "SpecOptions", "make_spec"]
+__all__ = ["DIGITS", "DataSpec", "ImageOptions", "Reading", "make_spec", "spec_and_reading"]
 
 DIGITS = "digits"  # the name of the built-in set
 
 # What follows from the files themselves: it can be compared only where both specs name the same split of the same set.
 _CONTENT = ("class_counts", "num_images", "fingerprint")
 _PLACE = ("dataset_name", "dataset_config_name", "data_dir", "split")
+
+
+class Reading(NamedTuple):
+    """How a set is read; nothing of it changes what the set is.
+
+    Attributes:
+        strict: An image that cannot be read is an error; otherwise it is skipped, counted and named.
+        max_unreadable: Share of unreadable images above which the set is refused.
+        cache_dir: Home of downloads and of decoded images; None takes that of `datasets`.
+        max_images: Only the first so many rows.
+        num_workers: Threads that decode; 0 decodes in the calling one.
+        memory_bytes: Decoded sets up to this size are held in memory ...
+        mapped_bytes: ... and up to this size in a memory-mapped file; larger ones are decoded when asked for.
+    """
+
+    strict: bool = False
+    max_unreadable: float = 0.01
+    cache_dir: str | None = None
+    max_images: int | None = None
+    num_workers: int = 0
+    memory_bytes: int = 1 << 28
+    mapped_bytes: int = 1 << 34
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +199,6 @@ class DataSpec:
             UserError: the set cannot be opened, or holds classes that training did not know.
         """
         from .dataset import class_names_of, open_images
-        from .rows import Reading
 
         spec = replace(self, split=split or self.split)
         if spec.split == self.split and self.fingerprint is not None:
@@ -262,6 +283,25 @@ def make_spec(dataset_name: str | None = None, **options: Unpack[SpecOptions]) -
     if "class_names" in given:
         given["class_names"] = tuple(given["class_names"])
     return DataSpec(dataset_name=dataset_name or (None if folder else DIGITS), data_dir=folder, **given)
+
+
+class ImageOptions(SpecOptions, total=False):
+    """What names images, how they are cut, and how they are read: the options of `load_images`."""
+
+    strict: bool
+    max_unreadable: float
+    cache_dir: str | None
+    max_images: int | None
+    num_workers: int
+    memory_bytes: int
+    mapped_bytes: int
+
+
+def spec_and_reading(dataset_name: str | None, **options: Unpack[ImageOptions]) -> tuple[DataSpec, Reading]:
+    """Return the two records that options make: which images, and how they are read."""
+    given: JsonRecord = dict(options)
+    reading = Reading(**{name: given.pop(name) for name in Reading._fields if name in given})
+    return make_spec(dataset_name, **given), reading
 
 
 def _bits_of_range(lo: float, hi: float) -> int:

@@ -35,7 +35,7 @@ from ..run_dir import JsonRecord
 from .cells import Cell, Row, array_cell, file_bytes, undecoded
 from .folder import classes_in_names
 from .order import Batch, as_tensor
-from .rows import Decoder, ImageOptions, Reading, image_format, say_once, spec_and_reading, tell_of
+from .rows import Decoder, image_format, say_once, tell_of
 from .sources import (
     empty_set,
     find_image_column,
@@ -45,7 +45,7 @@ from .sources import (
     open_source,
     without_class,
 )
-from .spec import DataSpec
+from .spec import DataSpec, ImageOptions, Reading, spec_and_reading
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -17,8 +17,7 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 from ..data.dataset import ImageSet, open_images
-from ..data.rows import Reading
-from ..data.spec import DataSpec, make_spec
+from ..data.spec import DataSpec, Reading, make_spec
 from ..data.streaming import ImageStream, open_stream, without_resolution
 from ..diffusion.words import EXTENSION_KEY, LEARNED_VARIANCES
 from ..models.classes import class_options
