@@ -156,6 +156,14 @@ def test_positions_come_back_in_the_order_they_were_asked_for(shards: str, whole
     assert batch.labels.tolist() == [flat[p] % 5 for p in (130, 3, 127, 3)]
 
 
+def test_where_classes_are_required_each_picture_comes_with_its_own(shards: str) -> None:
+    stream = open_stream(shards)
+    stream.require_classes()
+    batch = stream.at(range(40), 3)
+    assert batch.labels is not None and set(batch.labels.tolist()) == {0, 1, 2, 3, 4}
+    assert batch.labels.tolist() == [number % 5 for number in numbers_of(batch)]
+
+
 def test_a_stream_and_a_set_have_the_same_face(shards: str) -> None:
     stream, images = open_stream(shards), load_images(train_data_dir=shards, channels=1)
     assert stream.shape == images.shape == (1, 4, 4)
