@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pinned(name: str) -> dict[str, str]:
-    lines = (ROOT / name).read_text("utf-8").splitlines()
+    """The versions of a file; of several of a package the first, which is the oldest."""
+    lines = (ROOT / name).read_text("utf-8").splitlines()[::-1]
     pairs = (re.match(r"([\w.-]+)==([\w.]+)", line) for line in lines)
     return {match[1].replace("-", "_").lower(): match[2] for match in pairs if match}
 
