@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires
@@ -27,6 +28,7 @@ from .evaluation.samplers import make_scheduler
 from .models import classes
 from .models.values import image_size, values_of
 from .pipelines.ddpm import DDPMExtPipeline, load_pipeline
+from .pipelines.guidance import make_guidance, setting_of
 from .pipelines.locate import is_hub_name
 from .pipelines.sampling import shown_bands
 from .run_dir import JsonRecord
@@ -94,13 +96,14 @@ class Studio:
         pipeline = with_own_scheduler(self.pipeline, word)
         seeds = range(int(seed or 0), int(seed or 0) + int(count))
         labels, guidance = labels_of(pipeline, label, len(seeds)), float(guidance_scale or 0)
+        remarks = remarks_on_guidance(pipeline, guidance)
         chain = pipeline.progressive(
             len(seeds), _generators(seeds), steps, class_labels=labels, guidance_scale=guidance
         )
         every = max(1, steps // SHOWN_STEPS)
         for i, progress in enumerate(chain, start=1):
             if progress.x_0 is not None and (i % every == 0 or i == steps) and not (calls and i == steps):
-                yield in_a_row(progress.x_0, shown), f"t = {progress.t}, step {i} of {steps}"
+                yield in_a_row(progress.x_0, shown), f"t = {progress.t}, step {i} of {steps}{remarks}"
         if calls:  # its last jump mixes the estimates of several steps: the image is the x̂_0 of none
             images = pipeline(
                 len(seeds),
@@ -110,7 +113,7 @@ class Studio:
                 class_labels=labels,
                 guidance_scale=guidance,
             )[0]
-            yield in_a_row(torch.as_tensor(images), shown), f"step {steps} of {steps}"
+            yield in_a_row(torch.as_tensor(images), shown), f"step {steps} of {steps}{remarks}"
 
     def interpolate(
         self,
@@ -227,6 +230,17 @@ def knows_no_class(pipeline: DDPMExtPipeline) -> bool:
     """Return whether a network can be guided: it was trained to draw without a class, too."""
     found = classes.classes_of(pipeline.unet.config)
     return found is not None and found.null_label is not None
+
+
+def remarks_on_guidance(pipeline: DDPMExtPipeline, guidance_scale: float) -> str:
+    """Return what a chain warns of, for the page: variances or a solver that were fitted under another guidance."""
+    T, warn = len(pipeline.scheduler), getattr(pipeline.scheduler, "warn_of_guidance", None)
+    if warn is None:
+        return ""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        warn(setting_of(make_guidance(pipeline.unet.config, T, guidance_scale=guidance_scale), T))
+    return "".join(f". {one.message}" for one in told)
 
 
 def labels_of(pipeline: DDPMExtPipeline, label: int | None, count: int) -> list[int] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ import diffusers.guiders
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DModel
 from mixture import CLASSES, MEANS, Mixture, S, conditional_eps, guided_pipeline, unconditional_eps
+from training import TORCHRUN, finish, start
 
 from ddpm_ext.demo import Studio
 from ddpm_ext.diffusion.analytic import optimal_variance
 from ddpm_ext.errors import UserError
+from ddpm_ext.evaluation import plots
 from ddpm_ext.evaluation.bound.bits_per_dim import BoundOptions, bits_per_dim, make_bound
 from ddpm_ext.evaluation.bound.denoising_errors import denoising_errors
 from ddpm_ext.evaluation.calibrate import calibrate
@@ -174,7 +178,52 @@ def test_sampling_evaluation_bits_and_the_demo_warn_too(calibrated: Path, tmp_pa
         pipeline: Any = DDPMExtPipeline.from_pretrained(analytic)
         bits_per_dim(pipeline.unet, pipeline.scheduler, pixels, class_labels=[0])
     with pytest.warns(UserWarning, match=words + "guidance_scale 1"):
-        list(Studio(str(analytic)).generate(4, "ddpm", 0, label=1, guidance_scale=1.0, count=1))
+        shown = list(Studio(str(analytic)).generate(4, "ddpm", 0, label=1, guidance_scale=1.0, count=1))
+    assert all(words + "guidance_scale 1" in line for _, line in shown)  # in the page, too
+
+
+def test_the_page_says_that_a_solver_was_fitted_under_another_guidance(calibrated: Path, tmp_path: Path) -> None:
+    chain_of(calibrated, solver=True)[0].save_pretrained(tmp_path)
+    studio = Studio(str(tmp_path))
+    assert "solver 3" in studio.samplers()
+    with pytest.warns(UserWarning, match="and the network is used with no guidance"):
+        lines = [line for _, line in studio.generate(3, "solver 3", 0, label=1, count=1)]
+    assert lines[-1].startswith("step 3 of 3. ") and all("is used with no guidance" in line for line in lines)
+    plain = guided_pipeline(DDPMExtScheduler(20, 1e-3, 0.6), classes=10)
+    plain.save_pretrained(tmp_path / "plain")
+    (*_, (_, line)) = Studio(str(tmp_path / "plain")).generate(4, "ddpm", 0, label=1, guidance_scale=2.0, count=1)
+    assert line == "t = 0, step 4 of 4"
+
+
+@pytest.mark.filterwarnings("ignore:guidance_interval")  # two images mixed at t = 2 are below it
+def test_the_papers_plots_of_a_guided_evaluation_are_guided(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Figures 6, 7 and 8: each call of the network has every image twice where t lies in the interval, once else."""
+    seen: set[tuple[bool, bool]] = set()
+    forward = UNet2DModel.forward
+
+    def listen(self: UNet2DModel, x: Any, t: Any, class_labels: Any, **more: Any) -> Any:
+        half = len(x) // 2
+        twice = len(x) % 2 == 0 and torch.equal(x[:half], x[half:]) and bool((class_labels[half:] == 10).all())
+        seen.add((3 <= int(t) <= 15, twice))
+        return forward(self, x, t, class_labels=class_labels, **more)
+
+    pytest.importorskip("matplotlib")
+    asked = {**options(model, tmp_path, metrics="fid"), **GUIDED, "plots": True}
+    config = EvalConfig(**asked)
+    drawn: dict[str, Any] = {}
+
+    def draw(*words: Any, **more: Any) -> None:
+        monkeypatch.setattr(UNet2DModel, "forward", listen)
+        drawn["options"] = words[4]
+        plots.draw_paper(*words, **more)
+
+    monkeypatch.setattr("ddpm_ext.evaluation.evaluate.draw_paper", draw)
+    evaluate(config)
+    assert drawn["options"] == {"guidance_scale": W, "guidance_interval": [3, 15], "guidance_rescale": 0.5}
+    assert seen == {(True, True), (False, False)}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} > {"progressive.png", "interpolation.png"}
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
@@ -205,6 +254,30 @@ def test_the_analytic_variance_follows_the_guided_errors(calibrated: Path) -> No
 def test_bits_of_a_guided_calibration_are_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="bpd of a guided chain are not measured"):
         CalibrateConfig(**options(model, tmp_path, metrics="bpd,fid", guidance_scale=1.0))
+
+
+@pytest.mark.slow
+def test_two_processes_measure_a_guided_model_as_one_does(model: Path, tmp_path: Path) -> None:
+    words = ["scripts/evaluate.py", "--cpu", f"--model={model}", "--dataset_name=digits", "--extractor=pixels"]
+    words += ["--metrics=fid,fid_per_class", "--num_samples=60", "--num_inference_steps=4", "--guidance_scale=2"]
+    words += [
+        "--guidance_interval",
+        "3",
+        "15",
+        "--guidance_rescale=0.5",
+        f"--reference_cache={tmp_path / 'references'}",
+    ]
+    found: list[list[dict[str, Any]]] = []
+    for name, launcher in (("one", (sys.executable,)), ("two", (*TORCHRUN, "2"))):
+        code, said = finish(start([*words, f"--output_dir={tmp_path / name}"], launcher))
+        assert code == 0, said
+        found.append(json.loads((tmp_path / name / "eval.json").read_text())["figures"])
+    more = {"metrics": "fid,fid_per_class", "num_samples": 60, "max_reference_images": 3000}
+    config = EvalConfig(**options(model, tmp_path / "plain", **more))
+    for one, two, plain in zip(*found, evaluate(config), strict=True):
+        assert two["certificate"]["num_processes"] == 2
+        assert two["certificate"]["options"]["guidance_interval"] == [3, 15]
+        assert one["value"] == pytest.approx(two["value"], rel=1e-6) != plain.value
 
 
 def test_few_step_rows_of_a_guided_evaluation_are_guided(model: Path, tmp_path: Path) -> None:

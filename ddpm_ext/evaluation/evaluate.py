@@ -257,7 +257,7 @@ class _Evaluation:
         draw_results(results, folder)
         runner.pipeline.register_modules(scheduler=ancestral(runner.scheduler))
         assert self.images is not None
-        draw_paper(runner.pipeline, self.images, folder, self.config.seed)
+        draw_paper(runner.pipeline, self.images, folder, self.config.seed, self.config.guidance)
         if self.samples is not None:
             draw_nearest(self.samples, self.reference, self.images, self.config.extractor, folder / "nearest.png")
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..data.dataset import ImageSet
+    from ..pipelines.config import GuidanceOptions
     from ..pipelines.ddpm import DDPMExtPipeline
     from .features.reference import Reference
     from .features.samples import Samples
@@ -177,7 +178,12 @@ def _spread(num_timesteps: int, count: int) -> list[int]:
 
 
 def draw_progressive(
-    pipeline: DDPMExtPipeline, path: Path, num_images: int = 6, columns: int = 10, seed: int = 0
+    pipeline: DDPMExtPipeline,
+    path: Path,
+    num_images: int = 6,
+    columns: int = 10,
+    seed: int = 0,
+    guidance: GuidanceOptions | None = None,
 ) -> Path:
     """DDPM Figure 6: x̂_0 as generation goes on.
 
@@ -187,18 +193,25 @@ def draw_progressive(
         num_images: Rows.
         columns: Steps that are shown.
         seed: Image i is drawn from seed + i.
+        guidance: Class guidance, as the pipeline takes it; None for none.
     """
     T = pipeline.scheduler.config.num_train_timesteps
     at = _spread(T, columns)
     generator = [torch.Generator().manual_seed(seed + i) for i in range(num_images)]
     labels = _round_the_classes(pipeline, num_images)
-    views = list(pipeline.progressive(num_images, generator, num_inference_steps=T, at=at, class_labels=labels))
+    chain = {"num_inference_steps": T, "at": at, "class_labels": labels, **(guidance or {})}
+    views = list(pipeline.progressive(num_images, generator, **chain))
     guesses = torch.stack([_as_pixels(view.x_0) for view in views], dim=1)
     return plot_images(list(guesses), path, column_labels=[f"t = {view.t}" for view in views])
 
 
 def draw_shared_latents(
-    pipeline: DDPMExtPipeline, path: Path, times: Sequence[int] | None = None, num_samples: int = 8, seed: int = 0
+    pipeline: DDPMExtPipeline,
+    path: Path,
+    times: Sequence[int] | None = None,
+    num_samples: int = 8,
+    seed: int = 0,
+    guidance: GuidanceOptions | None = None,
 ) -> Path:
     """DDPM Figure 7: images that share x_t, and class 0 where there are classes; the later t, the less they share.
 
@@ -208,16 +221,16 @@ def draw_shared_latents(
         times: The shared steps t; None for four of them.
         num_samples: Images of a row.
         seed: Of latents and samples.
+        guidance: Class guidance, as the pipeline takes it; None for none.
     """
     T = pipeline.scheduler.config.num_train_timesteps
     times = list(times or (round((T - 1) * share) for share in (1, 0.75, 0.5, 0.25)))
     label, rows = _round_the_classes(pipeline, 1), []
-    chain = {"num_inference_steps": T, "at": times, "class_labels": label}
+    chain = {"num_inference_steps": T, "at": times, "class_labels": label, **(guidance or {})}
     for view in list(pipeline.progressive(1, torch.Generator().manual_seed(seed), **chain)):
         generators = [torch.Generator().manual_seed(seed + 1 + i) for i in range(num_samples)]
-        found = pipeline.continue_from(
-            view.x_t, view.t, num_samples, generators, output_type="latent", class_labels=label
-        )
+        asked = {"output_type": "latent", "class_labels": label, **(guidance or {})}
+        found = pipeline.continue_from(view.x_t, view.t, num_samples, generators, **asked)
         rows.append(_as_pixels(found.images))  # pyright: ignore[reportArgumentType]
     return plot_images(rows, path, row_labels=[f"share x_t, t = {t}" for t in sorted(times, reverse=True)])
 
@@ -229,6 +242,7 @@ def draw_interpolation(
     times: Sequence[int] | None = None,
     seed: int = 0,
     classes: Tensor | None = None,
+    guidance: GuidanceOptions | None = None,
 ) -> Path:
     """DDPM Figure 8: between two images, mixed after t forward steps.
 
@@ -239,6 +253,7 @@ def draw_interpolation(
         times: Where they are mixed; None for four times.
         seed: Of the shared noise.
         classes: Of the two, shape (2,), where the network asks for them; a mixture takes that of the nearer image.
+        guidance: Class guidance, as the pipeline takes it; None for none.
     """
     T = pipeline.scheduler.config.num_train_timesteps
     weights = [k / 8 for k in range(9)]
@@ -247,15 +262,20 @@ def draw_interpolation(
     rows = []
     for t in times:
         generator = torch.Generator().manual_seed(seed)
-        found = pipeline.interpolate(
-            images[0], images[1], t, weights, generator, output_type="latent", class_labels=labels
-        )
+        asked = {"output_type": "latent", "class_labels": labels, **(guidance or {})}
+        found = pipeline.interpolate(images[0], images[1], t, weights, generator, **asked)
         rows.append(_as_pixels(found.images))  # pyright: ignore[reportArgumentType]
     columns = [f"λ = {weight:g}" for weight in weights]
     return plot_images(rows, path, row_labels=[f"mixed at t = {t}" for t in times], column_labels=columns)
 
 
-def draw_paper(pipeline: DDPMExtPipeline, training: ImageSet, folder: Path, seed: int = 0) -> None:
+def draw_paper(
+    pipeline: DDPMExtPipeline,
+    training: ImageSet,
+    folder: Path,
+    seed: int = 0,
+    guidance: GuidanceOptions | None = None,
+) -> None:
     """Figures 6, 7 and 8 of the paper, at every step of the chain; Figure 8 between two training images far apart.
 
     Args:
@@ -263,15 +283,16 @@ def draw_paper(pipeline: DDPMExtPipeline, training: ImageSet, folder: Path, seed
         training: The training images.
         folder: Where the PNGs go.
         seed: Of all drawings.
+        guidance: Class guidance, as the pipeline takes it; None for none.
     """
-    draw_progressive(pipeline, folder / "progressive.png", seed=seed)
-    draw_shared_latents(pipeline, folder / "shared_latents.png", seed=seed)
+    draw_progressive(pipeline, folder / "progressive.png", seed=seed, guidance=guidance)
+    draw_shared_latents(pipeline, folder / "shared_latents.png", seed=seed, guidance=guidance)
     first = range(min(_AMONG, len(training)))
     pixels, classes = images_and_labels(pipeline.unet, training, first)
     pair = farthest_pair(pixels)
     labels = None if classes is None else classes[pair]
     x_0 = to_x_0(pixels[pair], training.spec.bits)
-    draw_interpolation(pipeline, x_0, folder / "interpolation.png", seed=seed, classes=labels)
+    draw_interpolation(pipeline, x_0, folder / "interpolation.png", seed=seed, classes=labels, guidance=guidance)
 
 
 def farthest_pair(pixels: Tensor) -> list[int]:
