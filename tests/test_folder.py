@@ -356,6 +356,17 @@ def test_a_file_that_goes_is_named(tmp_path: Path) -> None:
         asked.batch([0])
 
 
+def test_previews_and_the_grid_of_samples_are_no_images(tmp_path: Path) -> None:
+    array = io.BytesIO()
+    np.save(array, np.zeros((4, 4, 5), np.uint8))
+    files = {
+        f"{i}.{kind}": image(i) if kind == "png" else array.getvalue() for i in range(2) for kind in ("png", "npy")
+    }
+    found = load_images(train_data_dir=write(tmp_path / "a", {**files, "grid.png": image(9), "samples.json": b"{}"}))
+    assert (len(found), found.shape) == (2, (5, 4, 4))
+    assert len(load_images(train_data_dir=write(tmp_path / "b", {"0.png": image(0), "grid.png": image(9)}))) == 2
+
+
 def test_classes_in_file_names_are_recognised_and_answered(tmp_path: Path) -> None:
     files = {f"{kind}_{i}.png": image(i) for kind in ("cat", "dog") for i in range(3)}
     found = load_images(train_data_dir=write(tmp_path, files))

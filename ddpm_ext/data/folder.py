@@ -122,7 +122,7 @@ def list_images(entries: Iterable[Entry], split: str, where: str) -> Listing:
         else:
             visible.append(entry)
     part = split_prefix([entry.name for entry in visible], split)
-    images, arrays = [], []
+    images, arrays, names = [], [], {entry.name for entry in visible}
     for entry in visible:
         if not entry.name.startswith(part):
             if _in_split(entry.name, part):
@@ -131,7 +131,9 @@ def list_images(entries: Iterable[Entry], split: str, where: str) -> Listing:
                 left_out[f"outside {part}"].append(entry.name)
             continue
         kind = _kind(entry)
-        if kind == "image":
+        if kind == "image" and (beside := _drawn_of(entry.name, names)):
+            left_out[beside].append(entry.name)
+        elif kind == "image":
             images.append(entry)
         elif kind == "array":
             arrays.append(entry)
@@ -144,9 +146,17 @@ def list_images(entries: Iterable[Entry], split: str, where: str) -> Listing:
     if not chosen:
         raise UserError(f"it holds no images{f' ({note})' if note else ': it is empty'}.")
     chosen.sort()
-    classes, names = _numbered([entry.name for entry in chosen], [entry.name for entry in visible], part, where)
+    classes, class_names = _numbered([entry.name for entry in chosen], [entry.name for entry in visible], part, where)
     sentence = f"{where}: {len(chosen)} images of {total} files are read; left out: {note}." if note else None
-    return Listing([entry.path for entry in chosen], classes, names, sentence)
+    return Listing([entry.path for entry in chosen], classes, class_names, sentence)
+
+
+def _drawn_of(name: str, names: set[str]) -> str | None:
+    """What an image is drawn of, where it is none of its own: a preview beside its array, the grid of drawn samples."""
+    path = PurePosixPath(name)
+    if any(str(path.with_suffix(suffix)) in names for suffix in ARRAYS):
+        return "preview of an array"
+    return "grid of samples" if path.name == "grid.png" and str(path.with_name("samples.json")) in names else None
 
 
 def _numbered(chosen: list[str], names: list[str], part: str, where: str) -> tuple[list[str] | None, list[str] | None]:

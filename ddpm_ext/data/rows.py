@@ -198,8 +198,14 @@ class Decoder:
             cells: The stored images.
             name: What a cell is called in messages.
         """
-        run = map if self._pool is None else self._pool.map
-        found = list(run(partial(self._decode_one, name), numbers, cells))
+        one = partial(self._decode_one, name)
+        if self._pool is None:
+            found = list(map(one, numbers, cells))
+        else:  # a share for each thread: to hand over every image by itself costs as much as to decode a small one
+            size = -(-len(cells) // self.reading.num_workers) or 1
+            shares = [slice(start, start + size) for start in range(0, len(cells), size)]
+            parts = self._pool.map(lambda share: list(map(one, numbers[share], cells[share])), shares)
+            found = [levels for part in parts for levels in part]
         self._met += len(found)
         return found
 

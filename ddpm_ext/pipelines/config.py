@@ -71,6 +71,9 @@ class SampleConfig(GuidanceConfig):
     rgb_bands: list[int] | None = option(
         None, "Three bands, counted from 1, that previews and grids show; none: all of up to four, else the first."
     )
+    file_format: Literal["png", "tiff"] = option(
+        "png", "Of the images: png, .npy beside a preview above four channels; or tiff, of any number of them."
+    )
     dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "Of the weights.")
     cpu: bool = option(False, "Use the CPU even where there is an accelerator.")
 

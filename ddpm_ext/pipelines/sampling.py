@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 from typing import cast
 
 import numpy as np
@@ -32,13 +34,14 @@ __all__ = [
     "make_grid",
     "sample_to_folder",
     "save_png",
+    "save_tiff",
     "shown_bands",
     "shown_grid",
     "shown_words",
 ]
 
 # Options that change no image, or stand in the record as they come out.
-_FREE = ("model", "output_dir", "num_samples", "batch_size", "cpu", "bits", "rgb_bands")
+_FREE = ("model", "output_dir", "num_samples", "batch_size", "cpu", "bits", "rgb_bands", "file_format")
 _IN_GRID = 64
 
 
@@ -140,6 +143,30 @@ def _png_of_16_bits(image: np.ndarray, description: str) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
+def save_tiff(image: np.ndarray, path: Path, description: str = "") -> None:
+    """Write one image of any number of channels whole or not at all: grey or RGB with or without alpha, else bands.
+
+    Args:
+        image: uint8 or uint16, shape (H, W, C).
+        path: The file; its folder is made if missing.
+        description: What the file says of itself.
+    """
+    tifffile, channels = _tifffile(), image.shape[-1]
+    options: dict[str, object] = {"photometric": "rgb" if channels in (3, 4) else "minisblack", "metadata": None}
+    options |= {"extrasamples": ["unassalpha"]} if channels in (2, 4) else {}
+    options |= {"planarconfig": "contig"} if channels > 1 else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        tifffile.imwrite(temporary, image if channels > 1 else image[..., 0], description=description, **options)
+
+
+def _tifffile() -> ModuleType:
+    try:
+        return importlib.import_module("tifffile")
+    except ImportError as error:
+        raise UserError("--file_format tiff needs tifffile: pip install ddpm-ext[deep].") from error
+
+
 def sample_to_folder(config: SampleConfig) -> int:
     """Write `num_samples` images and their grid; images that are there already are kept.
 
@@ -190,17 +217,20 @@ class _Folder:
         if config.dtype != "float32":
             self.pipeline.to(getattr(torch, config.dtype))
         self.pipeline.set_progress_bar_config(disable=not accelerator.is_main_process)
-        self.is_array = self.pipeline.unet.config["in_channels"] > 4
+        is_png = config.file_format == "png"
+        self.suffix = ".png" if is_png and network["in_channels"] <= 4 else ".npy" if is_png else ".tif"
+        if not is_png:
+            _tifffile()  # refused before anything is drawn
         check_bands(config.rgb_bands, network["in_channels"])
         self.check()
 
     def image(self, i: int) -> Path:
         """Return the file of image i."""
-        return self.path / f"{i:06d}.png"
+        return self.path / f"{i:06d}{self.suffix}"
 
     def has(self, i: int) -> bool:
         """Return whether image i is there."""
-        return self.image(i).with_suffix(".npy" if self.is_array else ".png").exists()
+        return self.image(i).exists()
 
     def check(self) -> None:
         """Compare the record of the images that are there with that of the images to be drawn.
@@ -253,18 +283,23 @@ class _Folder:
 
     def write(self, image: np.ndarray, path: Path) -> None:
         """Write one image; of an array the preview first, since the array says that both are there."""
-        if not self.is_array:
+        bands = self.config.rgb_bands
+        words = shown_words(self.pipeline.unet.config, bands)
+        if self.suffix == ".tif":
+            save_tiff(image, path, str(values_of(self.pipeline.unet.config)))
+        elif self.suffix == ".png":
             save_png(image, path)
         else:
-            bands = self.config.rgb_bands
-            save_png(shown_bands(image, bands), path, shown_words(self.pipeline.unet.config, bands))
-            with whole_file(path.with_suffix(".npy")) as temporary, temporary.open("wb") as file:
+            save_png(shown_bands(image, bands), path.with_suffix(".png"), words)
+            with whole_file(path) as temporary, temporary.open("wb") as file:
                 np.save(file, image)
 
     def read(self, i: int) -> np.ndarray:
         """Return image i as it is shown, uint8, shape (H, W, C)."""
-        if self.is_array:
-            return _eight_bits(np.load(self.image(i).with_suffix(".npy")))
+        if self.suffix == ".npy":
+            return _eight_bits(np.load(self.image(i)))
+        if self.suffix == ".tif":
+            return _eight_bits(np.atleast_3d(_tifffile().imread(self.image(i))))
         with Image.open(self.image(i)) as image:  # of 16 bits in colour Pillow gives the high byte
             pixels = np.asarray(image)
         if self.pipeline.unet.config["in_channels"] == 2:  # and RGBA of grey and alpha

@@ -31,6 +31,7 @@ __all__ = [
     "is_image",
     "is_netpbm",
     "is_tiff",
+    "likely_formats",
     "opened",
     "reads_all",
     "refuse_colours",
@@ -135,6 +136,12 @@ def image_formats() -> list[str]:
     return [name for name, (_, accept) in Image.OPEN.items() if accept is not None and name not in NO_IMAGES]
 
 
+def likely_formats(file: IO[bytes]) -> tuple[str, ...] | None:
+    """Return the one format that an open file can be of, so that Pillow tries no other; None where it must try all."""
+    head = _head(file, 3)
+    return ("JPEG",) if head == b"\xff\xd8\xff" else ("PNG",) if head == b"\x89PN" else None
+
+
 def is_tiff(file: IO[bytes]) -> bool:
     """Whether an open file is a TIFF."""
     return _head(file, 4) in _TIFF_MAGIC
@@ -195,6 +202,8 @@ def stored(image: Image.Image) -> Stored:
         return _stored_in_stream(image)
     if image.mode == "F":
         return Stored(32, False)
+    if image.format in ("JPEG", "MPO", "WEBP", "GIF"):
+        return Stored(8, True)
     tile = image.tile[0] if isinstance(image, ImageFile.ImageFile) and image.tile else None
     decoder, rawmode = ("", "") if tile is None else (tile.codec_name, str(tile.args))
     arguments: Sequence[object] = tile.args if tile is not None and isinstance(tile.args, tuple) else ()

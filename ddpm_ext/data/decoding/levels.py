@@ -23,6 +23,7 @@ from .formats import (
     is_big_endian_bigtiff,
     is_netpbm,
     is_tiff,
+    likely_formats,
     opened,
     reads_all,
     refuse_more,
@@ -157,7 +158,7 @@ def _pillow(file: IO[bytes]) -> Image.Image | None:
     if is_netpbm(file) or is_big_endian_bigtiff(file):
         return None
     try:
-        image = Image.open(file)
+        image = Image.open(file, formats=likely_formats(file))
     except Image.UnidentifiedImageError:
         if is_tiff(file):
             return None
