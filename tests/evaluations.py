@@ -7,24 +7,28 @@ from typing import Any
 
 from ddpm_ext.evaluation.config import EvalConfig
 
-__all__ = ["score", "small"]
+__all__ = ["on_digits", "score", "small"]
+
+
+def on_digits(folder: Path) -> dict[str, Any]:
+    """Options of a quick measurement that keeps all it writes in a folder."""
+    places = {"reference_cache": str(folder / "references"), "output_dir": str(folder / "out")}
+    return {"dataset_name": "digits", "extractor": "pixels", "max_reference_images": 40, **places}
 
 
 def small(model: Path, tmp_path: Path, **options: Any) -> EvalConfig:
     usual: dict[str, Any] = {
-        "extractor": "pixels",
+        **on_digits(tmp_path),
         "num_samples": 12,
         "num_inference_steps": "5",
         "batch_size": 5,
         "max_bpd_images": 6,
-        "max_reference_images": 40,
-        "reference_cache": str(tmp_path / "references"),
-        "output_dir": str(tmp_path / "out"),
         "kid_subset_size": 6,
-        "few_steps": False,
-        "dataset_name": None if "data_dir" in options else "digits",
         "kid_subsets": 3,
+        "few_steps": False,
     }
+    if "data_dir" in options:
+        usual["dataset_name"] = None
     return EvalConfig(model=str(model), **{**usual, **options})
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerator import is_installed
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from evaluations import on_digits
 from networks import tiny_unet
 from training import TORCHRUN, finish, start
 
@@ -36,19 +37,15 @@ T = 20
 
 def small(model: Path, folder: Path, **options: Any) -> CalibrateConfig:
     usual: dict[str, Any] = {
+        **on_digits(folder),
         "num_images": 6,
         "max_bpd_images": 4,
         "num_inference_steps": "3,5,20",
         "fid_num_inference_steps": "5",
-        "extractor": "pixels",
         "num_samples": 10,
         "num_seeds": 2,
         "batch_size": 4,
-        "max_reference_images": 40,
-        "reference_cache": str(folder / "references"),
-        "output_dir": str(folder / "out"),
         "cpu": not is_installed(),
-        "dataset_name": "digits",
         "trajectory": "optimal",
     }
     return CalibrateConfig(model=str(model), **{**usual, **options})

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
-from networks import tiny_unet
+from networks import tiny_scheduler, tiny_unet
+from pictures import save_pictures
 from PIL import Image
 
-from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
+from ddpm_ext import DDPMExtPipeline
 from ddpm_ext.data.dataset import load_images
 from ddpm_ext.data.spec import DataSpec
 from ddpm_ext.errors import UserError
@@ -47,8 +48,7 @@ def network(**changes: Any) -> UNet2DModel:
 
 def save_run(folder: Path, unet: UNet2DModel, spec: DataSpec | None) -> Path:
     """A run folder as training leaves it; without a spec the pipeline alone."""
-    scheduler = DDPMExtScheduler(num_train_timesteps=20, beta_start=1e-3, beta_end=0.6)
-    DDPMExtPipeline(unet, scheduler).save_pretrained(str(folder / "pipeline"))
+    DDPMExtPipeline(unet, tiny_scheduler()).save_pretrained(str(folder / "pipeline"))
     if spec is not None:
         record = {"config": {"use_ema": True}, "network": {}, "data": spec.to_dict()}
         (folder / "config.json").write_text(json.dumps(record))
@@ -70,12 +70,7 @@ def measure(run: Path, **options: Any) -> list[Result]:
 @pytest.fixture
 def wide(tmp_path: Path) -> Path:
     """Six wide images, whose crops differ by their place."""
-    folder = tmp_path / "wide"
-    folder.mkdir()
-    draw = np.random.default_rng(0)
-    for i in range(6):
-        Image.fromarray(draw.integers(0, 256, (8, 24), dtype=np.uint8)).save(folder / f"{i}.png")
-    return folder
+    return save_pictures(tmp_path / "wide", 6, (8, 24))
 
 
 @pytest.fixture
@@ -196,7 +191,7 @@ def test_depth_is_that_of_the_network_where_no_record_says_it(tmp_path: Path) ->
     assert found.dataset is not None and found.dataset.fingerprint == images.fingerprint
     assert found.to_json()["dataset"]["bits"] == 16
     assert data_words(found.dataset) == f"2 images of {tmp_path / 'deep'} train at 16 bits"
-    scheduler = DDPMExtScheduler(num_train_timesteps=20, beta_start=1e-3, beta_end=0.6)
+    scheduler = tiny_scheduler()
     seeds = [torch.Generator().manual_seed(i) for i in range(2)]
     bits = bits_per_dim(unet, scheduler, images.batch(range(2)).pixels, generator=seeds, bits=16)
     assert found.value == pytest.approx(bits.total.mean().item(), rel=1e-5)
@@ -222,7 +217,7 @@ def test_classes_are_those_of_the_training_where_a_split_lacks_one(animals: Path
     spec = load_images(train_data_dir=str(animals), resolution=8, channels=1).spec
     run = save_run(tmp_path / "run", unet, spec)
     (found,) = measure(run, metrics="bpd")
-    scheduler = DDPMExtScheduler(num_train_timesteps=20, beta_start=1e-3, beta_end=0.6)
+    scheduler = tiny_scheduler()
     pixels = load_images(train_data_dir=str(animals), resolution=8, channels=1, split="test").batch(range(4)).pixels
     seeds = [torch.Generator().manual_seed(i) for i in range(4)]
     bits = bits_per_dim(unet, scheduler, pixels, generator=seeds, class_labels=[0, 0, 2, 2])  # emu is 2 as in training

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from evaluations import on_digits
 from networks import tiny_unet
 from training import TORCHRUN, finish, start
 
@@ -45,18 +46,14 @@ def network(**options: Any) -> UNet2DModel:
 
 def config_of(model: Path, folder: Path, **options: Any) -> CalibrateConfig:
     usual: dict[str, Any] = {
+        **on_digits(folder),
         "num_inference_steps": "none",
         "solver_steps": "2,4",
         "num_noises": 6,
         "num_held_out": 3,
         "metrics": "fid",
-        "extractor": "pixels",
         "num_samples": 8,
         "batch_size": 4,
-        "max_reference_images": 40,
-        "reference_cache": str(folder / "references"),
-        "output_dir": str(folder / "out"),
-        "dataset_name": "digits",
         "cpu": True,
     }
     return CalibrateConfig(model=str(model), **{**usual, **options})

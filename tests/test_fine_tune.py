@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from mixture import guided_pipeline
-from PIL import Image
+from pictures import save_pictures
 from training import TINY_UNET, assert_bitwise_equal, run_here, stopping_after, weights
 
 from ddpm_ext.cli.arguments import parse_train_config
@@ -180,9 +180,7 @@ def pictures(folder: Path, classes: list[str]) -> Path:
     """Save 4 colour images of each class."""
     numbers = np.random.default_rng(0)
     for name in classes:
-        (folder / name).mkdir(parents=True)
-        for i in range(4):
-            Image.fromarray(numbers.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+        save_pictures(folder / name, 4, (8, 8, 3), numbers)
     return folder
 
 

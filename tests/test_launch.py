@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from pictures import save_pictures
 from training import (
     ROOT,
     TINY_UNET,
@@ -299,21 +300,14 @@ def test_twenty_launches_of_two_processes_all_end_well(tmp_path: Path) -> None:
         assert code == 0, f"launch {number}:\n{output}"
 
 
-def pictures(folder: Path) -> Path:
-    """Save 24 grey images."""
-    import numpy as np
-    from PIL import Image
-
-    folder.mkdir()
-    numbers = np.random.default_rng(0)
-    for i in range(24):
-        Image.fromarray(numbers.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{i:02d}.png")
-    return folder
-
-
 @pytest.mark.slow
 def test_a_stream_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
-    given = {"train_data_dir": pictures(tmp_path / "pictures"), "resolution": "8", "streaming": True, "double": True}
+    given = {
+        "train_data_dir": save_pictures(tmp_path / "pictures", 24, (8, 8)),
+        "resolution": "8",
+        "streaming": True,
+        "double": True,
+    }
     given |= {"global_batch_size": 8}
     assert run_here(tmp_path / "one", **given) == 0
     code, output = finish(start(options(tmp_path / "two", **given), [*TORCHRUN, "2"]))
@@ -555,7 +549,11 @@ def test_a_sharded_fine_tune_of_a_stream_goes_on_bitwise_without_its_source(ema:
     DDPMPipeline(UNet2DModel(**TINY_UNET), scheduler).save_pretrained(tmp_path / "source")  # pyright: ignore[reportArgumentType]
     there = DDPMPipeline.from_pretrained(tmp_path / "source").unet.state_dict()
     given = {"model_config_name_or_path": None, "init_from": tmp_path / "source", "streaming": True, "ema": ema}
-    given |= {"train_data_dir": pictures(tmp_path / "pictures"), "resolution": "8", "global_batch_size": 8}
+    given |= {
+        "train_data_dir": save_pictures(tmp_path / "pictures", 24, (8, 8)),
+        "resolution": "8",
+        "global_batch_size": 8,
+    }
     given |= {"checkpointing_steps": 2, "lr_warmup_steps": 0}
     launcher = [*ACCELERATE, "--config_file", str(CONFIGS / "fsdp2.yaml"), "--num_processes", "2"]
 

@@ -20,6 +20,7 @@ from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import DistributedType
 from diffusers import DDPMPipeline, UNet2DModel
 from diffusers.optimization import get_scheduler
+from pictures import save_pictures
 from PIL import Image
 from safetensors.torch import load_file
 from training import (
@@ -566,10 +567,7 @@ def test_a_stop_is_heard_during_an_evaluation(tmp_path: Path, monkeypatch: pytes
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 colour pictures of 10x14 in a folder."""
-    folder, numbers = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for i in range(24):
-        Image.fromarray(numbers.integers(0, 256, (10, 14, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
-    return folder
+    return save_pictures(tmp_path_factory.mktemp("data") / "pictures", 24, (10, 14, 3))
 
 
 def test_a_folder_of_colour_pictures_that_are_not_square(pictures: Path, tmp_path: Path) -> None:
