@@ -50,7 +50,7 @@ VERSIONED = ("ddpm-ext", "torch", "diffusers", "transformers", "accelerate", "da
 
 
 class RunError(UserError):
-    """A run cannot start or go on, and the message is the whole story: scripts print it without a traceback."""
+    """A run cannot start or resume, and the message is the whole story: scripts print it without a traceback."""
 
     alone = False  # True: only this one of several processes knows, so it must say so itself
 
@@ -133,7 +133,7 @@ class RunDir:
         return self.status.exists() and read_json(self.status)["status"] == "finished" and self.pipeline.exists()
 
     def is_unfinished(self) -> bool:
-        """Whether a run of this folder was stopped, killed or failed before its end, so that it may go on."""
+        """Whether a run of this folder was stopped, killed or failed before its end, so that it may resume."""
         return self.status.exists() and read_json(self.status)["status"] != "finished"
 
     def was_started_with(self, options: JsonRecord) -> bool:

@@ -6,6 +6,8 @@ import ast
 import doctest
 import importlib
 import inspect
+import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +99,25 @@ def test_the_word_that_was_meant_is_named() -> None:
         with pytest.raises(ddpm_ext.UserError) as refused:
             call()
         assert str(refused.value).endswith(meant)
+
+
+def test_every_name_of_ours_in_a_text_is_there() -> None:
+    """What messages, docstrings and help call `ddpm_ext.…` can be imported: no name that has moved is told."""
+    texts = [
+        node.value
+        for path in (ROOT / "ddpm_ext").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    texts += [path.read_text(encoding="utf-8") for path in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md")]
+    names = {name for text in texts for name in re.findall(r"\bddpm_ext(?:\.\w+)+", text)}
+    assert {"ddpm_ext.load_images", "ddpm_ext.data.spec.DataSpec"} <= names
+    assert [name for name in sorted(names) if not _is_there(name)] == []
+    assert not _is_there("ddpm_ext.to_x_0")
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return pkgutil.resolve_name(name) is not None
+    except (ImportError, AttributeError):
+        return False

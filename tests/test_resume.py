@@ -418,7 +418,7 @@ def test_a_requeued_command_that_empties_the_folder_goes_on_with_its_own_run(
     assert run_here(tmp_path / "run", **given) == 0
     starts = json.loads((tmp_path / "run" / "config.json").read_text())["starts"]
     assert [start["update"] for start in starts] == ([0] if ended == "finished" else [0, 4])
-    assert ("goes on in spite of --overwrite_output_dir" in capsys.readouterr().out) == (ended != "finished")
+    assert ("resumes in spite of --overwrite_output_dir" in capsys.readouterr().out) == (ended != "finished")
 
 
 def test_a_command_with_other_options_empties_an_unfinished_run(

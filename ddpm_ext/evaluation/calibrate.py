@@ -6,7 +6,7 @@
                  plots/            quality against steps, a curve per sampler
 
 One sweep of all steps over training images gives the errors, one over test images gives bits/dim of every variance,
-trajectory and number of steps. Long work is done in pieces (`sharded`): the same command goes on after a kill.
+trajectory and number of steps. Long work is done in pieces (`sharded`): the same command resumes after a kill.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def calibrate(config: CalibrateConfig) -> JsonRecord:
 
     Raises:
         UserError: what cannot be measured, before anything is.
-        Stopped: a signal came; what is measured is kept, and the same command goes on.
+        Stopped: a signal came; what is measured is kept, and the same command continues.
     """
     with interruptible(f"What is measured is kept in {config.folder}"):
         work = _Calibration(config)

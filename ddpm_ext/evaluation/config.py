@@ -256,8 +256,8 @@ def _refuse_bound_of_guided(config: GuidanceConfig, words: list[str]) -> None:
     if config.guidance is not None and words:
         raise UserError(
             f"{' and '.join(words)} of a guided chain are not measured: guidance draws from no distribution whose "
-            "likelihood the bound could bound, (1 + w) ε̂ - w ε̂ is the noise of none. Leave guidance_scale out, or "
-            "measure samples alone, as --metrics fid does."
+            "likelihood could be bounded, since (1 + w) ε̂(x_t, class) - w ε̂(x_t) is the noise of none. Leave "
+            "guidance_scale out, or measure samples alone, as --metrics fid does."
         )
 
 

@@ -1,7 +1,7 @@
 """Pipeline + images -> eval.json and eval.md: every score with what made it.
 
 A result is replaced when it is measured again under the same conditions, and kept otherwise; it is written as soon as
-it is known. What takes long is done in pieces (`sharded`): the same command after a kill goes on where it stopped. What
+it is known. What takes long is done in pieces (`sharded`): the same command after a kill resumes where it stopped. What
 would be refused is refused before anything is measured.
 """
 
@@ -58,7 +58,7 @@ def evaluate(config: EvalConfig) -> list[Result]:
 
     Raises:
         UserError: what cannot be measured, before anything is.
-        Stopped: a signal came; what is measured is kept, and the same command goes on.
+        Stopped: a signal came; what is measured is kept, and the same command continues.
     """
     with interruptible(f"What is measured is kept in {config.folder}"):
         work = _Evaluation(config)

@@ -31,6 +31,7 @@ __all__ = [
     "BROUGHT",
     "NEUTRAL",
     "OF_SCHEDULE",
+    "WIDEST",
     "Options",
     "ReconstructConfig",
     "TrainConfig",
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 Options: TypeAlias = Mapping[str, object]  # name -> value, as config.json and state.json hold them
-_WIDEST = 0.28  # relative width of a power-function average, below which its exponent is above -1/2
+WIDEST = 0.28  # relative width of a power-function average, below which its exponent is above -1/2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +97,8 @@ class ReconstructConfig:
     output_dir: str | None = option(None, "Pipeline to write; none: pipeline-<width> in run.")
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_rel < _WIDEST:
-            raise UserError(f"sigma_rel must lie in (0, {_WIDEST}), got {self.sigma_rel}.")
+        if not 0 < self.sigma_rel < WIDEST:
+            raise UserError(f"sigma_rel must lie in (0, {WIDEST}), got {self.sigma_rel}.")
         if self.output_dir is None:
             object.__setattr__(self, "output_dir", f"{self.run.rstrip('/')}/pipeline-{self.sigma_rel:g}")
 
@@ -125,8 +126,8 @@ def _check_ranges(config: TrainConfig) -> None:
             raise UserError(f"{field.name} must be {words}, got {value}.")
     if config.resolution is not None and not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", str(config.resolution)):
         raise UserError(f"resolution must be like 32 or 24x32 (height x width), got {config.resolution!r}.")
-    if any(not 0 < width < _WIDEST for width in config.ema_sigma_rel):
-        raise UserError(f"ema_sigma_rel must lie in (0, {_WIDEST}), got {config.ema_sigma_rel}.")
+    if any(not 0 < width < WIDEST for width in config.ema_sigma_rel):
+        raise UserError(f"ema_sigma_rel must lie in (0, {WIDEST}), got {config.ema_sigma_rel}.")
 
 
 def _out_of_range(rules: Mapping[str, Any], value: float) -> str:

@@ -60,7 +60,7 @@ class Start:
         network: Arguments of UNet2DModel.
         scheduler: The source's schedule and sampling options.
         origin: What config.json says of it.
-        weights: Name -> tensor; None for a run that goes on, whose checkpoint holds them.
+        weights: Name -> tensor; None for a resumed run, whose checkpoint holds them.
     """
 
     config: TrainConfig
@@ -78,7 +78,7 @@ def find_start(config: TrainConfig, state: JsonRecord | None) -> Start | None:
 
     Args:
         config: The options.
-        state: state.json of the checkpoint that the run goes on from; None for a run that begins.
+        state: state.json of the checkpoint that the run resumes from; None for a run that begins.
 
     Raises:
         UserError: there is no such source, or options contradict it.
@@ -118,7 +118,7 @@ def _load_start(config: TrainConfig) -> Start:
 
 
 def _resumed_start(config: TrainConfig, state: JsonRecord) -> Start:
-    """Return the start of a run that goes on, from its checkpoint: the source need not be there any more.
+    """Return the start of a resumed run from its checkpoint: the source need not be there any more.
 
     Args:
         config: The options.

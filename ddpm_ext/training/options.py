@@ -75,7 +75,7 @@ class NetworkOptions:
     )
     unet: str | None = option(
         None,
-        "Network preset of ddpm_ext.unet; none: Diffusers' script's network.",
+        "Network preset, as of ddpm_ext.build_unet; none: Diffusers' script's network.",
         replaces=("model_config_name_or_path", "resolution"),
     )
     init_from: str | None = option(
@@ -248,7 +248,7 @@ class RunOptions:
 
     output_dir: str | None = option(None, "Run folder; none: runs/<preset>.", neutral=True)
     overwrite_output_dir: bool = option(
-        False, "Delete what an earlier run left; this very run, unfinished, goes on.", neutral=True
+        False, "Delete what an earlier run left; this very run, unfinished, resumes.", neutral=True
     )
     seed: int = option(0, "Seed of everything random.", at_least=0)
     checkpointing_steps: int = option(500, "Updates between checkpoints.", at_least=1, neutral=True)

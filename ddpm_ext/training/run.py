@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> TrainResult:
         Where the result lies. In one of several processes this function ends the process instead.
 
     Raises:
-        RunError: the run cannot start or go on; the message says why and what to do.
+        RunError: the run cannot start or resume; the message says why and what to do.
     """
     code, run = run_training(config), RunDir(_folder(config))
     losses = [record["loss"] for record in run.read_log() if "loss" in record]
@@ -83,7 +83,7 @@ def run_training(config: TrainConfig) -> int:
         Exit code: 0, 1 when the last upload failed, or 75 when a stop was asked for; the same command continues.
 
     Raises:
-        RunError: the run cannot start or go on; the message says why and what to do.
+        RunError: the run cannot start or resume; the message says why and what to do.
     """
     if config.forecast is not None:
         print("\n".join(forecast_lines(forecast(config), config.price_per_hour)))
@@ -137,7 +137,7 @@ def _open(config: TrainConfig, run: RunDir) -> None:
         return
     if run.is_unfinished() and run.was_started_with(_own_options(config)):
         print(
-            f"{run.path} holds this very run, not finished: it goes on in spite of --overwrite_output_dir. To start "
+            f"{run.path} holds this very run, not finished: it resumes in spite of --overwrite_output_dir. To start "
             "afresh delete the folder."
         )
     else:
@@ -164,7 +164,7 @@ def _run_to_its_end(loop: TrainingLoop, stop: StopRequest) -> int:
         print("\n".join(describe(trainer)))
         if loop.saver.abandoned:
             beyond = ", ".join(path.name for path in loop.saver.abandoned)
-            print(f"Going on from update {update}; the next save deletes what lies beyond it: {beyond}.")
+            print(f"Resuming from update {update}; the next save deletes what lies beyond it: {beyond}.")
         _record_start(trainer)
         loop.write_status("running")
     loop.started = True
@@ -228,7 +228,7 @@ def _record_start(trainer: Trainer) -> None:
 
 
 def _record_end_at_once(trainer: Trainer) -> None:
-    """Write status.json at a second Ctrl-C: the same command goes on from the newest checkpoint."""
+    """Write status.json at a second Ctrl-C: the same command resumes from the newest checkpoint."""
     if trainer.accelerator.is_main_process:
         trainer.run.write_status("preempted", _last_saved(trainer.run), updates=trainer.intervals.length)
 

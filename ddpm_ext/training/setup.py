@@ -35,7 +35,7 @@ __all__ = ["make_trainer"]
 
 
 def make_trainer(config: TrainConfig, accelerator: Accelerator, run: RunDir) -> Trainer:
-    """Build the objects of a run, as they were at the checkpoint that it goes on from. Every process must call this.
+    """Build the objects of a run, as they were at the checkpoint that it resumes from. Every process must call this.
 
     Args:
         config: The options.
@@ -133,7 +133,7 @@ def _build_network(
 
 
 def _resume(trainer: Trainer, found: ResumePoint) -> None:
-    """Make the trainer what its checkpoint holds, if its options may go on from it."""
+    """Make the trainer what its checkpoint holds, if its options may resume from it."""
     compare(trainer, found.record)
     if trainer.accelerator.is_main_process:
         warn_of_other_conditions(found.record["numerics"], trainer.numerics)

@@ -47,7 +47,7 @@ class Trainer:
         config: The options.
         accelerator: Knows the processes.
         run: The run folder, locked.
-        resumed_from: The checkpoint that it goes on from, or None.
+        resumed_from: The checkpoint that it resumes from, or None.
         origin: What config.json says of --init_from; None without it.
         numerics: What decides the last digits beside the options.
         plan: How the global batch is cut.

@@ -43,7 +43,10 @@ def grid_images(images: Tensor, bits: int = 8) -> Tensor:
         raise UserError("images must be finite, got NaN or infinity.")
     low, high = images.min().item(), images.max().item()
     if low < -1 - 1e-5 or high > 1 + 1e-5:
-        raise UserError(f"images must lie in [-1, 1], got values from {low:.4g} to {high:.4g}. See ddpm_ext.to_x_0.")
+        raise UserError(
+            f"images must lie in [-1, 1], got values from {low:.4g} to {high:.4g}. "
+            "Of images in [0, 1] pass 2 * images - 1."
+        )
     level = (images.double() + 1) * half
     off = (level - level.round()).abs().max().item()
     if off > max(1e-3, 1e-7 * half):  # float32 rounding is 1e-5 of a level at 8 bits, 2e-3 at 16

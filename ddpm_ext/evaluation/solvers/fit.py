@@ -143,8 +143,8 @@ class FittedNetwork:
         needed = 4 * self.count * (self.reference_steps[0] + 1) * math.prod(self.shape)
         if needed > MAX_BYTES:
             raise UserError(
-                f"The reference of {self.count} noises takes {needed / 2**30:.0f} GiB of memory, at most "
-                f"{MAX_BYTES / 2**30:.0f} are taken: choose num_noises and num_held_out of "
+                f"The reference of {self.count} noises takes {needed / 2**30:.0f} GiB of memory, more than "
+                f"the {MAX_BYTES / 2**30:.0f} allowed: choose num_noises and num_held_out of "
                 f"{int(self.count * MAX_BYTES / needed)} together."
             )
 

@@ -98,7 +98,10 @@ def _round_trip(trainer: Trainer, saver: Saver) -> tuple[float, int]:
             for stem, named in tensors.items():
                 back = checkpoint.read_tensors(path, stem)
                 if any(not torch.equal(back[name], tensor.cpu()) for name, tensor in named.items()):
-                    raise RunError(f"{stem} came back from {path} with other values: the disk is not to be trusted.")
+                    raise RunError(
+                        f"{stem} came back from {path} with other values: this disk does not keep what is written. "
+                        "Give another --output_dir."
+                    )
             size = sum(file.stat().st_size for file in path.iterdir())
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -14,7 +14,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ..config import TrainConfig
+from ..config import WIDEST, TrainConfig
 
 __all__ = [
     "ForeachEMA",
@@ -80,7 +80,7 @@ def gamma_of(sigma_rel: float) -> float:
     roots = np.roots([1.0, 7.0, 16.0 - sigma_rel**-2, 12.0 - sigma_rel**-2])
     gamma = float(max(root.real for root in roots if abs(root.imag) < 1e-9))
     if gamma <= -0.5:
-        raise UserError(f"sigma_rel must lie in (0, 0.28), got {sigma_rel}.")
+        raise UserError(f"sigma_rel must lie in (0, {WIDEST}), got {sigma_rel}.")
     return gamma
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may: options that alter the weights must be as they were."""
+"""Which checkpoint a run resumes from, and whether it may: options that alter the weights must be as they were."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _BATCH_OPTIONS = ("train_batch_size", "gradient_accumulation_steps", "global_bat
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """An intact checkpoint to go on from.
+    """An intact checkpoint to resume from.
 
     Attributes:
         folder: The checkpoint.
@@ -59,7 +59,7 @@ class ResumePoint:
 
 
 def find_checkpoint(config: TrainConfig, run: RunDir, accelerator: Accelerator) -> ResumePoint | None:
-    """Find the checkpoint to go on from; the main process looks, all others hear of it.
+    """Find the checkpoint to resume from; the main process looks, all others hear of it.
 
     Args:
         config: The options.
@@ -109,13 +109,14 @@ def _elsewhere(config: TrainConfig, run: RunDir) -> ResumePoint | None:
 
 
 def _choose_named(config: TrainConfig, run: RunDir, wanted: Path) -> ResumePoint:
-    """Choose the checkpoint that was named or, where this command went on from it, the newest that came of it."""
+    """Choose the checkpoint that was named or, where this command continued it, the newest that followed."""
     folder = wanted if wanted.is_dir() or len(wanted.parts) > 1 else run.checkpoints / wanted
     branch = folder.name if is_of(run, folder) else str(folder.resolve())
     for path in reversed(checkpoint.list_checkpoints(run.checkpoints)):
         if _came_of(path, branch, config):
             print(
-                f"Going on from {path.name}, which came of {branch}. To go back once more, delete it.", file=sys.stderr
+                f"Resuming from {path.name}, which continues {branch}. To go back there again, delete it.",
+                file=sys.stderr,
             )
             return _point(path, run)
     if not folder.is_dir():
@@ -158,7 +159,7 @@ def _point(folder: Path, run: RunDir) -> ResumePoint:
     return ResumePoint(folder, record, _branch_of(record), abandoned)
 
 
-# May it go on? --------------------------------------------------------------------------------------------------------
+# May it resume? -------------------------------------------------------------------------------------------------------
 
 
 def obey_launcher(config: TrainConfig) -> TrainConfig:
@@ -229,14 +230,14 @@ def compare(trainer: Trainer, old: JsonRecord) -> None:
         f"{name}: {changes[name][0]!r} -> {changes[name][1]!r}" for name in _TENSOR_OPTIONS if name in changes
     ]:
         raise RunError(
-            f"A run that goes on cannot change {', '.join(other)}, since its checkpoints hold other tensors. Give the "
+            f"A resumed run cannot change {', '.join(other)}, since its checkpoints hold other tensors. Give the "
             "old value, or --init_from this run with another --output_dir."
         )
     refused = sorted(name for name in changes if name not in config.allow_config_change)
     if refused:
         lines = [f"  {name}: {changes[name][0]!r} -> {changes[name][1]!r}" for name in refused]
         raise RunError(
-            "The run in the folder was started with other options, and going on would give other weights:\n"
+            "The run in the folder was started with other options, and resuming would give other weights:\n"
             + "\n".join(lines)
             + "\nGive the old values, another --output_dir, or --allow_config_change "
             + " ".join(refused)
@@ -255,7 +256,7 @@ def warn_of_other_conditions(old: JsonRecord, new: JsonRecord) -> None:
     changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
     if changed:
         print(
-            f"Going on under other conditions ({', '.join(changed)}): the weights will not be bitwise those of an "
+            f"Resuming under other conditions ({', '.join(changed)}): the weights will not be bitwise those of an "
             "uninterrupted run.",
             file=sys.stderr,
         )

@@ -84,7 +84,7 @@ class Saver:
         return trainer.state.tensors(), record
 
     def _of_start(self) -> dict[str, object]:
-        """Return what a run with --init_from needs to go on without its source."""
+        """Return what a run with --init_from needs to resume without its source."""
         if self.trainer.origin is None:
             return {}
         return {
