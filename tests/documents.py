@@ -14,8 +14,8 @@ from ddpm_ext.pipelines.config import SampleConfig
 from ddpm_ext.training.config import ReconstructConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-ADDRESS = "https://github.com/ddpm-ext/ddpm_ext"
-RAW = "https://raw.githubusercontent.com/ddpm-ext/ddpm_ext/main/"
+ADDRESS = re.findall(r'^Homepage = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[0]
+RAW = ADDRESS.replace("github.com", "raw.githubusercontent.com") + "/main/"
 OPTIONS = {
     "sample": SampleConfig,
     "evaluate": EvalConfig,
