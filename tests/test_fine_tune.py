@@ -28,11 +28,14 @@ from ddpm_ext.training.trainer import Trainer
 FROM: dict[str, Any] = {"model_config_name_or_path": None}
 
 
-def save(folder: Path, network: dict[str, Any] | None = None, **schedule: Any) -> dict[str, torch.Tensor]:
+def save(
+    folder: Path, network: dict[str, Any] | None = None, safetensors: bool = True, **schedule: Any
+) -> dict[str, torch.Tensor]:
     """Save a stock pipeline of random weights; return them."""
     torch.manual_seed(7)
     unet = UNet2DModel(**{**TINY_UNET, **(network or {})})
-    DDPMPipeline(unet, DDPMScheduler(**schedule)).save_pretrained(folder)  # pyright: ignore[reportArgumentType]
+    pipeline = DDPMPipeline(unet, DDPMScheduler(**schedule))  # pyright: ignore[reportArgumentType]
+    pipeline.save_pretrained(folder, safe_serialization=safetensors)
     return unet.state_dict()
 
 
@@ -115,6 +118,50 @@ def test_a_learned_variance_is_grown_when_asked_for_and_begins_in_the_middle(sou
     assert here["conv_out.weight"].shape[0] == 2 and not here["conv_out.weight"][1:].any()
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     assert record["init_from"]["new"] == ["conv_out.bias", "conv_out.weight"]
+
+
+RGB: dict[str, Any] = {"in_channels": 3, "out_channels": 3}
+LEARNED: dict[str, Any] = {"network": {"out_channels": 2}, "variance_type": "learned_range"}
+
+
+@pytest.mark.parametrize(
+    ("stock", "asked"),
+    [
+        ({"safetensors": False}, {}),  # diffusion_pytorch_model.bin
+        ({"prediction_type": "sample"}, {"streaming": True}),
+        ({"network": RGB}, {}),  # grey images are read as three equal channels
+        (LEARNED, {"loss": "hybrid"}),
+        (LEARNED, {"loss": "vlb", "init_new_head": True, "variance_type": "learned_range"}),
+        ({"network": LEARNED["network"]}, {"loss": "hybrid", "init_new_head": True, "variance_type": "learned_range"}),
+    ],
+    ids=["bin", "stream", "three channels", "learned", "learned again", "learned, not said"],
+)
+def test_stock_repositories_of_every_kind_are_sources(stock: Any, asked: Any, tmp_path: Path) -> None:
+    there = save(tmp_path / "source", **stock)
+    assert run_here(tmp_path / "run", **FROM, init_from=tmp_path / "source", max_train_steps=0, **asked) == 0
+    here = exported(tmp_path / "run")
+    assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in there)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["init_from"]["new"] == []
+    shutil.rmtree(tmp_path / "source")
+    assert run_here(tmp_path / "run", **FROM, init_from=tmp_path / "source", max_train_steps=1, **asked) == 0
+
+
+def test_a_head_of_which_the_schedule_does_not_know_is_refused_before_the_run(tmp_path: Path) -> None:
+    save(tmp_path / "source", LEARNED["network"])
+    words = r"gives 2 channels for 1, and its schedule says variance_type 'fixed_small'\. If it has a"
+    with pytest.raises(RunError, match=words):
+        run_here(tmp_path / "run", **FROM, init_from=tmp_path / "source")
+    assert not any((tmp_path / "run").iterdir())
+
+
+def test_three_channels_become_one_when_asked_for(tmp_path: Path) -> None:
+    there = save(tmp_path / "source", RGB)
+    given = {"init_from": tmp_path / "source", "init_new_head": True, "max_train_steps": 0}
+    assert run_here(tmp_path / "run", **FROM, **given) == 0
+    here, new = exported(tmp_path / "run"), ["conv_in.weight", "conv_out.bias", "conv_out.weight"]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["init_from"]["new"] == new
+    assert here["conv_in.weight"].shape[1] == here["conv_out.weight"].shape[0] == 1
+    assert all(torch.equal(here[name], there[name]) for name in there if name not in new)
 
 
 def test_what_was_measured_for_the_source_is_left_behind(tmp_path: Path) -> None:

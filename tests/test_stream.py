@@ -133,6 +133,15 @@ def test_a_state_behind_what_was_read_ahead(shards: str, whole_run: list[list[in
     assert train([stream], range(10, 12)) == whole_run[10:12]
 
 
+def test_a_state_before_anything_was_read_is_the_beginning(shards: str, whole_run: list[list[int]]) -> None:
+    state = json.loads(json.dumps(open_stream(shards).state_dict(0)))
+    for before in (0, 3):  # in a stream of which nothing, or something, was read
+        stream = open_stream(shards)
+        train([stream], range(before))
+        stream.load_state_dict(state)
+        assert train([stream], range(2)) == whole_run[:2]
+
+
 def test_a_state_further_behind_than_is_remembered_is_refused(shards: str, whole_run: list[list[int]]) -> None:
     stream = open_stream(shards)
     stream.at([5 * NUM_IMAGES], 3)  # 80 blocks on

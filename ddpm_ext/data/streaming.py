@@ -186,13 +186,12 @@ class ImageStream:
             raise UserError(f"This stream is read in the order of seed {self._seed}, got seed {seed}: open another.")
 
     def _restart(self, place: Place) -> None:
-        """Read on from a block start."""
-        assert self._seed is not None
+        """Read on from a block start; the seed is not known before the first images are asked for."""
         remembered = [earlier for earlier in self._places if earlier.position < place.position]
         self._places.clear()
         self._places.extend([*remembered, place])
         self._block = None
-        self._reader[:] = [self._read(place, self._seed)]
+        self._reader[:] = [] if self._seed is None else [self._read(place, self._seed)]
 
     def _block_of(self, position: int) -> Block:
         """The block that holds a position."""

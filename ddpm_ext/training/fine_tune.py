@@ -224,7 +224,11 @@ def _adopt(config: TrainConfig, schedule: Mapping[str, object], network: Network
 
 
 def _arguments(config: TrainConfig, network: NetworkOptions) -> NetworkOptions:
-    """Return the arguments of UNet2DModel: the source's, at the size, dropout and variance head asked for."""
+    """Return the arguments of UNet2DModel: the source's, at the size, dropout and variance head asked for.
+
+    Raises:
+        RunError: the source has a variance head, or takes another image, of which its schedule does not know.
+    """
     known = inspect.signature(UNet2DModel.__init__).parameters
     found = {name: value for name, value in network.items() if name in known or name == EXTENSION_KEY}
     if config.size is not None:
@@ -233,6 +237,12 @@ def _arguments(config: TrainConfig, network: NetworkOptions) -> NetworkOptions:
         found["dropout"] = config.dropout
     if config.variance_type in LEARNED_VARIANCES:
         found["out_channels"] = 2 * found["in_channels"]
+    elif found["out_channels"] != found["in_channels"]:
+        raise RunError(
+            f"The network of {config.init_from} gives {found['out_channels']} channels for {found['in_channels']}, and "
+            f"its schedule says variance_type {config.variance_type!r}. If it has a variance head, --variance_type "
+            "learned_range --loss hybrid --init_new_head takes it as it is; others are no DDPM of images."
+        )
     return found
 
 
