@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from ...errors import UserError, check_word
+from ...errors import UserError, check_word, did_you_mean
 from ...pipelines.identity import weights_hash
 from ..words import Quantization
 
@@ -225,7 +225,7 @@ def load_transformers(name: str) -> tuple[torch.nn.Module, PretrainedConfig]:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f'"{name}" is neither "pixels", "inception", "dinov2", "clip" nor a transformers vision model in reach: '
-            f"{str(error).strip().splitlines()[0]}"
+            f"{str(error).strip().splitlines()[0]}{did_you_mean(name, ('pixels', 'inception', 'dinov2', 'clip'))}"
         ) from error
 
 
