@@ -426,6 +426,66 @@ def test_reasons_are_counted_and_the_first_three_files_have_theirs(tmp_path: Pat
     assert said.count(".npy") == 3 and "1.5 to 1.5" in said
 
 
+ODD: dict[str, tuple[np.ndarray, str]] = {
+    "no axes": (np.array(5.0), "arrays of 0 axes"),
+    "complex": (np.ones((4, 4), np.complex64), "arrays of complex64"),
+    "words": (np.array([["a", "b"]]), "arrays of <U1"),
+    "times": (np.zeros((4, 4), "datetime64[s]"), r"arrays of datetime64\[s\]"),
+    "records": (np.zeros((4, 4), [("a", "u1"), ("b", "u2")]), r"arrays of \[\('a'"),
+    "objects": (np.array([[{}]], dtype=object), "arrays of Python objects.*store numbers"),
+    "nothing": (np.zeros((0, 8), np.uint8), r"empty arrays.*shape \(0, 8\), which holds nothing"),
+    "holes": (np.full((4, 4), np.nan), "values that are not finite"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_arrays_have_their_own_reason(kind: str, tmp_path: Path) -> None:
+    values, reason = ODD[kind]
+    np.save(tmp_path / "a.npy", values, allow_pickle=True)
+    np.savez(tmp_path / "b.npz", values, allow_pickle=True)
+    with pytest.raises(ValueError, match=f"2 of 2: {reason}"):
+        load_images(train_data_dir=str(tmp_path))
+
+
+def test_objects_as_a_set_and_cut_or_empty_files_are_named(tmp_path: Path) -> None:
+    ragged = np.array([np.zeros((8, 8)), np.zeros((4, 4))], dtype=object)
+    np.save(tmp_path / "set.npy", ragged, allow_pickle=True)
+    with pytest.raises(ValueError, match="images of one size as one array"):
+        load_images(train_data_dir=str(tmp_path / "set.npy"))
+    (tmp_path / "cut").mkdir()
+    for name, content in {"a.npy": b"\x93NUMPY\x01\0", "b.npy": b"", "c.png": b"", "d.png": b""}.items():
+        (tmp_path / "cut" / name).write_bytes(content)
+    with pytest.raises(ValueError, match="2 of 2: empty files"):  # arrays beside images are left out
+        load_images(train_data_dir=str(tmp_path / "cut"))
+    for name in ("c.png", "d.png"):
+        (tmp_path / "cut" / name).unlink()
+    with pytest.raises(ValueError, match=r"1 of 2: damaged arrays; 1 of 2: empty files\. The first: .*a\.npy"):
+        load_images(train_data_dir=str(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("name", ["bytes", "path", "pixels"])
+def test_columns_of_any_name_are_asked_for_and_read(name: str, tmp_path: Path) -> None:
+    values = values_of((4, 6, 5), np.uint8)
+    cells: dict[str, list[Any]] = {"bytes": [], "path": [], "pixels": values.tolist()}
+    (tmp_path / "files").mkdir()
+    for i, value in enumerate(values):
+        Image.fromarray(value).save(tmp_path / "files" / f"{i}.png")
+        cells["path"].append(str(tmp_path / "files" / f"{i}.png"))
+        cells["bytes"].append((tmp_path / "files" / f"{i}.png").read_bytes())
+    (tmp_path / "set").mkdir()
+    table = datasets.Dataset.from_dict({name: cells[name], "kind": ["a", "b"] * 2})
+    table.to_parquet(tmp_path / "set" / "train.parquet")
+    with pytest.raises(ValueError, match=rf"--image_column which of the columns \['{name}', 'kind'\]"):
+        load_images(train_data_dir=str(tmp_path / "set"))
+    limits: dict[str, Any] = {"value_range": (0, 255), "bits": 8} if name == "pixels" else {}
+    options: dict[str, Any] = {"train_data_dir": str(tmp_path / "set"), "image_column": name, **limits}
+    found = load_images(**options)
+    assert np.array_equal(found.batch(range(4)).pixels[:, 0].numpy(), values)
+    for opened in (found, stream_images(**options, resolution=(6, 5))):
+        with pytest.raises(ValueError, match=r"name their label_column\. Its other columns are kind\."):
+            opened.require_classes()
+
+
 def test_a_file_written_before_keeps_the_reasons_of_what_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for i in range(9):

@@ -20,7 +20,6 @@ from torch import Tensor
 from ..errors import UserError
 from ..run_dir import JsonRecord
 from .cells import Rows
-from .folder import classes_in_names
 from .order import Batch, as_tensor, positions_to_indices
 from .rows import (
     Decoder,
@@ -40,6 +39,7 @@ from .sources import (
     no_classes,
     open_source,
     read_labels,
+    where_classes_may_stand,
     without_class,
 )
 from .spec import DataSpec, ImageOptions, Reading, spec_and_reading
@@ -184,7 +184,8 @@ def open_images(spec: DataSpec, reading: Reading | None = None) -> ImageSet:
         raise empty_set(spec)
     if source.note is not None:
         say_once(source.note)
-    rows = Rows(source, find_image_column(table.features, spec.image_column))
+    image_column = find_image_column(table.features, spec.image_column)
+    rows, hint = Rows(source, image_column), where_classes_may_stand(source, image_column)
     column = find_label_column(table.features, spec.label_column)
     known = spec.class_names or _training_names(spec, table.features, column, reading.cache_dir)
     labels = read_labels(table, column, known)
@@ -193,7 +194,6 @@ def open_images(spec: DataSpec, reading: Reading | None = None) -> ImageSet:
             f"label_column {spec.label_column!r} must hold classes from 0 upwards in every row, and "
             f"{int((labels.numbers < 0).sum()):,} of {len(rows):,} have none."
         )
-    hint = classes_in_names(source.files or [])
     form = image_format(rows, spec)
     spec = replace(spec, resolution=(form.height, form.width), channels=form.channels)
     decoder = Decoder(form, reading, len(rows))

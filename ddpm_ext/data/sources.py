@@ -24,7 +24,17 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from ..errors import UserError, did_you_mean
 from .cells import Source
 from .decoding.files import archive_kind, paths_of_set
-from .folder import ARRAYS, SPLIT_FOLDERS, Entry, Listing, image_count, list_images, local_entries, split_prefix
+from .folder import (
+    ARRAYS,
+    SPLIT_FOLDERS,
+    Entry,
+    Listing,
+    classes_in_names,
+    image_count,
+    list_images,
+    local_entries,
+    split_prefix,
+)
 from .spec import DIGITS, DataSpec
 
 __all__ = [
@@ -36,6 +46,7 @@ __all__ = [
     "number_labels",
     "open_source",
     "read_labels",
+    "where_classes_may_stand",
     "without_class",
 ]
 
@@ -269,12 +280,18 @@ def empty_set(spec: DataSpec) -> UserError:
     return UserError(f"The data set is empty: split {spec.split!r} of {spec.name} has no rows.")
 
 
-def no_classes(spec: DataSpec, hint: str = "") -> UserError:
+def where_classes_may_stand(source: Source, image_column: str) -> str:
+    """Return what to do about classes that a set does not state: its other columns, or what its file names say."""
+    others = [name for name in source.table.features if name != image_column]
+    return f" Its other columns are {', '.join(others)}." if others else classes_in_names(source.files or [])
+
+
+def no_classes(spec: DataSpec, hint: str) -> UserError:
     """Return the error for a set whose classes are asked for and that has none.
 
     Args:
         spec: The set.
-        hint: Where they may stand; see `classes_in_names`.
+        hint: See `where_classes_may_stand`.
     """
     return UserError(f"The images of {spec.name} have no classes: name their label_column.{hint}")
 
@@ -308,7 +325,8 @@ def find_image_column(features: datasets.Features, asked: str | None) -> str:
     found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     found = found or [name for name, feature in features.items() if _may_be_images(name, feature)]
     if len(found) != 1:
-        raise UserError(f"Say by image_column which of the columns {list(features)} holds the images, {found} may.")
+        may = f": {found} may" if found else ", by its type none does"
+        raise UserError(f"Say by --image_column which of the columns {list(features)} holds the images{may}.")
     return found[0]
 
 

@@ -33,7 +33,6 @@ from torch import Tensor
 from ..errors import UserError
 from ..run_dir import JsonRecord
 from .cells import Cell, Row, array_cell, file_bytes, undecoded
-from .folder import classes_in_names
 from .order import Batch, as_tensor
 from .rows import Decoder, image_format, say_once, tell_of
 from .sources import (
@@ -43,6 +42,7 @@ from .sources import (
     no_classes,
     number_labels,
     open_source,
+    where_classes_may_stand,
     without_class,
 )
 from .spec import DataSpec, ImageOptions, Reading, spec_and_reading
@@ -249,13 +249,14 @@ class _StreamRows:
         if source.note is not None:
             say_once(source.note)
         table = source.table if source.table.features is not None else source.table._resolve_features()
-        self.hint = classes_in_names(source.files or [])
         self.column = find_image_column(table.features, spec.image_column)
+        self.hint = where_classes_may_stand(source._replace(table=table), self.column)
         self.label_column = find_label_column(table.features, spec.label_column)
         label = table.features[self.label_column] if self.label_column is not None else None
         if isinstance(label, datasets.Value) and pyarrow.types.is_string(label.pa_type):
             raise UserError(
-                f"label_column {self.label_column!r} of a stream must hold numbers or ClassLabel, it holds {label}."
+                f"label_column {self.label_column!r} of a stream must hold numbers or ClassLabel, it holds {label}: "
+                "words are numbered when all are read, leave --streaming out."
             )
         self._names = list(label.names) if isinstance(label, datasets.ClassLabel) else None
         self._known = spec.class_names

@@ -11,6 +11,8 @@ import tarfile
 import threading
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import PurePosixPath
@@ -163,9 +165,26 @@ def _image_of_set(place: str) -> bytes:
 def _array_of_set(file: str, key: str | None, version: int) -> np.ndarray:
     """The array of a file, opened once as long as the file stays the same; a .npy is mapped."""
     if file.lower().endswith(".npy"):
-        return np.load(file, mmap_mode="r", allow_pickle=False)
+        with _told():
+            return np.load(file, mmap_mode="r", allow_pickle=False)
     with open(file, "rb") as opened:
         return load_array(opened, key)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Say what NumPy's errors mean for images."""
+    try:
+        yield
+    except Unreadable:
+        raise
+    except (ValueError, EOFError) as error:
+        if "object" in str(error).lower():
+            raise Unreadable(
+                "arrays of Python objects",
+                "it holds Python objects, which are not read: store numbers, images of one size as one array.",
+            ) from error
+        raise Unreadable("damaged arrays", f"it is damaged: {error}.") from error
 
 
 def load_array(file: IO[bytes], key: str | None) -> np.ndarray:
@@ -178,10 +197,11 @@ def load_array(file: IO[bytes], key: str | None) -> np.ndarray:
     Raises:
         Unreadable: several arrays and no key, or none of that name.
     """
-    found = np.load(file, allow_pickle=False)
+    with _told():
+        found = np.load(file, allow_pickle=False)
     if isinstance(found, np.ndarray):
         return found
-    with found:
+    with found, _told():
         names = list(found)
         if key is None and len(names) != 1:
             raise Unreadable(".npz files of several arrays", f"it holds the arrays {names}: name one by --array_key.")

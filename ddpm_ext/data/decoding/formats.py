@@ -110,9 +110,15 @@ def opened(encoded: bytes | str | None) -> Iterator[IO[bytes]]:
         raise Unreadable("the row is empty")
     if isinstance(encoded, str) and "://" not in encoded:
         with open(encoded, "rb") as file:
-            yield file
+            yield _not_empty(file)
     else:
-        yield io.BytesIO(encoded if isinstance(encoded, bytes) else read_bytes(encoded))
+        yield _not_empty(io.BytesIO(encoded if isinstance(encoded, bytes) else read_bytes(encoded)))
+
+
+def _not_empty(file: IO[bytes]) -> IO[bytes]:
+    if not _head(file, 1):
+        raise Unreadable("empty files", "it is empty.")
+    return file
 
 
 def is_image(path: str) -> bool:

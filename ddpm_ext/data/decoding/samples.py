@@ -74,7 +74,9 @@ def array_samples(source: np.ndarray | IO[bytes], channel_axis: int = -1, key: s
         Unreadable: several arrays and no key, another number of axes, values that are no real numbers.
     """
     values = source if isinstance(source, np.ndarray) else load_array(source, key)
-    if values.ndim not in (2, 3) or 0 in values.shape:
+    if 0 in values.shape:
+        raise Unreadable("empty arrays", f"it is an array of shape {values.shape}, which holds nothing.")
+    if values.ndim not in (2, 3):
         raise Unreadable(
             f"arrays of {values.ndim} axes",
             f"it is an array of shape {values.shape}; an image is (H, W), (H, W, C), or another order with "
