@@ -1,11 +1,18 @@
-"""Options of a command as fields of a frozen dataclass."""
+"""Options of a command as fields of a frozen dataclass, and what stands at a field: its words and its range."""
 
 from __future__ import annotations
 
-from dataclasses import field
-from typing import Any
+import math
+from collections.abc import Mapping
+from dataclasses import field, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-__all__ = ["option", "required"]
+from .errors import UserError, check_word
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+__all__ = ["check_options", "option", "required"]
 
 
 def option(default: Any, help: str, **rules: object) -> Any:
@@ -29,3 +36,31 @@ def option(default: Any, help: str, **rules: object) -> Any:
 def required(help: str) -> Any:
     """Return a dataclass field without a default, that a command line must give."""
     return field(metadata={"help": help})
+
+
+def check_options(options: DataclassInstance, error: type[UserError] = UserError) -> None:
+    """Refuse a word that is not of its `Literal` and a number outside its range, also of options that code has built.
+
+    None passes where it stands for off.
+    """
+    for name, hint in get_type_hints(type(options)).items():
+        value, kinds = getattr(options, name), (hint, *get_args(hint))
+        words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+        if words and (value is not None or type(None) not in kinds):
+            check_word(name, value, words, error)
+    for one in fields(options):
+        value = getattr(options, one.name)
+        if isinstance(value, (int, float)) and (range_words := _out_of_range(one.metadata, value)):
+            raise error(f"{one.name} must be {range_words}, got {value}.")
+
+
+def _out_of_range(rules: Mapping[str, Any], value: float) -> str:
+    """Return in words the range that a value is outside of; "" where it is inside."""
+    low, above, below = rules.get("at_least", -math.inf), rules.get("above", -math.inf), rules.get("below", math.inf)
+    if not math.isfinite(value):
+        return "a finite number"
+    if low <= value < below and value > above:
+        return ""
+    if below < math.inf:
+        return f"in ({above}, {below})" if above > -math.inf else f"in [{low}, {below})"
+    return f"above {above}" if above > -math.inf else f"at least {low}"

@@ -368,7 +368,7 @@ def test_a_table_of_other_values_is_no_time_embedding() -> None:
     [
         ("improved-diffusion", {"num_heads": 0}, "num_heads must be at least 1, got 0"),
         ("improved-diffusion", {"num_timesteps": 0}, "num_timesteps must be at least 1, got 0"),
-        ("ddim", {"beta_end": 1.5}, "beta_end must be between 0 and 1, got 1.5"),
+        ("ddim", {"beta_end": 1.5}, r"beta_end must be in \(0, 1\), got 1.5"),
         ("pytorch-ddpm", {"resolution": -3}, "resolution must be at least 1, got -3"),
         (
             "pytorch-ddpm",

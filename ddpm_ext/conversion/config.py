@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Literal
 
 from ..errors import UserError, check_word
-from ..options import option, required
+from ..options import check_options, option, required
 
 __all__ = ["ConvertError", "ConvertOptions", "Source", "codes", "unanswered"]
 
@@ -55,8 +55,8 @@ class ConvertOptions:
     source: Source = required("The code that wrote the checkpoint; auto: seen by the names of its tensors.")
     checkpoint: str = required("Its file; for diffusers a pipeline's folder or Hub name.")
     output_dir: str = required("Folder of the new pipeline, not the checkpoint's own.")
-    resolution: int | None = option(None, "Height and width of the images.")
-    image_channels: int | None = option(None, "Channels of the images, where they are neither 1, 3 nor 4.")
+    resolution: int | None = option(None, "Height and width of the images.", at_least=1)
+    image_channels: int | None = option(None, "Channels of the images, where they are neither 1, 3 nor 4.", at_least=1)
     prediction_type: Literal["epsilon", "sample", "posterior_mean"] | None = option(
         None, "What the network predicts: the noise, x_0 (predict_xstart, xstart), or the mean of x_t-1 (xprev)."
     )
@@ -64,12 +64,14 @@ class ConvertOptions:
         None, "Reverse variance: fixed_small (sigma_small, fixedsmall) or fixed_large; learned ones show in the file."
     )
     noise_schedule: Literal["linear", "cosine", "quad", "sigmoid"] | None = option(None, "Schedule of the betas.")
-    beta_start: float | None = option(None, "pytorch-ddpm, ddim: beta of the first step; none: 1e-4.")
-    beta_end: float | None = option(None, "pytorch-ddpm, ddim: beta of the last step; none: 0.02.")
-    num_timesteps: int | None = option(None, "T: diffusion_steps, num_diffusion_timesteps.")
+    beta_start: float | None = option(None, "pytorch-ddpm, ddim: beta of the first step; none: 1e-4.", above=0, below=1)
+    beta_end: float | None = option(None, "pytorch-ddpm, ddim: beta of the last step; none: 0.02.", above=0, below=1)
+    num_timesteps: int | None = option(None, "T: diffusion_steps, num_diffusion_timesteps.", at_least=1)
     rescale_timesteps: bool | None = option(None, "The network sees 1000 t / T; asked for where T is not 1000.")
-    num_heads: int | None = option(None, "Attention heads of every level; or give --num_head_channels.")
-    num_head_channels: int | None = option(None, "Channels of an attention head, which sets its number by level.")
+    num_heads: int | None = option(None, "Attention heads of every level; or give --num_head_channels.", at_least=1)
+    num_head_channels: int | None = option(
+        None, "Channels of an attention head, which sets its number by level.", at_least=1
+    )
     attention_order: Literal["legacy", "new"] | None = option(
         None,
         "Rows of qkv: legacy [head][q,k,v], new (use_new_attention_order) [q,k,v][head]. Names and shapes are the same "
@@ -87,7 +89,7 @@ class ConvertOptions:
     token: str | None = option(None, "diffusers: token for a private repository.")
 
     def __post_init__(self) -> None:
-        check_word("source", self.source, get_args(Source), ConvertError)
+        check_options(self, ConvertError)
         words = {
             "prediction_type": ("epsilon", "sample", "posterior_mean"),
             "variance_type": ("fixed_small", "fixed_large", "learned", "learned_range"),
@@ -98,12 +100,6 @@ class ConvertOptions:
         for name, allowed in words.items():
             if (word := getattr(self, name)) is not None:
                 check_word(name, word, allowed, ConvertError)
-        for name in ("resolution", "image_channels", "num_timesteps", "num_heads", "num_head_channels"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConvertError(f"{name} must be at least 1, got {value}.")
-        for name in ("beta_start", "beta_end"):
-            if (value := getattr(self, name)) is not None and not 0 < value < 1:
-                raise ConvertError(f"{name} must be between 0 and 1, got {value}.")
         if self.num_heads is not None and self.num_head_channels is not None:
             raise ConvertError("--num_heads and --num_head_channels say the same in two ways: give one of them.")
         self.check_source(self.source)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args
 
 from ..diffusion.words import SPACINGS, Cdf, DecoderVariance, ReferenceKind, Trajectory, VarianceType
 from ..errors import UserError, check_word
-from ..options import option
+from ..options import check_options, option
 from ..pipelines.config import GuidanceConfig
 from ..pipelines.locate import run_folder
 from .words import Metric, Quantization, Sampler, Score
@@ -38,13 +38,15 @@ class MeasureConfig:
     max_unreadable: float | None = option(
         None, "Share of unreadable images above which a split is refused; none: 0.01, or what training accepted."
     )
-    max_reference_images: int | None = option(None, "Only the first so many of the reference; none: all.")
-    max_bpd_images: int | None = option(None, "Only the first so many images for bits/dim; none: all.")
+    max_reference_images: int | None = option(None, "Only the first so many of the reference; none: all.", at_least=1)
+    max_bpd_images: int | None = option(None, "Only the first so many images for bits/dim; none: all.", at_least=1)
 
     seed: int = option(0, "Image i is drawn from seed + i.")
-    batch_size: int = option(250, "Generated images of one process at a time.")
+    batch_size: int = option(250, "Generated images of one process at a time.", at_least=1)
     extractor: str = option("inception", "inception, dinov2, clip, pixels, or a transformers vision model.")
-    extractor_size: int | None = option(None, "Input side of a transformers model; none: what it says itself.")
+    extractor_size: int | None = option(
+        None, "Input side of a transformers model; none: what it says itself.", at_least=1
+    )
     inception_weights: str | None = option(None, "File of Inception's weights; none: downloaded.")
     quantization: Quantization = option(
         "uint8", "How generated pixels reach the extractor: rounded to 8 bits as a file would, or as floats."
@@ -58,11 +60,7 @@ class MeasureConfig:
     cpu: bool = option(False, "Use the CPU even where there is an accelerator.")
 
     def __post_init__(self) -> None:
-        check_word("quantization", self.quantization, get_args(Quantization))
-        for name, kind in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if kind in (int, int | None) and value is not None and name != "seed" and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}.")
+        check_options(self)
         if self.dataset_name is not None and self.data_dir is not None:
             raise UserError(f"Give dataset_name or data_dir, got both: {self.dataset_name!r} and {self.data_dir!r}.")
 
@@ -92,22 +90,24 @@ class EvalConfig(GuidanceConfig, MeasureConfig):
     timestep_spacing: str | None = option(
         None, "leading, trailing or linspace; none: the scheduler's own, or its trajectory."
     )
-    num_samples: int = option(50_000, "Generated images of each score.")
+    num_samples: int = option(50_000, "Generated images of each score.", at_least=1)
 
-    bpd_num_inference_steps: int | None = option(None, "Steps of the chain that bits/dim judges; none: all T.")
-    num_timesteps_sampled: int | None = option(None, "Estimate bits/dim from so many steps per image; none: all.")
+    bpd_num_inference_steps: int | None = option(
+        None, "Steps of the chain that bits/dim judges; none: all T.", at_least=1
+    )
+    num_timesteps_sampled: int | None = option(
+        None, "Estimate bits/dim from so many steps per image; none: all.", at_least=1
+    )
     decoder_variance: DecoderVariance = option("base", "Variance of L_0 in a shorter chain.")
     cdf: Cdf = option("tanh", "Normal distribution function of L_0: tanh as published, or exact.")
-    kid_subsets: int = option(100, "Subsets of KID.")
-    kid_subset_size: int = option(1000, "Images of each subset.")
+    kid_subsets: int = option(100, "Subsets of KID.", at_least=1)
+    kid_subset_size: int = option(1000, "Images of each subset.", at_least=1)
 
     plots: bool = option(False, "Draw rate-distortion, Figures 6 to 8 of the paper and nearest training images.")
     push_to_hub: bool = option(False, "Upload the run with its card when it is measured.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_word("decoder_variance", self.decoder_variance, get_args(DecoderVariance))
-        check_word("cdf", self.cdf, get_args(Cdf))
         lists = (("metrics", Metric), ("sampler", Sampler), ("variance_type", VarianceType))
         for name, words in lists:
             for word in split_words(getattr(self, name)):
@@ -156,7 +156,7 @@ class CalibrateConfig(GuidanceConfig, MeasureConfig):
         None, "Split on which errors are measured and with which samples are compared; none: as in training."
     )
     test_split: str = option("test", "Split whose bits/dim are reported.")
-    num_images: int = option(1024, "Images of the errors, every step of each.")
+    num_images: int = option(1024, "Images of the errors, every step of each.", at_least=1)
     num_inference_steps: str = option(
         "10,25,50,100", "Numbers of steps whose trajectories are stored and judged; none: measure no errors."
     )
@@ -173,24 +173,21 @@ class CalibrateConfig(GuidanceConfig, MeasureConfig):
     reference_steps: str = option(
         "20,30,50,100,200", "Network calls of the references; the best by fid is fitted to, or the longest."
     )
-    solver_order: int = option(3, "Steps whose estimates one jump of a solver uses.")
-    num_noises: int = option(256, "Noises to which solvers are fitted.")
-    num_held_out: int = option(128, "Further noises by which their steps are chosen.")
+    solver_order: int = option(3, "Steps whose estimates one jump of a solver uses.", at_least=1)
+    num_noises: int = option(256, "Noises to which solvers are fitted.", at_least=1)
+    num_held_out: int = option(128, "Further noises by which their steps are chosen.", at_least=1)
 
     metrics: str = option("bpd,fid", "Scores before and after, of bpd (bits/dim) and fid (Frechet); none: no scores.")
     fid_num_inference_steps: str | None = option(None, "Steps of the Frechet distances; none: num_inference_steps.")
-    num_samples: int = option(10_000, "Generated images of each Frechet distance.")
-    num_seeds: int = option(1, "Sets of samples of each Frechet distance; several give its spread.")
+    num_samples: int = option(10_000, "Generated images of each Frechet distance.", at_least=1)
+    num_seeds: int = option(1, "Sets of samples of each Frechet distance; several give its spread.", at_least=1)
     full_chain: bool = option(False, "Also the Frechet distance of fixed_small with all T steps.")
     plots: bool = option(True, "Draw quality against steps; needs matplotlib.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_word("trajectory", self.trajectory, get_args(Trajectory))
         for word in self.scores:
             check_word("metrics", word, get_args(Score))
-        if self.solver_reference is not None:
-            check_word("solver_reference", self.solver_reference, get_args(ReferenceKind))
         if not self.steps and not self.solver_steps:
             raise UserError("There is nothing to calibrate: give num_inference_steps, solver_steps, or both.")
         if not self.steps and "bpd" in self.scores:

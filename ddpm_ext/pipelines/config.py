@@ -7,7 +7,7 @@ from typing import Any, Literal, TypedDict
 
 from ..errors import UserError
 from ..models.values import check_bands
-from ..options import option, required
+from ..options import check_options, option, required
 from ..run_dir import JsonRecord
 
 __all__ = ["GuidanceConfig", "GuidanceOptions", "SampleConfig", "guidance_conditions"]
@@ -62,10 +62,10 @@ class SampleConfig(GuidanceConfig):
 
     model: str = required("Folder or Hub name of a pipeline.")
     output_dir: str = option("samples", "Folder for 000000.png ... and grid.png.")
-    num_samples: int = option(64, "Number of images.")
-    batch_size: int = option(64, "Images of one process at a time.")
+    num_samples: int = option(64, "Number of images.", at_least=1)
+    batch_size: int = option(64, "Images of one process at a time.", at_least=1)
     seed: int = option(0, "Image i is drawn from torch.Generator().manual_seed(seed + i).")
-    num_inference_steps: int | None = option(None, "Denoising steps; none: all T of the model.")
+    num_inference_steps: int | None = option(None, "Denoising steps; none: all T of the model.", at_least=1)
     class_label: str | None = option(None, "Class of all images, by name or number, for conditional networks.")
     bits: int | None = option(None, "Depth of the files, 8 or 16 (PNG; arrays as .npy); none: the network's images'.")
     rgb_bands: list[int] | None = option(
@@ -78,10 +78,7 @@ class SampleConfig(GuidanceConfig):
     cpu: bool = option(False, "Use the CPU even where there is an accelerator.")
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size", "num_inference_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}.")
+        check_options(self)
         if self.bits not in (None, 8, 16):
             raise UserError(f"bits must be 8 or 16, got {self.bits}.")
         check_bands(self.rgb_bands)

@@ -7,16 +7,15 @@ over them.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import TypeAlias
 
 from ..diffusion.words import LossOptions
-from ..errors import UserError, check_word, did_you_mean
-from ..options import option, required
+from ..errors import UserError, did_you_mean
+from ..options import check_options, option, required
 from .options import (
     DataOptions,
     DiffusionOptions,
@@ -62,7 +61,8 @@ class TrainConfig(
     resolved: bool = dataclasses.field(default=False, metadata={"hidden": True}, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_words(self)
+        check_options(self)
+        _check_allowed_changes(self)
         _check_ranges(self)
         _check_pairs(self)
         _check_data_and_network(self)
@@ -106,12 +106,8 @@ class ReconstructConfig:
 # Checks ---------------------------------------------------------------------------------------------------------------
 
 
-def _check_words(config: TrainConfig) -> None:
-    """Words come from their lists, also when a config is built in code and not by the parser."""
-    for name, hint in get_type_hints(TrainConfig).items():
-        value = getattr(config, name, None)
-        if get_origin(hint) is Literal:
-            check_word(name, value, get_args(hint))
+def _check_allowed_changes(config: TrainConfig) -> None:
+    """Refuse to let an option change that there is not."""
     known = [*(field.name for field in dataclasses.fields(TrainConfig)), "network", "data"]  # what options lead to
     for name in config.allow_config_change:
         if name not in known:
@@ -119,27 +115,11 @@ def _check_words(config: TrainConfig) -> None:
 
 
 def _check_ranges(config: TrainConfig) -> None:
-    """Numbers lie where they have a meaning; none passes where it stands for off."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, (int, float)) and (words := _out_of_range(field.metadata, value)):
-            raise UserError(f"{field.name} must be {words}, got {value}.")
+    """What is written in figures lies where it has a meaning."""
     if config.resolution is not None and not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", str(config.resolution)):
         raise UserError(f"resolution must be like 32 or 24x32 (height x width), got {config.resolution!r}.")
     if any(not 0 < width < WIDEST for width in config.ema_sigma_rel):
         raise UserError(f"ema_sigma_rel must lie in (0, {WIDEST}), got {config.ema_sigma_rel}.")
-
-
-def _out_of_range(rules: Mapping[str, Any], value: float) -> str:
-    """Return in words the range that a value is outside of; "" where it is inside."""
-    low, above, below = rules.get("at_least", -math.inf), rules.get("above", -math.inf), rules.get("below", math.inf)
-    if not math.isfinite(value):
-        return "a finite number"
-    if low <= value < below and value > above:
-        return ""
-    if below < math.inf:
-        return f"in [{low}, {below})"
-    return f"above {above}" if above > -math.inf else f"at least {low}"
 
 
 def _check_pairs(config: TrainConfig) -> None:
