@@ -498,6 +498,22 @@ def test_what_the_pilot_images_do_not_pay_is_still_counted() -> None:
     assert abs(draws.mean() - exact) < 4 * draws.std() / math.sqrt(200)
 
 
+def test_the_pilot_images_are_asked_about_as_their_own_classes() -> None:
+    """Eight of sixteen images, spread over the batch: p_t is that of a batch of these alone."""
+    scheduler, labels = DDPMExtScheduler(prediction_type="sample", **SHORT), torch.arange(16) % 5
+    images = (labels * 50).to(torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2)
+
+    def network(x: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:  # another error for each class and step
+        return x.new_zeros(x.shape) + ((class_labels * (t + 1)) % 7 / 7 - 0.5).to(x).reshape(-1, 1, 1, 1)
+
+    spread = [0, 2, 4, 6, 9, 11, 13, 15]  # linspace(0, 15, 8), rounded
+    p, alone = (
+        pilot_distribution(make_bound(network, scheduler, some, class_labels=of), grid_images(some))
+        for some, of in ((images, labels), (images[spread], labels[spread]))
+    )
+    assert_close(p, alone, rtol=1e-12, atol=0)
+
+
 def test_no_jump_is_impossible_because_the_pilot_pays_nothing_there() -> None:
     scheduler = DDPMExtScheduler(prediction_type="sample", **SHORT)
     images = torch.zeros((4, 1, 2, 2), dtype=torch.uint8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from hub_worker import Client, fixture_client, fixture_hub  # noqa: F401
 from PIL import Image
 
 from ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
+from ddpm_ext.evaluation.results import Provenance, Result
 from ddpm_ext.hub.files import collect
 from ddpm_ext.pipelines.identity import weights_hash
 from ddpm_ext.publishing.model_card import MARK, export_card, render_card, write_card
-from ddpm_ext.publishing.results import command_words
+from ddpm_ext.publishing.results import command_words, provenance_lines
 from ddpm_ext.publishing.training_record import training_hours, training_rows
 from ddpm_ext.run_dir import environment
 
@@ -369,3 +371,19 @@ def test_the_hub_accepts_it(hub: Hub, client: Client, run: Path) -> None:
     write_card(run, "alice/ddpm-cifar10", "no such licence")
     with pytest.raises(ValueError, match=r"must be one of .'apache-2.0'"):
         client(validate, str(run))
+
+
+def test_a_line_of_provenance_says_command_weights_code_machine_and_day() -> None:
+    command = ["ddpm-ext", "evaluate", "--model=/home/me/runs/digits"]
+    made = Provenance(command=command, versions={"ddpm-ext": "0.1.0"}, commit="abc", date="2026-01-02T03:04:05Z")
+    on_gpu, on_cpu = {"gpu": "H200", "processor": "EPYC", "cores": 8}, {"processor": "EPYC", "cores": 8}
+    results = [
+        Result(metric=metric, value=1.0, averaged=averaged, seed=3, weights="w", provenance=replace(made, hardware=on))
+        for metric, averaged, on in (("fid", True, on_gpu), ("kid", True, on_gpu), ("fid", False, on_cpu))
+    ]
+    code = "ddpm_ext 0.1.0 at commit abc"
+    assert provenance_lines(results) == [
+        f"`ddpm-ext evaluate --model=digits`, {weights}, seed 3, weights w, {code}, {on}, 2026-01-02"
+        for weights, on in (("averaged weights", "H200"), ("weights as trained", "EPYC, 8 cores"))
+    ]
+    assert provenance_lines([Result(metric="fid", value=1.0, provenance=Provenance(command=["x"]))]) == ["`x`"]

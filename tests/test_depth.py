@@ -737,3 +737,11 @@ def test_every_way_to_store_a_tiff_of_sixteen_bits(compression: str | None, orde
         photometric = "rgb" if bands == 3 else "minisblack"
         file = tiff(stored, photometric=photometric, compression=compression, byteorder=order, tile=tile, **more)
         assert np.array_equal(decode_image(file, form(6, 5, bands)), np.moveaxis(values, -1, 0))
+
+
+def test_the_window_of_a_deep_image_lies_where_asked_without_center_crop() -> None:
+    wide = np.repeat(np.arange(0, 24_000, 1000, dtype=np.uint16)[None], 8, axis=0)  # 8 × 24, a ramp
+    form = ImageFormat(8, 8, 1, center_crop=False, bits=16)
+    left, right = (decode_image(wide, form, place)[0, 0].tolist() for place in (0.0, 1.0))
+    assert left == list(range(0, 8000, 1000)) and right == list(range(16_000, 24_000, 1000))
+    assert decode_image(wide, form._replace(center_crop=True), 0.0)[0, 0].tolist() == list(range(8000, 16_000, 1000))

@@ -379,3 +379,14 @@ def test_an_eval_json_of_the_former_version_loads_and_keeps_its_keys(tmp_path: P
     path.write_text(json.dumps({"format": 1, "figures": [{**former[0], "of a later version": 1}]}))
     assert len(write_results(path, results[1:2])) == 2
     assert json.loads(path.read_text())["figures"][0]["of a later version"] == 1  # kept as it was
+
+
+def test_an_entry_leaves_out_what_does_not_apply_and_says_null_of_what_is_not_known() -> None:
+    """Format 1: whether weights are averages, and all of a sampler's chain, stand there even without a value."""
+    chain = {"variance_type": None, "timestep_spacing": None, "trajectory": None, "eta": None}
+    entry = {"metric": "fid", "value": 1.5, "model": "", "averaged": None, "num_inference_steps": 4, "sampler": "ddpm"}
+    assert Result(metric="fid", value=1.5, sampler="ddpm", num_inference_steps=4).to_json() == entry | chain
+    bits = {"metric": "bpd", "value": 2.0, "model": "", "averaged": None, "num_inference_steps": 0, "cdf": "tanh"}
+    assert Result(metric="bpd", value=2.0, cdf="tanh", std=float("nan")).to_json() == bits | {
+        "num_timesteps_sampled": None
+    }

@@ -44,6 +44,14 @@ def drawn(pipeline: DDPMExtPipeline, seeds: list[int], batch_size: int) -> np.nd
     return np.concatenate(list(sample_images(pipeline, seeds, batch_size=batch_size, num_inference_steps=5)))
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_levels_are_the_nearest_to_the_pipelines_images(pipeline: DDPMExtPipeline, bits: int) -> None:
+    (ours,) = sample_images(pipeline, [5, 6], batch_size=2, num_inference_steps=5, bits=bits)
+    seeds = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    images: Any = pipeline(2, generator=seeds, num_inference_steps=5, output_type="np")
+    assert np.abs(ours - images.images * np.float64(2**bits - 1)).max() <= 0.5 + 1e-2  # float32 at 16 bits
+
+
 def sample(model: Path, folder: Path, **changes: Any) -> int:
     forget_accelerator()
     given = {"num_samples": 5, "batch_size": 2, "num_inference_steps": 4, "cpu": not is_installed(), **changes}
