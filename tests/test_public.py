@@ -121,3 +121,23 @@ def _is_there(name: str) -> bool:
         return pkgutil.resolve_name(name) is not None
     except (ImportError, AttributeError):
         return False
+
+
+def test_options_that_code_has_built_are_checked_as_those_of_a_command() -> None:
+    """The words of a `Literal` and the range at the field, of every command; none passes where it means off."""
+    from ddpm_ext.conversion.config import ConvertOptions
+    from ddpm_ext.pipelines.config import SampleConfig
+
+    files = {"source": "ddim", "checkpoint": "a", "output_dir": "b"}
+    for kind, options, sentence in (
+        (SampleConfig, {"model": "x", "dtype": "int8"}, "dtype must be one of 'float32', 'float16', 'bfloat16'"),
+        (SampleConfig, {"model": "x", "num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0."),
+        (ddpm_ext.EvalConfig, {"cdf": "erf"}, "cdf must be one of 'tanh', 'exact', got 'erf'."),
+        (ddpm_ext.EvalConfig, {"guidance_scale": float("nan")}, "guidance_scale must be a finite number, got nan."),
+        (ddpm_ext.CalibrateConfig, {"solver_reference": "cliped"}, "Did you mean clipped?"),
+        (ConvertOptions, {**files, "beta_start": 1.0}, "beta_start must be in (0, 1), got 1.0."),
+    ):
+        with pytest.raises(ddpm_ext.UserError) as refused:
+            kind(**options)
+        assert sentence in str(refused.value)
+    assert SampleConfig(model="x", num_inference_steps=None).num_inference_steps is None
