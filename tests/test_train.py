@@ -596,7 +596,7 @@ def test_a_start_says_what_it_is_small_images_that_are_enlarged_included(
     for line in (
         r"device      cpu, float32, 1 process of 1 thread",
         r"network     4\d,\d{3} parameters, .*colour.json",
-        r"images      24 images of 3 channels, 16 x 16",
+        r"images      24 images of 3 channels, 16 x 16, 8 bits",
         r"batch       8: 1 process, 1 x 8 each",
         r"updates     1, 0.333 epochs",
         r"run folder  .*run, a new run",
