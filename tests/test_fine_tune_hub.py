@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hub_server import Hub
-from hub_worker import Client, fixture_client, fixture_hub  # noqa: F401
+from hub_worker import Client, environment, fixture_client, fixture_hub  # noqa: F401
+from training import TORCHRUN, assert_bitwise_equal, finish, options, start
 
 FROM: dict[str, Any] = {"model_config_name_or_path": None, "max_train_steps": 2, "checkpointing_steps": 1}
 
@@ -151,3 +153,29 @@ def test_a_licence_is_written_where_we_render_the_card_and_refused_where_we_do_n
     other = ["--license", "other", "--license_name", "own", "--license_link", "https://example.org/own"]
     assert push(client, tmp_path / "stock", "alice/plain", *other) == ""
     assert card(hub, "alice/plain")["license_name"] == "own"
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_a_hub_name_and_offline_from_the_cache(
+    hub: Hub, client: Client, tmp_path: Path
+) -> None:
+    """Real processes: from an empty cache, from that cache offline, and a resume without either."""
+    client(save_stock, str(tmp_path / "stock"))
+    assert push(client, tmp_path / "stock", "alice/base", "--license", "mit") == ""
+    there = {name: value for name, value in environment(hub, "").items() if name.startswith(("HF_", "NO_PROXY"))}
+    given = {**FROM, "init_from": "alice/base", "checkpoints_total_limit": "none"}
+    launcher = [*TORCHRUN, "2"]
+
+    def train(name: str, cache: str, offline: bool, **more: Any) -> None:
+        words = options(tmp_path / name, **{**given, **more})
+        where = {**there, "HF_HOME": str(tmp_path / cache), "HF_HUB_OFFLINE": str(int(offline))}
+        code, said = finish(start(words, launcher, **where))
+        assert code == 0, said
+
+    train("online", "cache", False)
+    train("offline", "cache", True)
+    shutil.copytree(tmp_path / "online", tmp_path / "resumed")
+    (tmp_path / "resumed" / "status.json").unlink()
+    train("resumed", "empty", True, resume_from_checkpoint="step-00000001")
+    for name in ("offline", "resumed"):
+        assert_bitwise_equal(tmp_path / "online", tmp_path / name, 2)
