@@ -222,21 +222,31 @@ def _tiff_samples(file: IO[bytes]) -> Samples:
     top = _top_of_type(values.dtype)
     top = None if top is None else min(top, (1 << max(stated)) - 1)
     values = values.astype(np.uint8) if values.dtype.kind == "b" else values
-    if first.photometric == 0:  # the lowest value is white
-        if top is None:
-            raise Unreadable(
-                "TIFF whose lowest value is white, without a range",
-                f"its {values.dtype} values count from white, and no range says to where: store black as the lowest.",
-            )
-        values = (top - values).astype(values.dtype)
+    if first.photometric == 0:
+        values = _from_black(values, top)
     mode = _tiff_mode(first, values.shape[2])
-    if mode in ("LA", "RGBA") and first.extrasamples[0] == 1 and top is not None:  # premultiplied
-        alpha = values[..., -1:].astype(np.float64)
-        colour = np.divide(values[..., :-1] * float(top), alpha, where=alpha > 0, out=np.zeros(values[..., :-1].shape))
-        values = np.concatenate([colour.round().clip(0, top).astype(values.dtype), values[..., -1:]], 2)
+    if mode in ("LA", "RGBA") and first.extrasamples[0] == 1 and top is not None:
+        values = _not_premultiplied(values, top)
     samples = Samples(values, mode, top)
     orientation = first.tags.valueof(274, 1)
     return samples.turned(TURNS[orientation]) if orientation in TURNS else samples
+
+
+def _from_black(values: np.ndarray, top: int | None) -> np.ndarray:
+    """Values of which the lowest is white, counted from black."""
+    if top is None:
+        raise Unreadable(
+            "TIFF whose lowest value is white, without a range",
+            f"its {values.dtype} values count from white, and no range says to where: store black as the lowest.",
+        )
+    return (top - values).astype(values.dtype)
+
+
+def _not_premultiplied(values: np.ndarray, top: int) -> np.ndarray:
+    """Colours that were multiplied by their alpha / top, divided by it again."""
+    alpha = values[..., -1:].astype(np.float64)
+    colour = np.divide(values[..., :-1] * float(top), alpha, where=alpha > 0, out=np.zeros(values[..., :-1].shape))
+    return np.concatenate([colour.round().clip(0, top).astype(values.dtype), values[..., -1:]], axis=2)
 
 
 def _refuse_no_data(values: np.ndarray, no_data: str) -> None:
