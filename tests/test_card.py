@@ -304,10 +304,11 @@ def test_a_card_of_ones_own_is_kept(run: Path) -> None:
 
 
 def test_every_picture_of_the_card_is_pushed_and_exported_with_it(run: Path, tmp_path: Path) -> None:
-    write_card(run, "alice/ddpm-cifar10")
+    write_card(run, "alice/ddpm-cifar10", "mit")
     shown = {"samples/step-00800000.png", "training.png", "plots/nearest.png"}
     assert {name for name in collect(run, tmp_path / "staging") if name.endswith(".png")} == shown
     export_card(run, tmp_path / "card")
+    assert front_matter((tmp_path / "card" / "README.md").read_text())["license"] == "mit"  # of the run's card
     assert {p.relative_to(tmp_path / "card").as_posix() for p in (tmp_path / "card").rglob("*.png")} == shown
 
 

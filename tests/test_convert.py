@@ -561,7 +561,9 @@ def test_whether_a_row_stands_for_no_class_is_asked_for_and_guides() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_numbers_of_another_precision_are_kept_in_float32_and_said(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_numbers_of_another_precision_are_kept_in_float32_and_said(
+    dtype: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     weights = {name: weight.to(dtype) for name, weight in HoNetwork().state_dict().items()}
     torch.save(weights, tmp_path / "ckpt.pt")
     said = {**SAID, "variance_type": "fixed_large", "num_timesteps": 1000}
@@ -569,6 +571,7 @@ def test_numbers_of_another_precision_are_kept_in_float32_and_said(dtype: torch.
     kept = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert torch.equal(kept["conv_in.weight"], weights["conv_in.weight"].float())
     assert f"| Numbers | {str(dtype)[6:]} in the checkpoint, float32 here |" in (folder / "README.md").read_text()
+    assert "The card names no licence: a push asks for it" in caplog.text
 
 
 def test_a_checkpoint_in_several_files_is_read_by_its_index(tmp_path: Path) -> None:

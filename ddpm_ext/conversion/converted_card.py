@@ -86,7 +86,7 @@ def _upstream_license(options: ConvertOptions) -> License | None:
     try:
         return license_of(options.checkpoint, options.token)
     except HubError as error:
-        logger.warning("The card names no licence: %s", error)
+        logger.warning("Its licence is not known: %s", error)
         return None
 
 
@@ -123,6 +123,8 @@ def write_converted_card(
     words = {pipeline.scheduler.config["prediction_type"], pipeline.scheduler.config["variance_type"]}
     own = seen["labelled"] or not words.isdisjoint(STOCK_CANNOT)  # else Diffusers alone can sample it
     license = License(options.license) if options.license else (None if is_file else _upstream_license(options))
+    if license is None:
+        logger.warning("The card names no licence: a push asks for it, and so does the push of a fine-tune.")
     of_license: JsonRecord = {} if license is None else license.entries()
     data = ModelCardData(
         **of_license,

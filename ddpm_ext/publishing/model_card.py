@@ -76,7 +76,7 @@ def export_card(
     run, folder = Path(run), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     card = folder / "README.md"
-    write_atomically(card, str(render_card(run, repo_id, license)))
+    write_atomically(card, str(render_card(run, repo_id, license or license_of(run))))
     shown = set(re.findall(r"\]\(([\w./-]+\.png)\)", card.read_text(encoding="utf-8")))
     for name in shown | {name for name in ("config.json", "eval.json", _CALIBRATION) if (run / name).is_file()}:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
