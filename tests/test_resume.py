@@ -28,7 +28,8 @@ from ddpm_ext.distributed import on_main
 from ddpm_ext.run_dir import RunError
 from ddpm_ext.signals import PREEMPTED
 from ddpm_ext.training.config import TrainConfig
-from ddpm_ext.training.plan.batch import BatchPlan, plan_batch
+from ddpm_ext.training.plan.batch import BatchPlan, plan_batch, plan_intervals, total_updates
+from ddpm_ext.training.state.resume import warn_of_other_conditions
 from ddpm_ext.training.trainer import Trainer
 
 ALL_DRAWS = {"dropout": 0.1, "random_flip": True}
@@ -215,6 +216,23 @@ def test_the_global_batch_is_cut_equally(changes, processes: int, kept: int | No
     assert plan.micro_batch <= config.train_batch_size
 
 
+def test_epochs_are_whole_updates_the_last_one_begun() -> None:
+    """Two passes over 10 images in batches of 8 are 20 images, 3 updates; one is 2."""
+    config = TrainConfig(num_epochs=2, train_batch_size=8, save_images_epochs=1)
+    plan = BatchPlan(8, 1, 1)
+    assert total_updates(config, 10, plan) == 3
+    assert plan_intervals(config, 3, 10, plan).grid == 2
+
+
+def test_what_decides_the_last_digits_is_said_where_it_has_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    before = {"num_threads": 1, "processes": 2, "device": "cpu"}
+    warn_of_other_conditions(before, dict(before))
+    assert capsys.readouterr().err == ""
+    warn_of_other_conditions(before, {"num_threads": 1, "processes": 1, "tf32": True})
+    said = "Resuming under other conditions (processes 2 -> 1, tf32 None -> True, device cpu -> None): the weights"
+    assert capsys.readouterr().err.startswith(said)
+
+
 def test_a_batch_that_cannot_be_shared_is_an_error() -> None:
     with pytest.raises(RunError, match="global batch of 10 cannot be shared equally among 4 processes"):
         plan_batch(TrainConfig(max_train_steps=1, global_batch_size=10), 4)
@@ -234,7 +252,9 @@ def test_passes_far_below_what_a_process_holds_are_warned_of() -> None:
         assert plan_batch(config, 1) == BatchPlan(31, 1, 31)
 
 
-def test_two_processes_equal_one_and_each_goes_on_with_the_others_checkpoint(tmp_path: Path) -> None:
+def test_two_processes_equal_one_and_each_goes_on_with_the_others_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     exact = {"double": True, "random_flip": True, "global_batch_size": 8, "max_train_steps": 20}
     exact |= {"checkpointing_steps": 10, "checkpoints_total_limit": "none"}
     assert run_here(tmp_path / "one", **exact) == 0
@@ -243,7 +263,9 @@ def test_two_processes_equal_one_and_each_goes_on_with_the_others_checkpoint(tmp
     assert_same_algorithm(tmp_path / "one", tmp_path / "two", 20)
     moved = copy_of(tmp_path / "two", tmp_path)
     (moved / "status.json").unlink()
+    capsys.readouterr()
     assert run_here(moved, **exact, resume_from_checkpoint="step-00000010") == 0
+    assert "Resuming under other conditions (processes 2 -> 1)" in capsys.readouterr().err
     assert_same_algorithm(tmp_path / "one", moved, 20)
 
 

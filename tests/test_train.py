@@ -51,6 +51,7 @@ from ddpm_ext.training.run import train
 from ddpm_ext.training.setup import make_trainer
 from ddpm_ext.training.state.meter import Meter
 from ddpm_ext.training.state.rng import draw
+from ddpm_ext.training.state.saver import Saver
 from ddpm_ext.training.trainer import Trainer
 
 
@@ -798,6 +799,17 @@ def test_under_fp16_an_overflow_lowers_the_scale_and_advances_nothing(tmp_path: 
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters, before, strict=True))
     ours.update()
     assert ours.state.update == 2
+
+
+def test_under_fp16_a_resumed_run_goes_on_with_the_scale_it_had(tmp_path: Path) -> None:
+    ours = trainer(tmp_path / "run", scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    poison(ours, {1}, float("inf"))
+    for _ in range(2):
+        ours.update()
+    Saver(ours).save()
+    resumed = trainer(tmp_path / "run", scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    assert (resumed.state.update, resumed.state.step) == (1, 2)
+    assert resumed.accelerator.scaler is not None and resumed.accelerator.scaler.get_scale() == 4.0
 
 
 @pytest.mark.parametrize("switch", ["gradient_checkpointing", "channels_last"])
