@@ -9,6 +9,7 @@ of 8 bits go through Pillow alone; deeper ones, arrays and files of several band
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from typing import IO, NamedTuple
 
@@ -70,9 +71,10 @@ class ImageFormat(NamedTuple):
 
 
 class Seen:
-    """What decoding met on its way, for what must be said once of a whole set."""
+    """What decoding met on its way, for what must be said once of a whole set; threads note in turn."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self.cut = 0  # images whose stored bits are more than what was read
         self.cut_bits = 0  # the most bits stored
         self.largest: dict[int, int] = {}  # stored bits -> largest integer value met
@@ -80,9 +82,16 @@ class Seen:
         self.smallest: tuple[int, int] | None = None  # (height, width) of the smallest of them
         self.changed: Counter[tuple[str, int]] = Counter()  # (mode stored, channels read) where they are not the same
 
+    def note_cut(self, bits: int) -> None:
+        """Remember an image that stores more bits than are read."""
+        with self._lock:
+            self.cut += 1
+            self.cut_bits = max(self.cut_bits, bits)
+
     def note_values(self, bits: int, largest: int) -> None:
         """Remember the largest stored value of an image."""
-        self.largest[bits] = max(self.largest.get(bits, 0), largest)
+        with self._lock:
+            self.largest[bits] = max(self.largest.get(bits, 0), largest)
 
     def note_channels(self, mode: str, channels: int) -> None:
         """Remember an image whose colours or alpha are not read as they are stored.
@@ -92,7 +101,8 @@ class Seen:
             channels: What is made of it.
         """
         if _MODES.get(channels) != mode:
-            self.changed[mode, channels] += 1
+            with self._lock:
+                self.changed[mode, channels] += 1
 
     def note_size(self, height: int, width: int, form: ImageFormat) -> None:
         """Remember an image that is enlarged.
@@ -103,8 +113,9 @@ class Seen:
             form: What it is brought to.
         """
         if height < form.height or width < form.width:
-            self.enlarged += 1
-            self.smallest = min(self.smallest or (height, width), (height, width), key=math.prod)
+            with self._lock:
+                self.enlarged += 1
+                self.smallest = min(self.smallest or (height, width), (height, width), key=math.prod)
 
 
 def reason(error: BaseException) -> str:
@@ -217,8 +228,7 @@ def _decode_8_bits(image: Image.Image, form: ImageFormat, place: float, seen: Se
     bits = stored(image).bits
     image.load()
     if bits > 8:
-        seen.cut += 1
-        seen.cut_bits = max(seen.cut_bits, bits)
+        seen.note_cut(bits)
         if image.mode.startswith("I"):
             seen.note_values(bits, int(np.asarray(image).max()))
     turn = TURNS.get(_orientation(image))
@@ -260,8 +270,7 @@ def _levels(samples: Samples, form: ImageFormat, seen: Seen) -> np.ndarray:
         bits = samples.top.bit_length()
         seen.note_values(bits, int(largest))
         if form.value_range is None and bits > max(8, form.bits):
-            seen.cut += 1
-            seen.cut_bits = max(seen.cut_bits, bits)
+            seen.note_cut(bits)
     lo, hi = form.value_range or (0, samples.top or 255)
     slack = 0.5 * (hi - lo) / form.top  # what rounds to the outermost levels anyway
     if smallest < lo - slack or largest > hi + slack:
