@@ -23,6 +23,7 @@ __all__ = [
     "die_with_launcher",
     "exit_process",
     "interruptible",
+    "is_rank_0",
     "launched",
     "let_go",
     "report_error",
@@ -81,7 +82,7 @@ class StopRequest:
         now = time.monotonic()
         if self._asked == math.inf:
             self._asked = now
-            if os.environ.get("RANK", "0") == "0":  # not print: it may be what was interrupted
+            if is_rank_0():  # not print: it may be what was interrupted
                 os.write(2, f"\nStopping: {self._promise}. Ctrl-C again ends at once.\n".encode())
         elif not launched() or now > self._asked + _LAUNCHER_REPEATS:
             self._at_once()
@@ -145,6 +146,11 @@ def let_go(interruption: KeyboardInterrupt) -> None:
         traceback.clear_frames(interruption.__traceback__)
     finally:
         sys.unraisablehook = hook
+
+
+def is_rank_0() -> bool:
+    """Whether this is the first of several processes, or the only one; known before an Accelerator is made."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def launched() -> bool:

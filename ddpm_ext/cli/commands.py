@@ -5,7 +5,6 @@ What is heavy is imported after the command line is understood, so that --help a
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..options import option, required
+from ..signals import is_rank_0
 from .arguments import parse_options, parse_train_config
 
 __all__ = [
@@ -58,7 +58,7 @@ def evaluate(argv: list[str]) -> int:
     from ..hub.upload import open_repository
     from ..publishing.publisher import publish
 
-    pushes = config.push_to_hub and _is_main()
+    pushes = config.push_to_hub and is_rank_0()
     name = config.hub_model_id or config.folder.resolve().name
     access: dict[str, Any] = {"token": config.hub_token, "private": config.hub_private_repo or None}
     if pushes:
@@ -229,14 +229,9 @@ COMMANDS = {
 }
 
 
-def _is_main() -> bool:
-    """Whether this is rank 0; before an Accelerator is made, and after."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _say(text: str) -> None:
     """Print once for all processes."""
-    if _is_main():
+    if is_rank_0():
         print(text)
 
 

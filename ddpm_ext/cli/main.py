@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import UsageError, UserError, did_you_mean
-from ..signals import PREEMPTED, Stopped, exit_process, let_go, report_error, terminable
+from ..signals import PREEMPTED, Stopped, exit_process, is_rank_0, let_go, report_error, terminable
 from ..threads import set_thread_defaults
 from .commands import COMMANDS
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as stop:
         code = PREEMPTED
         let_go(stop)
-        if os.environ.get("RANK", "0") == "0":
+        if is_rank_0():
             print(f"Stopped. {stop}")
     except KeyboardInterrupt as interruption:
         let_go(interruption)

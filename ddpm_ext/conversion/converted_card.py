@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..errors import HubError
 from ..hub.checksums import sha256
-from ..hub.files import RENDERED
+from ..hub.files import RENDERED, is_rendered
 from ..models.values import image_size
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..publishing.licenses import License, license_of
@@ -102,7 +102,7 @@ def write_converted_card(
         precision: What has become of numbers of another precision.
     """
     card = folder / "README.md"
-    if card.is_file() and RENDERED not in card.read_text(encoding="utf-8"):
+    if card.is_file() and not is_rendered(card):
         return None
     seen = fingerprint(pipeline)
     checkpoint = Path(options.checkpoint)

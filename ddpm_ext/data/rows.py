@@ -19,6 +19,7 @@ import numpy as np
 from filelock import FileLock
 
 from ..errors import UserError
+from ..signals import is_rank_0
 from .cells import Cell, Rows, encoded_image, file_bytes, image_name
 from .decoding.formats import UNREADABLE
 from .decoding.levels import COLOURS, ImageFormat, Seen, decode_image, probe, reason
@@ -67,7 +68,7 @@ class Decoded(NamedTuple):
 def say_once(*sentences: str) -> None:
     """Print each sentence to stderr once in a program, on the first of several processes."""
     for sentence in sentences:
-        if sentence not in _said and os.environ.get("RANK", "0") == "0":
+        if sentence not in _said and is_rank_0():
             _said.add(sentence)
             print(sentence, file=sys.stderr)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import check_word
 from .losses import training_loss, uniform_timesteps
-from .process import Gaussian, q_marginal, q_sample
+from .process import Gaussian, per_image, q_marginal, q_sample
 from .reverse import p_mean_variance
 from .schedules import make_tables, warn_if_signal_remains
 from .words import VarianceType
@@ -111,7 +111,7 @@ class DenoiseDiffusion:
         )
         z = torch.randn(xt.shape, generator=generator, device=xt.device, dtype=xt.dtype)
         std = self.sigma2[t].sqrt() * (t > 0)
-        return torch.addcmul(step.mean, z, std.to(xt.dtype).reshape(-1, *(1,) * (xt.ndim - 1)))
+        return torch.addcmul(step.mean, z, per_image(std, xt, xt.dtype))
 
     def loss(self, x0: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         r"""Return L_simple = E ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t)‖² / d, Eq. (14), t uniform; Algorithm 1.

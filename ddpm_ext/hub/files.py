@@ -43,6 +43,7 @@ __all__ = [
     "RENDERED",
     "check_no_token",
     "collect",
+    "is_rendered",
     "minimal_card",
     "shown_images",
     "stage",
@@ -265,6 +266,11 @@ def _full_name(name: str) -> str:
 
 
 # Making and checking --------------------------------------------------------------------------------------------------
+
+
+def is_rendered(card: Path) -> bool:
+    """Whether a card was rendered by ddpm_ext, so that it may be written anew: one written by hand is kept."""
+    return RENDERED in card.read_text(encoding="utf-8")
 
 
 def minimal_card(repo_id: str, files: Files) -> str:

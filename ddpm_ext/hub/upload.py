@@ -22,7 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from .. import __version__
 from ..errors import HubError
 from .client import Client, State
-from .files import RENDERED, check_no_token, collect, minimal_card, stage, stale
+from .files import RENDERED, check_no_token, collect, is_rendered, minimal_card, stage, stale
 from .messages import Operation, conflict, hub_errors, write_refused
 from .pipeline_files import Files
 from .retry import RetryPolicy
@@ -327,7 +327,7 @@ class _Commit:
             path = staging / "README.md"
             path.write_text(minimal_card(self.repo_id, files), encoding="utf-8")
             return {**files, "README.md": path}
-        if not there or RENDERED not in card.read_text(encoding="utf-8") or not before.differing({"README.md": card}):
+        if not there or not is_rendered(card) or not before.differing({"README.md": card}):
             return files
         if RENDERED in self.client.text(self.repo_id, "README.md", before.commit):
             return files

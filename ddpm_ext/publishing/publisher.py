@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from ..errors import HubError, UserError
-from ..hub.files import RENDERED
+from ..hub.files import is_rendered
 from ..hub.retry import RetryPolicy
 from ..hub.upload import BackgroundPush, Push, PushOptions, full_name, open_repository, push_command, push_to_hub
 from ..run_dir import read_json, write_atomically
@@ -60,7 +60,7 @@ def publish(
         base = base_model(read_json(Path(run) / "config.json"))
         license = license or _known_license(Path(run), base, token, options.get("retry"))
         write_card(Path(run), repo_id, license)
-    elif before is not None and _is_rendered(card):
+    elif before is not None and is_rendered(card):
         _license_conversion(card, license)
     elif before is None and license is not None and Path(run).is_dir():
         write_card(Path(run), full_name(repo_id, token, options.get("retry")), license)
@@ -74,13 +74,9 @@ def publish(
         raise
 
 
-def _is_rendered(card: Path) -> bool:
-    return RENDERED in card.read_text(encoding="utf-8")
-
-
 def _check_license(card: Path, license: License | None) -> None:
     """Raise UserError where a licence is given that a card written by hand does not name: it is pushed as it is."""
-    if license is None or not card.is_file() or _is_rendered(card):
+    if license is None or not card.is_file() or is_rendered(card):
         return
     if license_in(card.read_text(encoding="utf-8"), "") != license:
         raise UserError(
