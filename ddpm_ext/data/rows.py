@@ -208,9 +208,12 @@ class Decoder:
             parts = self._pool.map(lambda share: list(map(one, numbers[share], cells[share])), shares)
             found = [levels for part in parts for levels in part]
         self._met += len(found)
-        return found
+        # Here and not by the threads, whose turns differ from run to run.
+        return [one if isinstance(one, np.ndarray) else self._skip(*one) for one in found]
 
-    def _decode_one(self, name_of: Callable[[Cell, int], str], number: int, cell: Cell) -> np.ndarray | None:
+    def _decode_one(
+        self, name_of: Callable[[Cell, int], str], number: int, cell: Cell
+    ) -> np.ndarray | tuple[str, BaseException]:
         place = 0.5 if self.form.center_crop else float(np.random.default_rng(number).random())
         try:
             return decode_image(encoded_image(cell), self.form, place, self.seen)
@@ -218,10 +221,13 @@ class Decoder:
             name = name_of(cell, number)
             if self.reading.strict:
                 raise UserError(f"The image {name} cannot be read: {error}") from error
-            self.reasons.add(name, error)
-            if name not in self.skipped:
-                self.skipped.append(name)
-            return None
+            return name, error
+
+    def _skip(self, name: str, error: BaseException) -> None:
+        """Count and name an image that cannot be read."""
+        self.reasons.add(name, error)
+        if name not in self.skipped:
+            self.skipped.append(name)
 
     def nearest_readable(
         self, rows: Cells, numbers: np.ndarray, name: Callable[[Cell, int], str] = image_name
