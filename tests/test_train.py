@@ -801,15 +801,16 @@ def test_under_fp16_an_overflow_lowers_the_scale_and_advances_nothing(tmp_path: 
     assert ours.state.update == 2
 
 
-def test_under_fp16_a_resumed_run_goes_on_with_the_scale_it_had(tmp_path: Path) -> None:
+def test_amid_bad_steps_a_resumed_run_knows_their_number_and_the_scale_of_fp16(tmp_path: Path) -> None:
     ours = trainer(tmp_path / "run", scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
-    poison(ours, {1}, float("inf"))
-    for _ in range(2):
+    poison(ours, {1, 2}, float("inf"))
+    for _ in range(3):
         ours.update()
     Saver(ours).save()
     resumed = trainer(tmp_path / "run", scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
-    assert (resumed.state.update, resumed.state.step) == (1, 2)
-    assert resumed.accelerator.scaler is not None and resumed.accelerator.scaler.get_scale() == 4.0
+    state = resumed.state
+    assert (state.update, state.step, state.skipped, state.bad_in_a_row) == (1, 3, 2, 2)
+    assert resumed.accelerator.scaler is not None and resumed.accelerator.scaler.get_scale() == 2.0
 
 
 @pytest.mark.parametrize("switch", ["gradient_checkpointing", "channels_last"])
