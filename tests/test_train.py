@@ -650,7 +650,7 @@ def test_several_sizes_are_refused_on_the_command_line_before_the_first_step(tmp
         picture = numbers.integers(0, 256, (10, width, 3), dtype=np.uint8)
         Image.fromarray(picture).save(tmp_path / "mixed" / f"{name}.png")
     words = ["--train_data_dir", str(tmp_path / "mixed"), "--output_dir", str(tmp_path / "run"), "--cpu"]
-    for more, sentence in (([], "several sizes"), (["--streaming", "--max_train_steps", "1"], "needs --resolution")):
+    for more, sentence in (([], "several sizes"), (["--streaming", "--max_train_steps", "1"], "needs a --resolution")):
         config = parse_train_config([*words, *more])
         with pytest.raises(ValueError, match=sentence):
             builders.build_data(config, builders.network_config(config))
