@@ -221,8 +221,8 @@ def test_the_loss_of_a_bad_step_is_the_mean_of_all_its_passes(
     with pytest.raises(RunError) as stopped:
         run_here(tmp_path / "run", max_bad_steps=1, train_batch_size=4, gradient_accumulation_steps=2)
     told = re.search(r"loss (\S+), learning rate", str(stopped.value))
-    assert told is not None and len(losses) == 2
-    assert float(told[1]) == pytest.approx(sum(losses) / 2, rel=1e-6)
+    assert told is not None and len(losses) in (2, 4)  # an accelerator tells how a step ended during the next one
+    assert float(told[1]) == pytest.approx(sum(losses[:2]) / 2, rel=1e-6)
 
 
 # Failures -------------------------------------------------------------------------------------------------------------
