@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,51 @@ def test_pixels_without_data_are_refused(bits: int, bands: int) -> None:
     floats = tiff(np.where(holes[..., 0] > 0, holes[..., 0], -9999.0), extratags=[(42113, 2, 0, "-9999", True)])
     with pytest.raises(Unreadable, match="2 of its pixels hold -9999"):
         read(floats, (6, 5, 1), 16, (-10_000, 70_000))
+
+
+# JPEG 2000 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["jp2", "j2k"])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bands", [1, 3])
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_jpeg_2000_of_every_depth(kind: str, signed: bool, bands: int, bits: int) -> None:
+    lo, top = -(2 ** (bits - 1)) * signed, 2**bits - 1
+    values = cut(RGB[..., :bands], bits).astype(int) + lo
+    data = values.astype(f"{'i' if signed else 'u'}{1 if bits <= 8 else 2}")
+    stored = pytest.importorskip("imagecodecs").jpeg2k_encode(
+        data if bands == 3 else data[..., 0], level=0, reversible=True, bitspersample=bits, codecformat=kind
+    )
+    assert np.array_equal(read(stored, values.shape, bits, (lo, lo + top)), values - lo)
+    assert np.array_equal(read(stored, values.shape, 16, (lo, lo + 2 * top)), np.rint((values - lo) / top * 32767.5))
+    if signed:
+        with pytest.raises(Unreadable, match="no stated range: give --value_range"):
+            read(stored, values.shape, 8)
+        return
+    for depth in {bits, 16, 8}:
+        exact = values * ((2**depth - 1) / top)
+        assert np.abs(read(stored, values.shape, depth) - exact).max() <= (1.5 if (bits, depth) == (16, 8) else 0.5)
+
+
+def test_jpeg_2000_behind_a_long_box_is_read_and_one_of_several_depths_is_refused() -> None:
+    codecs = pytest.importorskip("imagecodecs")
+    values = cut(RGB, 12)
+    stored = codecs.jpeg2k_encode(values, level=0, reversible=True, bitspersample=12, codecformat="jp2")
+    at = stored.index(b"jp2c") - 4
+    long = stored[:at] + (80_000).to_bytes(4, "big") + b"free" + bytes(79_992) + stored[at:]
+    assert np.array_equal(read(long, values.shape, 12), values)
+    siz = stored.index(b"\xff\x4f\xff\x51") + 42
+    mixed = stored[: siz + 3] + bytes([7]) + stored[siz + 4 :]
+    with pytest.raises(Unreadable, match=r"its components store \[8, 12\] bits"):
+        read(mixed, values.shape, 12)
+
+
+def test_deep_grey_jpeg_2000_without_the_extra_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = pytest.importorskip("imagecodecs").jpeg2k_encode(cut(RGB[..., 0], 12), level=0, bitspersample=12)
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    with pytest.raises(Unreadable, match="12-bit JPEG2000 images are read whole by imagecodecs"):
+        read(stored, (6, 5, 1), 12)
 
 
 # Others ---------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ __all__ = [
     "ALPHA",
     "NO_DATA_TAG",
     "NO_IMAGES",
+    "PILLOW_KEEPS_JPEG2000",
     "UNREADABLE",
     "Stored",
     "alpha_is_stated",
@@ -101,6 +102,10 @@ class Stored(NamedTuple):
 
     bits: int
     integer: bool  # unsigned, so that their range is 0 … 2^bits - 1
+
+
+# Other depths of JPEG 2000 Pillow shifts to 8 or 16 bits, so that the highest value is not white.
+PILLOW_KEEPS_JPEG2000 = (Stored(8, True), Stored(16, True))
 
 
 @contextmanager
@@ -242,14 +247,32 @@ def _stored_in_dds(decoder: str, arguments: Sequence[object]) -> Stored:
 
 def _stored_in_stream(image: Image.Image) -> Stored:
     """The depth of JPEG 2000 and AVIF, which Pillow decodes at 8 bits whatever they are."""
-    head = _head(getattr(image, "fp", None), 1 << 16)
+    file = getattr(image, "fp", None)
     if image.format == "AVIF":
+        head = _head(file, 1 << 16)
         at = head.find(b"av1C")
         flags = head[at + 6] if at >= 0 and len(head) > at + 6 else 0
         return Stored((12 if flags & 0x20 else 10) if flags & 0x40 else 8, True)
-    at = head.find(b"\xff\x4f\xff\x51")  # SOC, SIZ: 38 bytes later the first component's sign and depth less one
-    depth = head[at + 42] if at >= 0 and len(head) > at + 42 else 7
+    codestream = _jpeg2000_parts(file)[1]  # SOC, SIZ: 40 bytes later 3 bytes of each component, sign and depth less one
+    count = int.from_bytes(codestream[40:42], "big")
+    depths = set(codestream[42 : 42 + 3 * count : 3]) or {7}
+    if len(depths) > 1:
+        found = sorted((depth & 0x7F) + 1 for depth in depths)
+        raise Unreadable(
+            "JPEG 2000 of components of several depths",
+            f"its components store {found} bits, signed or not: store all alike, or TIFF.",
+        )
+    depth = depths.pop()
     return Stored((depth & 0x7F) + 1, depth < 0x80)
+
+
+def _jpeg2000_parts(file: IO[bytes] | None) -> tuple[bytes, bytes]:
+    """What lies before the codestream of a JPEG 2000, and the codestream's first bytes; a profile may be long."""
+    for count in (1 << 16, -1):
+        before, mark, after = _head(file, count).partition(b"\xff\x4f\xff\x51")
+        if mark and len(after) > 1 << 10:
+            break
+    return before, mark + after[: 1 << 16]
 
 
 # Bands ----------------------------------------------------------------------------------------------------------------
@@ -308,7 +331,7 @@ def _pages_described(image: TiffImagePlugin.TiffImageFile, bands: int) -> int:
 
 def alpha_is_stated(image: Image.Image) -> bool:
     """Whether the last band of a JPEG 2000 is alpha by its channel definition; for other formats Pillow knows."""
-    return image.format != "JPEG2000" or b"cdef" in _head(getattr(image, "fp", None), 1 << 12)
+    return image.format != "JPEG2000" or b"cdef" in _jpeg2000_parts(getattr(image, "fp", None))[0]
 
 
 # Number ---------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from .files import Unreadable
 from .formats import (
     NO_IMAGES,
+    PILLOW_KEEPS_JPEG2000,
     UNREADABLE,
     alpha_is_stated,
     is_big_endian_bigtiff,
@@ -369,6 +370,7 @@ def decode_image(encoded: Encoded, form: ImageFormat, place: float = 0.5, seen: 
             # Pillow brings every depth to 8 bits but that of grey in 16, where it keeps the values.
             fits = depth.integer and (depth.bits <= 8 or depth.bits == 16 or not image.mode.startswith("I"))
             fits = fits and (image.mode not in ("LA", "RGBA") or alpha_is_stated(image))
+            fits = fits and (image.format != "JPEG2000" or depth in PILLOW_KEEPS_JPEG2000)
             # One value that is clear is as deep as it is stored.
             fits = fits and (depth.bits in (1, 8) or image.mode == "P" or "transparency" not in image.info)
             if form.value_range is None and form.bits == 8 and fits:

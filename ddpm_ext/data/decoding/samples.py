@@ -14,7 +14,17 @@ import numpy as np
 from PIL import Image
 
 from .files import Unreadable, load_array
-from .formats import ALPHA, NO_DATA_TAG, Stored, alpha_is_stated, is_tiff, refuse_colours, stored, tag
+from .formats import (
+    ALPHA,
+    NO_DATA_TAG,
+    PILLOW_KEEPS_JPEG2000,
+    Stored,
+    alpha_is_stated,
+    is_tiff,
+    refuse_colours,
+    stored,
+    tag,
+)
 from .netpbm import netpbm_samples
 
 __all__ = [
@@ -118,9 +128,11 @@ def deep_samples(file: IO[bytes], image: Image.Image | None) -> Samples:
     depth, upright = stored(image), image.format == "TIFF"  # Pillow turns those itself
     if image.format == "TIFF" and not _pillow_keeps(image, depth):
         return _tiff_samples(file)
+    if image.format == "JPEG2000" and depth not in PILLOW_KEEPS_JPEG2000:
+        return _code_samples(file, image, depth.bits)
     if image.mode == "F":
         return Samples(np.asarray(image)[..., None], "L", None, upright)
-    if image.mode.startswith("I") and (depth.integer or image.format != "JPEG2000"):
+    if image.mode.startswith("I"):
         values = np.asarray(image)[..., None]
         if not depth.integer or depth.bits > 16:
             return Samples(values, "L", None, upright)
@@ -171,7 +183,7 @@ def _library(name: str, what: str) -> ModuleType:
 
 
 def _code_samples(file: IO[bytes], image: Image.Image, bits: int) -> Samples:
-    """Colour of more than 8 bits, which Pillow cuts."""
+    """What Pillow cuts or shifts: deep colour, and JPEG 2000 of other than 8 and 16 bits."""
     file.seek(0)
     data = file.read()
     names = {"PNG": "png_decode", "JPEG2000": "jpeg2k_decode", "AVIF": "avif_decode"}
@@ -180,7 +192,7 @@ def _code_samples(file: IO[bytes], image: Image.Image, bits: int) -> Samples:
             f"{bits}-bit {image.format} files",
             f"it stores {bits} bits and would be read at 8: store it as PNG or TIFF.",
         )
-    codecs = _library("imagecodecs", f"{bits}-bit {image.format} images in colour")
+    codecs = _library("imagecodecs", f"{bits}-bit {image.format} images")
     try:
         values = np.atleast_3d(getattr(codecs, names[image.format])(data))
     except RuntimeError as error:  # the base of imagecodecs' own
