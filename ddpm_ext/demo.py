@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from .data.decoding.formats import UNREADABLE
-from .data.decoding.levels import ImageFormat, decode_image
+from .data.decoding.levels import ImageFormat, decode_image, orientation
+from .data.decoding.samples import TURNS
 from .diffusion.images import to_uint8, to_x_0
 from .errors import UserError
 from .evaluation.bound.bits_per_dim import bits_per_dim
@@ -256,26 +257,61 @@ def labels_of(pipeline: DDPMExtPipeline, label: int | None, count: int) -> list[
 
 
 def fitted(pipeline: DDPMExtPipeline, image: Image.Image) -> Tensor:
-    """Bring an uploaded image to the network's size, channels and depth as training does: scaled, cropped, not bent.
+    """Bring an uploaded image to the network's size, channels and depth as training does: upright, scaled, cropped.
+
+    Args:
+        pipeline: Of the network. Where it records a value_range, that is the range of values deeper than 8 bits.
+        image: Of any mode that training reads.
 
     Returns:
         Levels, shape (C, H, W).
 
     Raises:
-        UserError: it has not the network's channels.
+        UserError: it has not the network's channels, or colours or values that the network cannot place.
     """
-    config = pipeline.unet.config
-    channels = config["in_channels"]
-    file = io.BytesIO()
-    image.save(file, format="png")
-    form = ImageFormat(
-        *image_size(pipeline.unet.config), channels, center_crop=True, bits=values_of(pipeline.unet.config).bits
-    )
+    config, values = pipeline.unet.config, values_of(pipeline.unet.config)
+    form = ImageFormat(*image_size(config), config["in_channels"], center_crop=True, bits=values.bits)
+    if image.mode[0] in "IF":
+        form = form._replace(value_range=values.value_range)
     try:
-        levels = decode_image(file.getvalue(), form)
+        levels = decode_image(_encoded(_upright(image), image.format, form), form)
+    except UserError:
+        raise
     except UNREADABLE as error:
         raise UserError(f"The image does not fit the network: {error}") from error
     return torch.from_numpy(levels.astype(np.uint8 if form.bits <= 8 else np.int32))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # which turns a TIFF's
+    turn = TURNS.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _encoded(image: Image.Image, stored_as: str | None, form: ImageFormat) -> bytes | np.ndarray:
+    """An image as decoding takes it: a PNG, or its values where they are no integers of up to 16 bits.
+
+    Args:
+        image: It, upright.
+        stored_as: Format of its file.
+        form: What it becomes.
+    """
+    if image.mode == "F" or (image.mode == "I" and stored_as not in ("PNG", "PPM")):
+        found = np.asarray(image)
+        if form.value_range is None:
+            raise UserError(
+                f"The image holds {found.dtype} values from {found.min():g} to {found.max():g}, and this network "
+                "records no range for them (it was trained without --value_range): give an image of 8 or 16 bits."
+            )
+        return found
+    if image.mode == "CMYK" and stored_as in ("JPEG", "MPO"):
+        image = image.convert("RGB")
+    if image.mode in ("CMYK", "LAB", "YCbCr", "HSV"):
+        raise UserError(f"The image must be grey or RGB, with or without alpha, got {image.mode}: convert it to RGB.")
+    mode = {"La": "LA", "RGBa": "RGBA", "PA": "RGBA", "RGBX": "RGB"}.get(image.mode, image.mode)
+    file = io.BytesIO()
+    (image if mode == image.mode else image.convert(mode)).save(file, format="png", exif=b"")
+    return file.getvalue()
 
 
 def in_a_row(x_0: Tensor, bands: Sequence[int] | None = None) -> Image.Image:

@@ -141,6 +141,56 @@ def test_an_upload_is_cut_as_training_cuts_it_and_not_bent(model: str, tmp_path:
     assert torch.equal(fitted(Studio(model).pipeline, Image.fromarray(pixels)), trained)
 
 
+def as_trained(file: Path, **options: Any) -> torch.Tensor:
+    """An image as training reads it from a folder of its own."""
+    return load_images(train_data_dir=str(file.parent), resolution=8, **options).batch([0]).pixels[0]
+
+
+@pytest.mark.parametrize("turn", [1, 3, 6, 7])
+@pytest.mark.parametrize(("kind", "options"), [("jpg", {"quality": 100}), ("png", {}), ("tif", {}), ("webp", {})])
+def test_an_upload_stands_upright_as_in_training(
+    model: str, tmp_path: Path, turn: int, kind: str, options: dict[str, Any]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    file = tmp_path / "images" / f"a.{kind}"
+    file.parent.mkdir()
+    pixels = np.random.default_rng(turn).integers(0, 256, (9, 20), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, exif=exif, **options)
+    with file.open("rb") as opened, Image.open(opened) as image:  # Pillow 13 turns a TIFF twice that it opens by path
+        assert torch.equal(fitted(Studio(model).pipeline, image), as_trained(file, channels=1))
+
+
+def test_an_upload_of_any_mode_is_read_as_in_training_or_refused(model: str, tmp_path: Path) -> None:
+    pipeline = Studio(model).pipeline
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    cmyk = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 8, 4), dtype=np.uint8), mode="CMYK")
+    deep = Image.fromarray(np.arange(0, 65536, 700, dtype=np.uint16)[:64].reshape(8, 8))
+    cmyk.save(tmp_path / "a" / "a.jpg")
+    deep.save(tmp_path / "b" / "b.png")
+    for file in (tmp_path / "a" / "a.jpg", tmp_path / "b" / "b.png"):
+        with Image.open(file) as image:
+            assert torch.equal(fitted(pipeline, image), as_trained(file, channels=1))
+    values = np.linspace(0, 3, 64, dtype=np.float32).reshape(8, 8)
+    for image, sentence in (
+        (cmyk, "must be grey or RGB, with or without alpha, got CMYK: convert it to RGB"),
+        (cmyk.convert("RGB").convert("HSV"), "got HSV: convert it"),
+        (Image.fromarray(values), "float32 values from 0 to 3, and this network records no range"),
+        (Image.fromarray(values.astype(np.int32)), "int32 values from 0 to 3, .* give an image of 8 or 16 bits"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            fitted(pipeline, image)
+
+
+def test_an_upload_of_floats_is_read_in_the_range_of_the_network(model: str, tmp_path: Path) -> None:
+    pipeline = Studio(model).pipeline
+    pipeline.unet.register_to_config(_ddpm_ext={"bits": 16, "value_range": [-1, 4]})
+    image = Image.fromarray(np.linspace(-1, 4, 64, dtype=np.float32).reshape(8, 8))
+    image.save(tmp_path / "a.tif")
+    assert torch.equal(fitted(pipeline, image), as_trained(tmp_path / "a.tif", channels=1, value_range=(-1, 4)))
+
+
 def test_a_network_of_four_channels_takes_what_has_four_and_shows_all(tmp_path: Path) -> None:
     unet = tiny_unet(in_channels=4, out_channels=4)
     DDPMExtPipeline(unet, DDPMExtScheduler(100, 1e-3, 0.2)).save_pretrained(str(tmp_path / "four"))

@@ -34,7 +34,7 @@ from .formats import (
 )
 from .samples import TURNS, Samples, array_samples, deep_samples, is_array
 
-__all__ = ["COLOURS", "Encoded", "ImageFormat", "Seen", "decode_image", "probe", "reason"]
+__all__ = ["COLOURS", "Encoded", "ImageFormat", "Seen", "decode_image", "orientation", "probe", "reason"]
 
 Encoded = bytes | str | np.ndarray | None  # the content of a file, its path, an array, or an empty row
 
@@ -131,8 +131,8 @@ def reason(error: BaseException) -> str:
 # Opening --------------------------------------------------------------------------------------------------------------
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; what cannot be read costs the orientation and not the image."""
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; what cannot be read costs the orientation and not the image."""
     try:
         return int(image.getexif().get(0x0112, 1))
     except (*UNREADABLE, AttributeError, AssertionError, Warning):
@@ -159,7 +159,7 @@ def probe(encoded: Encoded, array_key: str | None = None, channel_axis: int = -1
             return deep_samples(file, image).values.shape[:3]
         with image:
             width, height = image.size
-            turned = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)  # Pillow turns a TIFF's itself
+            turned = image.format != "TIFF" and orientation(image) in (5, 6, 7, 8)  # Pillow turns a TIFF's itself
             channels = 1 if _plain_mode(image) in ("L", "LA") else 3
             channels = channels if alpha_is_stated(image) else len(image.getbands())
             return (width, height, channels) if turned else (height, width, channels)
@@ -232,7 +232,7 @@ def _decode_8_bits(image: Image.Image, form: ImageFormat, place: float, seen: Se
         seen.note_cut(bits)
         if image.mode.startswith("I"):
             seen.note_values(bits, int(np.asarray(image).max()))
-    turn = TURNS.get(_orientation(image))
+    turn = TURNS.get(orientation(image))
     plain = _eight_bits(image if turn is None else image.transpose(turn))
     image = _with_channels(plain, form.channels)
     seen.note_channels(plain.mode, form.channels)
@@ -376,6 +376,6 @@ def decode_image(encoded: Encoded, form: ImageFormat, place: float = 0.5, seen: 
             if form.value_range is None and form.bits == 8 and fits:
                 return _decode_8_bits(image, form, place, seen)
             samples = deep_samples(file, image)
-            if (turn := TURNS.get(_orientation(image))) is not None and not samples.upright:
+            if (turn := TURNS.get(orientation(image))) is not None and not samples.upright:
                 samples = samples.turned(turn)
             return _decode_samples(samples, form, place, seen)
