@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
@@ -685,6 +686,68 @@ def test_a_folder_is_not_converted_in_place(tmp_path: Path, tiny_unet: Any) -> N
         with pytest.raises(ConvertError, match="another folder than the checkpoint"):
             convert(ConvertOptions("diffusers", str(folder), str(name)))
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+PROCESSES: dict[str, Any] = {
+    "DDIMScheduler": {"set_alpha_to_one": False, "steps_offset": 1},
+    "PNDMScheduler": {"num_train_timesteps": 40},
+    "EulerDiscreteScheduler": {},
+    "DPMSolverMultistepScheduler": {"use_karras_sigmas": True},
+    "DDPMScheduler": {"variance_type": "fixed_small_log"},
+}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_stock_folder_keeps_its_process(name: str, tmp_path: Path, tiny_unet: Any) -> None:
+    """Schedulers without a variance of their own have none in the card; the card's lines run."""
+    scheduler = getattr(diffusers, name)(**PROCESSES[name])
+    DDPMPipeline(tiny_unet, scheduler).save_pretrained(tmp_path / "stock")
+    for source in ("diffusers", "auto"):
+        folder = convert(ConvertOptions(source, str(tmp_path / "stock"), str(tmp_path / source)))
+        found = DDPMExtPipeline.from_pretrained(folder)
+        theirs, ours = scheduler.config, found.scheduler.config
+        assert {key: ours.get(key) for key in theirs if key[0] != "_"} == {
+            key: value for key, value in theirs.items() if key[0] != "_"
+        }
+        card = (folder / "README.md").read_text()
+        steps = re.search(r"num_inference_steps=(\d+)", card)
+        assert steps is not None and ("DDPMExtPipeline" in card) == (name != "DDPMScheduler")
+        found.scheduler.set_timesteps(int(steps[1]))
+        assert 0 <= int(found.scheduler.timesteps.max()) < len(found.scheduler)
+        assert sorted(path.name for path in folder.iterdir()) == ["README.md", "model_index.json", "scheduler", "unet"]
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "sentence"),
+    [
+        ("EDMEulerScheduler", {}, "is a EDMEulerScheduler .*another process"),
+        ("FlowMatchEulerDiscreteScheduler", {}, "is a FlowMatchEulerDiscreteScheduler .*another process"),
+        ("DDPMScheduler", {"class_embed_type": "timestep"}, "has class_embed_type 'timestep', which takes other"),
+        ("DDPMScheduler", {"sample_size": None}, "names no sample_size"),
+    ],
+)
+def test_a_stock_folder_of_another_kind_is_refused_before_anything_is_written(
+    name: str, more: dict[str, Any], sentence: str, tmp_path: Path, tiny_unet: Any
+) -> None:
+    unet = type(tiny_unet)(**{key: value for key, value in tiny_unet.config.items() if key[0] != "_"} | more)
+    DDPMPipeline(unet, getattr(diffusers, name)()).save_pretrained(tmp_path / "stock")
+    for source in ("diffusers", "auto"):
+        with pytest.raises(UserError, match=sentence):
+            convert(ConvertOptions(source, str(tmp_path / "stock"), str(tmp_path / "a" / "out")))
+        assert not (tmp_path / "a").exists()
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path: Path, tiny_unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    DDPMPipeline(tiny_unet, DDPMScheduler()).save_pretrained(tmp_path / "stock")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(tiny_unet), "save_pretrained", fail)
+        with pytest.raises(OSError, match="the disk is full"):
+            convert(ConvertOptions("diffusers", str(tmp_path / "stock"), str(tmp_path / "a" / "out")))
+    assert not (tmp_path / "a").exists()
 
 
 def run_script(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:

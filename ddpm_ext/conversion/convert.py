@@ -23,10 +23,11 @@ from ..hub.pipeline_files import PICKLES
 from ..models.classes import class_options
 from ..pipelines.ddpm import DDPMExtPipeline, load_pipeline
 from ..pipelines.locate import is_hub_name
+from ..pipelines.saving import replacing
 from ..schedulers.ddpm import DDPMExtScheduler
 from .checkpoints import SCHEDULE, read_weights
 from .config import ConvertError, ConvertOptions, unanswered
-from .converted_card import write_converted_card
+from .converted_card import converted_card
 from .recognise import recognise, refuse_others
 from .state_dict_maps import LAYOUTS, Layout, Place, Shape, all_places, find, left_over, measure
 
@@ -68,15 +69,37 @@ def convert(options: ConvertOptions) -> Path:
     if source == "diffusers":
         options.check_source(source)
         pipeline, precision = load_pipeline(options.checkpoint, options.token), None
+        _check_pipeline(pipeline, options.checkpoint)
     else:
         weights = read_weights(options.checkpoint, options.weights)
         precision = _precision(weights)
         source = recognise(weights) if source == "auto" else source
         options = replace(options, source=source)
         pipeline = convert_weights(weights, options)
-    pipeline.save_pretrained(target)
-    write_converted_card(target, pipeline, replace(options, source=source), precision)
+    card = converted_card(target, pipeline, replace(options, source=source), precision)
+    with replacing(target) as folder:
+        pipeline.save_pretrained(folder)
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
     return target
+
+
+def _check_pipeline(pipeline: DDPMExtPipeline, checkpoint: str) -> None:
+    """Raise ConvertError for a pipeline of another process than DDPM's, or with other labels than class numbers."""
+    scheduler = pipeline.scheduler.config
+    betas = scheduler.keys() & {"beta_start", "beta_schedule", "trained_betas"}
+    predicts = scheduler.get("prediction_type")
+    if not betas or predicts in (None, "flow_prediction"):
+        raise ConvertError(
+            f"checkpoint must be a pipeline of a process with betas, as DDPM, DDIM or PNDM have, and the scheduler of "
+            f"{checkpoint} is a {type(pipeline.scheduler).__name__} (prediction_type {predicts!r}): its network was "
+            "trained for another process. Sample it with Diffusers."
+        )
+    if (kind := pipeline.unet.config.get("class_embed_type")) is not None:
+        raise ConvertError(
+            f"checkpoint must be a network without classes or with class numbers (num_class_embeds), and that of "
+            f"{checkpoint} has class_embed_type {kind!r}, which takes other labels. Sample it with Diffusers."
+        )
 
 
 def _precision(weights: Mapping[str, Tensor]) -> str | None:

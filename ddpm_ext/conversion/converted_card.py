@@ -16,10 +16,11 @@ from ..models.values import image_size
 from ..pipelines.ddpm import DDPMExtPipeline
 from ..publishing.licenses import License, license_of
 from ..publishing.model_card import STOCK_CANNOT
-from ..run_dir import JsonRecord, write_atomically
+from ..run_dir import JsonRecord
+from ..schedulers.base import BaseScheduler
 from .config import ConvertOptions
 
-__all__ = ["fingerprint", "write_converted_card"]
+__all__ = ["converted_card", "fingerprint"]
 logger = logging.getLogger(__name__)
 
 _MARK = f"{RENDERED}a converted checkpoint; without this line the card is yours and is kept. -->"
@@ -42,7 +43,7 @@ computes what the original computes; nothing was trained again.
 from {package} import {kind}
 
 pipe = {kind}.from_pretrained("path/to/this/folder")  # or its name on the Hub
-image = pipe(num_inference_steps={T}{labels}).images[0]
+image = pipe(num_inference_steps={steps}{labels}).images[0]
 ```
 
 ddpm_ext is to be had by `pip install ddpm-ext`.
@@ -90,13 +91,13 @@ def _upstream_license(options: ConvertOptions) -> License | None:
         return None
 
 
-def write_converted_card(
+def converted_card(
     folder: Path, pipeline: DDPMExtPipeline, options: ConvertOptions, precision: str | None = None
-) -> Path | None:
-    """Write README.md into the folder of a converted pipeline; None where the one there was written by hand.
+) -> str | None:
+    """Return the README.md of a converted pipeline's folder; None where the one there was written by hand.
 
     Args:
-        folder: The pipeline's.
+        folder: The pipeline's, which need not be there yet.
         pipeline: With the converted weights.
         options: Of the conversion, with the source that was recognised.
         precision: What has become of numbers of another precision.
@@ -120,8 +121,10 @@ def write_converted_card(
     rows |= {"SHA-256": sha256(checkpoint)} if is_file else {}
     rows |= {"Numbers": precision} if precision is not None else {}
     rows |= {f"`--{name}`": value for name, value in said.items()}
-    words = {pipeline.scheduler.config["prediction_type"], pipeline.scheduler.config["variance_type"]}
-    own = seen["labelled"] or not words.isdisjoint(STOCK_CANNOT)  # else Diffusers alone can sample it
+    config = pipeline.scheduler.config
+    words = {config["prediction_type"], config.get("variance_type")}  # DDIM and others have no variance of their own
+    # Else Diffusers alone can sample it: its DDPMPipeline takes no steps but those of DDPM.
+    own = seen["labelled"] or not words.isdisjoint(STOCK_CANNOT) or not isinstance(pipeline.scheduler, BaseScheduler)
     license = License(options.license) if options.license else (None if is_file else _upstream_license(options))
     if license is None:
         logger.warning("The card names no licence: a push asks for it, and so does the push of a fine-tune.")
@@ -143,6 +146,7 @@ def write_converted_card(
         kind="DDPMExtPipeline" if own else "DDPMPipeline",
         labels=", class_labels=0" if seen["labelled"] else "",
         T=len(pipeline.scheduler),
+        steps=len(pipeline.scheduler) - (config.get("steps_offset") or 0),  # more would pass the last step
         shape=seen["shape"],
         t=seen["t"],
         label=", class 0" if seen["labelled"] else "",
@@ -151,5 +155,4 @@ def write_converted_card(
         first=", ".join(f"{value:.6g}" for value in seen["first"]),  # pyright: ignore[reportGeneralTypeIssues]
         mark=_MARK,
     )
-    write_atomically(card, str(ModelCard(text, ignore_metadata_errors=False)))
-    return card
+    return str(ModelCard(text, ignore_metadata_errors=False))

@@ -28,8 +28,9 @@ def replacing(folder: Path) -> Iterator[Path]:
     Weights of another variant stay when they are the same in another precision, and go otherwise.
 
     Args:
-        folder: Where the pipeline will lie; made if missing.
+        folder: Where the pipeline will lie; made if missing, and gone again where nothing was saved.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
@@ -38,6 +39,9 @@ def replacing(folder: Path) -> Iterator[Path]:
             _replace(part, folder / part.relative_to(temporary))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for path in made:
+            if not any(path.iterdir()):
+                path.rmdir()
 
 
 def _replace(new: Path, old: Path) -> None:
