@@ -93,9 +93,9 @@ class Studio:
             count: How many images.
         """
         word, _, calls = sampler.partition(" ")
-        steps, shown = int(calls or steps), bands_of(self.pipeline, bands)
-        pipeline = with_own_scheduler(self.pipeline, word)
-        seeds = range(int(seed or 0), int(seed or 0) + int(count))
+        steps, shown = whole("number of steps", calls or steps), bands_of(self.pipeline, bands)
+        pipeline, first = with_own_scheduler(self.pipeline, word), seed_of(seed)
+        seeds = range(first, first + whole("number of images", count))
         labels, guidance = labels_of(pipeline, label, len(seeds)), float(guidance_scale or 0)
         remarks = remarks_on_guidance(pipeline, guidance)
         chain = pipeline.progressive(
@@ -126,36 +126,38 @@ class Studio:
         label: int | None = None,
     ) -> Image.Image:
         """Return an image between two, mixed after `timestep` forward steps; 0 is a, 1 is b."""
-        pipeline = with_own_scheduler(self.pipeline, "ddpm")
+        pipeline, timestep = with_own_scheduler(self.pipeline, "ddpm"), whole("timestep", timestep)
         bits = values_of(pipeline.unet.config).bits
         images: Any = pipeline.interpolate(
             to_x_0(fitted(pipeline, a), bits),
             to_x_0(fitted(pipeline, b), bits),
-            int(timestep),
+            timestep,
             [float(weight)],
-            torch.Generator().manual_seed(int(seed or 0)),
-            num_inference_steps=min(int(timestep) + 1, 50),
+            torch.Generator().manual_seed(seed_of(seed)),
+            num_inference_steps=min(timestep + 1, 50),
             output_type="latent",
             class_labels=labels_of(pipeline, label, 1),
         )
         return in_a_row(images.images)
 
     def bits(self, image: Image.Image, label: int | None = None, num_timesteps_sampled: int = 20) -> str:
-        """Return bits/dim of an image in words: the bound, estimated from some of the steps."""
+        """Return bits/dim of an image in words: the bound, estimated from some of the steps, or of all if they are few."""
         pipeline = self.pipeline
-        labels = labels_of(pipeline, label, 1)
+        labels, T = labels_of(pipeline, label, 1), len(pipeline.scheduler)
+        sampled = num_timesteps_sampled if num_timesteps_sampled < T else None
         found = bits_per_dim(
             pipeline.unet,
             pipeline.scheduler,  # is copied there
             fitted(pipeline, image).unsqueeze(0).to(pipeline.device),
             bits=values_of(pipeline.unet.config).bits,
-            num_timesteps_sampled=num_timesteps_sampled,
+            num_timesteps_sampled=sampled,
             generator=torch.Generator(pipeline.device).manual_seed(0),
             class_labels=labels,
         )
         error = "" if found.standard_error is None else f" ± {found.standard_error.item():.2g}"
         given = "" if labels is None else f" given class {labels[0]}"
-        return f"at most {found.total.item():.3f}{error} bits/dim{given} ({num_timesteps_sampled} steps sampled)"
+        steps = f"all {T} steps" if sampled is None else f"{sampled} steps sampled"
+        return f"at most {found.total.item():.3f}{error} bits/dim{given} ({steps})"
 
     def samplers(self) -> list[str]:
         """Return the samplers of the model: the fitted solver first, once for every number of calls it is fitted to."""
@@ -244,6 +246,37 @@ def remarks_on_guidance(pipeline: DDPMExtPipeline, guidance_scale: float) -> str
     return "".join(f". {one.message}" for one in told)
 
 
+def whole(name: str, value: Any) -> int:
+    """Return a whole number that a field or a caller gives, as a number or in digits.
+
+    Args:
+        name: What the number is, for the error.
+        value: It.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        number = int(value)
+        if isinstance(value, str) or (number == value and not isinstance(value, bool)):
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise UserError(f"The {name} must be a whole number, got {value!r}.")
+
+
+def seed_of(seed: int | None) -> int:
+    """Return a seed from which a page's images count on; 0 for None.
+
+    Raises:
+        UserError: PyTorch takes no such seed.
+    """
+    found = 0 if seed is None else whole("seed", seed)
+    if not -(2**63) <= found < 2**63:
+        raise UserError(f"The seed must be a whole number from -2^63 to 2^63 - 1, got {found}: give a smaller one.")
+    return found
+
+
 def labels_of(pipeline: DDPMExtPipeline, label: int | None, count: int) -> list[int] | None:
     """Return the class of each of `count` images, for a class-conditional network: `label`, or 0, 1, 2, ... in turn."""
     classes = number_of_classes(pipeline)
@@ -251,7 +284,7 @@ def labels_of(pipeline: DDPMExtPipeline, label: int | None, count: int) -> list[
         return None if classes is None else [i % classes for i in range(count)]
     if classes is None:
         raise UserError(f"This network knows no classes, got class {label}: leave the field empty.")
-    if not 0 <= label < classes:
+    if label not in range(classes) or isinstance(label, bool):
         raise UserError(f"The class must be a whole number from 0 to {classes - 1}, or empty, got {label}.")
     return [int(label)] * count
 

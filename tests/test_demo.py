@@ -133,6 +133,40 @@ def test_bits_of_an_uploaded_picture(model: str) -> None:
     assert words.startswith("at most ") and "±" in words and words.endswith("bits/dim (5 steps sampled)")
 
 
+@pytest.mark.parametrize("T", [2, 20, 21])
+def test_bits_of_a_process_of_few_steps(tiny_unet: Any, tmp_path: Path, T: int) -> None:
+    DDPMExtPipeline(tiny_unet, DDPMExtScheduler(T, 1e-3, 0.5)).save_pretrained(tmp_path / "few")
+    words = Studio(str(tmp_path / "few")).bits(Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)))
+    assert words.startswith("at most ") and words.endswith("(20 steps sampled)" if T > 20 else f"(all {T} steps)")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"seed": 2**64}, r"seed must be a whole number from -2\^63 to 2\^63 - 1, got 18446744073709551616"),
+        ({"seed": -(2**70)}, "seed must be a whole number from"),
+        ({"seed": 0.5}, "The seed must be a whole number, got 0.5"),
+        ({"steps": None}, "The number of steps must be a whole number, got None"),
+        ({"steps": 2.5}, "The number of steps must be a whole number, got 2.5"),
+        ({"steps": float("inf")}, "The number of steps must be a whole number, got inf"),
+        ({"count": None}, "The number of images must be a whole number, got None"),
+        ({"label": 1.5}, "The class must be a whole number from 0 to 2, or empty, got 1.5"),
+        ({"label": True}, "The class must be a whole number from 0 to 2, or empty, got True"),
+        ({"label": "1"}, "The class must be a whole number from 0 to 2, or empty, got 1"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(other: str, wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        list(Studio(other).generate(**{"steps": 2, "sampler": "ddpm", "seed": 0, **wrong}))
+
+
+def test_an_interpolation_refuses_numbers_that_are_none(model: str) -> None:
+    grey = Image.fromarray(np.full((8, 8), 99, np.uint8))
+    for timestep, seed, sentence in ((1.5, 0, "timestep must be a whole number"), (5, 2**64, "The seed must be")):
+        with pytest.raises(UserError, match=sentence):
+            Studio(model).interpolate(grey, grey, timestep, 0.5, seed)  # pyright: ignore[reportArgumentType]
+
+
 def test_an_upload_is_cut_as_training_cuts_it_and_not_bent(model: str, tmp_path: Path) -> None:
     """Scaled until it covers the network's size and cropped in the middle, as `load_images` does."""
     pixels = np.random.default_rng(0).integers(0, 256, (16, 40), dtype=np.uint8)
