@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,6 +241,15 @@ def test_tables_and_plots_are_there(done: SimpleNamespace) -> None:
     assert f"| fixed_small, even | {value:.4f} |" in text.replace("**", "")
     for stem in ("bpd", "fid_10_pixels"):
         assert (done.out / "plots" / f"{stem}_against_steps.png").stat().st_size > 1000
+
+
+def test_without_matplotlib_it_says_that_no_plots_are_drawn(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    calibrate(small(stock, tmp_path, metrics="bpd", num_inference_steps="3,5"))
+    assert "No plots are drawn: they need matplotlib (pip install ddpm-ext[plots])." in capsys.readouterr().out
+    assert (tmp_path / "out" / "calibration.md").is_file() and not (tmp_path / "out" / "plots").exists()
 
 
 def test_the_same_command_again_asks_the_network_nothing(

@@ -12,6 +12,7 @@ trajectory and number of steps. Long work is done in pieces (`sharded`): the sam
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
@@ -105,7 +106,7 @@ def calibrate(config: CalibrateConfig) -> JsonRecord:
         if work.runner.is_main:
             work.write(record, results)
             if config.plots:
-                draw_results(results, config.folder / "plots")
+                _draw(results, config.folder / "plots")
             if config.hub_model_id is not None:
                 options = {"private": config.hub_private_repo, "token": config.hub_token}
                 upload.push_to_hub(config.folder / "pipeline", config.hub_model_id, **options)
@@ -113,12 +114,20 @@ def calibrate(config: CalibrateConfig) -> JsonRecord:
         return record
 
 
+def _draw(results: list[Result], folder: Path) -> None:
+    """Draw the scores; without matplotlib say so, for nobody asked for the plots, which are on by default."""
+    try:
+        figure_class()
+    except UserError:
+        print("No plots are drawn: they need matplotlib (pip install ddpm-ext[plots]).")
+        return
+    draw_results(results, folder)
+
+
 class _Calibration:
     """One calibration: its model and its images, checked."""
 
     def __init__(self, config: CalibrateConfig) -> None:
-        if config.plots:
-            figure_class()
         self.config = config
         self.runner = runner = Runner(config, load_pipeline(config.model), config.folder / "calibration_pieces")
         self.features = SampleFeatures(runner)

@@ -182,7 +182,7 @@ class CalibrateConfig(GuidanceConfig, MeasureConfig):
     num_samples: int = option(10_000, "Generated images of each Frechet distance.", at_least=1)
     num_seeds: int = option(1, "Sets of samples of each Frechet distance; several give its spread.", at_least=1)
     full_chain: bool = option(False, "Also the Frechet distance of fixed_small with all T steps.")
-    plots: bool = option(True, "Draw quality against steps; needs matplotlib.")
+    plots: bool = option(True, "Draw quality against steps, where matplotlib is installed.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
