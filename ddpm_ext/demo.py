@@ -141,7 +141,7 @@ class Studio:
         return in_a_row(images.images)
 
     def bits(self, image: Image.Image, label: int | None = None, num_timesteps_sampled: int = 20) -> str:
-        """Return bits/dim of an image in words: the bound, estimated from some of the steps, or of all if they are few."""
+        """Return bits/dim of an image in words: the bound, from some of the steps or, of few, from all."""
         pipeline = self.pipeline
         labels, T = labels_of(pipeline, label, 1), len(pipeline.scheduler)
         sampled = num_timesteps_sampled if num_timesteps_sampled < T else None
