@@ -203,6 +203,21 @@ def test_a_value_error_of_the_package_is_expected(
     assert "variance_type must be one of" in capsys.readouterr().err
 
 
+def test_a_hub_that_cannot_be_reached_is_a_sentence(tmp_path: Path) -> None:
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    words = ["--preset", "cifar10", "--dry_run", "--cpu", "--output_dir", str(tmp_path / "run")]
+    done = python("-m", "ddpm_ext", "train", *words, **nowhere)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    sentence = done.stderr.strip().splitlines()[-1]
+    assert sentence.startswith("error: http://127.0.0.1:9 could not be reached")
+    assert sentence.endswith("or set HF_HUB_OFFLINE=1 for what is cached.")
+
+
+def test_a_connection_that_is_not_the_hubs_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConnectionError):
+        command(monkeypatch, ConnectionError("another server"))()
+
+
 # How it is called -----------------------------------------------------------------------------------------------------
 
 

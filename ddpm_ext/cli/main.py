@@ -46,9 +46,14 @@ def main(argv: list[str] | None = None) -> int:
         let_go(interruption)
         return report_error(UserError("interrupted."), 130)
     except Exception as error:
-        if not is_expected(error):
+        if is_expected(error):
+            return report_error(error, 2 if isinstance(error, UsageError) else 1)
+        from ..hub.messages import unreachable  # not at the top: --help must not wait for it
+
+        sentence = unreachable(error)
+        if sentence is None:
             raise
-        return report_error(error, 2 if isinstance(error, UsageError) else 1)
+        return report_error(UserError(sentence))
     return exit_process(code, int(os.environ.get("WORLD_SIZE", "1")))
 
 

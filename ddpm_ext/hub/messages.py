@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from ..errors import HubError
 from .failures import TRANSIENT_STATUS, causes, is_connection_error, is_offline, requested_wait, response_of, short
 
-__all__ = ["Operation", "conflict", "hub_errors", "read_only_token", "write_refused"]
+__all__ = ["Operation", "conflict", "hub_errors", "read_only_token", "unreachable", "write_refused"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,22 @@ def hub_errors(operation: Operation) -> Iterator[None]:
         if message is None:
             raise
         raise HubError(message) from error
+
+
+def unreachable(error: BaseException) -> str | None:
+    """Return the message for a question of the Hub's client that got no answer, whoever asked; None for other errors.
+
+    For calls that no `Operation` speaks for, as those that look for data sets.
+    """
+    if response_of(error) is not None or not is_connection_error(error):
+        return None
+    places = [frame.filename for cause in causes(error) for frame in traceback.extract_tb(cause.__traceback__)]
+    if not any("huggingface_hub" in place for place in places):
+        return None  # another connection
+    return (
+        f"{constants.ENDPOINT} could not be reached, or cut the connection: {short(error)}. Check the network, or set "
+        "HF_HUB_OFFLINE=1 for what is cached."
+    )
 
 
 def _explain(error: BaseException, operation: Operation) -> str | None:
