@@ -457,7 +457,7 @@ LIGHTNING |= {"lr_schedulers": [], "callbacks": {"ModelCheckpoint": {"best_model
         ({**prefixed("denoise_fn."), "betas": BETAS["betas"]}, {"betas": BETAS["betas"]}),
         (  # ema_pytorch, beside the trainer's other entries
             {
-                "model": {"model.x": torch.ones(1)},
+                "model": {"model.x.weight": torch.ones(1)},
                 "ema": {**prefixed("online_model.model."), **prefixed("ema_model.model.")}
                 | {"initted": torch.tensor([True]), "step": torch.tensor([9])}
                 | {f"ema_model.{name}": table for name, table in PROCESS.items()},
@@ -625,6 +625,76 @@ def test_of_several_sets_of_weights_one_must_be_named(tmp_path: Path) -> None:
     torch.save(ONE, path)
     with pytest.raises(ConvertError, match="one set of weights under no name, got --weights net_model"):
         read_weights(path, "net_model")
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        lambda betas: {"betas": betas},
+        lambda betas: {"diffusion": {"betas": betas}},
+        lambda betas: {"diffusion": {"betas": betas.tolist()}, "adam": {"betas": (0.9, 0.999)}, "optim": OPTIMISER},
+        lambda betas: {"process": {"tables": {"alphas_cumprod": (1 - betas).cumprod(0)}}},
+    ],
+)
+def test_betas_anywhere_in_the_file_are_compared(beside: Any, tmp_path: Path) -> None:
+    weights = HoNetwork().state_dict()
+    for end, is_right in ((0.02, True), (0.3, False)):
+        content = {"state_dict": weights, **beside(torch.linspace(1e-4, end, 1000))}
+        torch.save(content, tmp_path / "ckpt.pt")
+        found = read_weights(tmp_path / "ckpt.pt")
+        if is_right:
+            assert len(convert_weights(found, options("ddim", num_timesteps=None)).scheduler) == 1000
+        else:
+            with pytest.raises(ConvertError, match="and --noise_schedule linear has 1000"):
+                convert_weights(found, options("ddim"))
+
+
+ZERO = {name: weight * 0 for name, weight in ONE.items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "average", "raw"),
+    [
+        ({"model": ZERO, "ema": {"decay": 0.999, "shadow_params": list(ONE.values())}}, "ema.shadow_params", "model"),
+        ({"model": ZERO, "ema": list(ONE.values()), "optim": OPTIMISER}, "ema", "model"),
+        ({"model": ZERO, "ema": dict(enumerate(ONE.values()))}, "ema", "model"),
+        ({**ZERO, "ema": ONE}, "ema", "top"),
+        ({**ZERO, "ema": list(ONE.values())}, "ema", "top"),
+        ({"state": {**ZERO, "ema": ONE}}, "ema", "top"),
+        ([ZERO, OPTIMISER, 3, 700, list(ONE.values())], "4", "model"),
+    ],
+)
+def test_an_average_beside_the_weights_is_asked_about(content: Any, average: str, raw: str, tmp_path: Path) -> None:
+    path = tmp_path / "ckpt.pt"
+    torch.save(content, path)
+    with pytest.raises(ConvertError, match=f"several sets of weights: {raw}, {average}. Name one"):
+        read_weights(path)
+    assert read_weights(path, average) == ONE and read_weights(path, raw) == ZERO
+
+
+def test_an_average_without_names_that_fits_no_weights_is_refused_when_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "ckpt.pt"
+    torch.save({"model": ONE, "ema": {"shadow_params": [torch.ones(2)] * 3}, "rng": [torch.ones(3)]}, path)
+    with pytest.raises(ConvertError, match=r"several sets of weights: model, ema.shadow_params\."):
+        read_weights(path)
+    assert read_weights(path, "model") == ONE
+    with pytest.raises(ConvertError, match=r"is a list of 3 tensors without names, .* the 2 of model, in order"):
+        read_weights(path, "ema.shadow_params")
+
+
+def test_the_average_that_is_taken_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save({"net_model": ZERO, "ema_model": ONE}, tmp_path / "ckpt.pt")
+    assert read_weights(tmp_path / "ckpt.pt") == ONE
+    assert "several sets of weights: ema_model is taken, and not net_model." in caplog.text
+
+
+def test_what_is_no_set_of_weights_is_left_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save({**ONE, "config": {"a": 1}, "names": ["a"], "step": 3}, tmp_path / "ckpt.pt")
+    assert read_weights(tmp_path / "ckpt.pt") == ONE
+    assert "beside the weights lies config, names, no set of weights: not read" in caplog.text
+    caplog.clear()
+    torch.save([ZERO, OPTIMISER, {"last_epoch": 3, "t": torch.zeros(3)}, 1, ONE], tmp_path / "ckpt.pt")
+    assert read_weights(tmp_path / "ckpt.pt", "ema") == ONE
 
 
 @pytest.mark.parametrize("content", [OPTIMISER, {"optimizer": OPTIMISER, "step": 3}, [OPTIMISER, 3]])

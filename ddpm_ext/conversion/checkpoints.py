@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import re
@@ -17,6 +18,7 @@ from torch import Tensor
 from .config import ConvertError
 
 __all__ = ["SCHEDULE", "read_weights"]
+logger = logging.getLogger(__name__)
 
 # Buffers of a process beside the weights, as of denoising-diffusion-pytorch and CompVis: all follow from the betas.
 SCHEDULE = ("betas", "alphas_cumprod")
@@ -40,6 +42,8 @@ _UNREADABLE = (
     *(KeyError, IndexError, ValueError, TypeError, AttributeError),
 )
 _OPTIMISER = {"state", "param_groups"}
+_TOP = "top"  # the name of weights that lie under none, beside others that have one
+_AVERAGES = re.compile(r"(?<![a-z])(emas?|swa|shadow|averaged?)(?![a-z])", re.IGNORECASE)
 
 
 def read_weights(path: str | os.PathLike[str], which: str | None = None) -> dict[str, Tensor]:
@@ -66,18 +70,56 @@ def read_weights(path: str | os.PathLike[str], which: str | None = None) -> dict
                 "model500000.pt beside opt500000.pt."
             )
         raise ConvertError(f"{path} holds no weights, but a {type(content).__name__}.")
+    lists = {name: tensors for name, tensors in _lists(content, "").items() if name not in entries}
+    named = {name: state for name, tensors in lists.items() if (state := _with_names(tensors, entries)) is not None}
+    nameless = {name: tensors for name, tensors in lists.items() if name not in named and _AVERAGES.search(name)}
+    entries |= named
+    if "" in entries:
+        _say_what_is_left(path, content, {*entries, *nameless})
+        if len(entries) + len(nameless) > 1:
+            entries = {name or _TOP: state for name, state in entries.items()}
+    taken = _choose(path, [*entries, *nameless], which)
+    if taken in nameless:
+        count = len(next(iter(entries.values())).keys() - set(SCHEDULE))
+        raise ConvertError(
+            f"{taken!r} in {path} is a list of {len(nameless[taken])} tensors without names, which are not one for "
+            f"each of the {count} of {next(iter(entries))}, in order: save the average under its names, or name "
+            "another with --weights."
+        )
+    return {**_schedule(content), **entries[taken]}
+
+
+def _choose(path: str | os.PathLike[str], names: list[str], which: str | None) -> str:
+    """Return the name of the weights that are taken.
+
+    Raises:
+        ConvertError: there are several and none is named, or there is none of this name.
+    """
     if which is None:
-        if len(entries) > 1 and _AVERAGE not in entries:
+        if len(names) == 1:
+            return names[0]
+        if _AVERAGE not in names:
             raise ConvertError(
-                f"{path} holds several sets of weights: {', '.join(entries)}. Name one with --weights; samples are "
+                f"{path} holds several sets of weights: {', '.join(names)}. Name one with --weights; samples are "
                 "usually drawn with the average."
             )
-        return entries[_AVERAGE if len(entries) > 1 else next(iter(entries))]
-    if which not in entries:
-        if list(entries) == [""]:
+        others = ", ".join(name for name in names if name != _AVERAGE)
+        logger.warning("%s holds several sets of weights: %s is taken, and not %s.", path, _AVERAGE, others)
+        return _AVERAGE
+    if which not in names:
+        if names == [""]:
             raise ConvertError(f"{path} holds one set of weights under no name, got --weights {which}: leave it out.")
-        raise ConvertError(f"{path} has no weights {which!r}; it has {', '.join(entries)} (--weights).")
-    return entries[which]
+        raise ConvertError(f"{path} has no weights {which!r}; it has {', '.join(names)} (--weights).")
+    return which
+
+
+def _say_what_is_left(path: str | os.PathLike[str], content: object, names: set[str]) -> None:
+    """Warn of what lies beside weights that have no entry of their own, and is not read."""
+    parts = content.items() if isinstance(content, Mapping) else ()
+    heads = {name.split(".")[0] for name in names}
+    left = [str(key) for key, value in parts if isinstance(value, Mapping | list | tuple) and str(key) not in heads]
+    if left and any(isinstance(value, Tensor) for _, value in parts):
+        logger.warning("%s: beside the weights lies %s, no set of weights: not read.", path, ", ".join(left))
 
 
 def _load(path: Path) -> object:
@@ -131,21 +173,13 @@ def _load_parts(index: Path) -> dict[str, object]:
 def _entries(content: object, name: str) -> dict[str, dict[str, Tensor]]:
     """Return name -> state dict of every set of weights in a checkpoint; "" where it has no name of its own."""
     if isinstance(content, list | tuple):  # of ermongroup/ddim: weights, optimiser, epoch, step and the average
-        parts = [part for part in content if isinstance(part, Mapping) and not _OPTIMISER <= part.keys()]
+        parts = [part for part in content if isinstance(part, Mapping) and _entries(part, "")]
         content = dict(zip(("model", "ema"), parts, strict=False))
     if not isinstance(content, Mapping) or _OPTIMISER <= content.keys():
         return {}
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     inner = {str(key): value for key, value in content.items() if isinstance(value, Mapping)}
-    if tensors and not any(isinstance(value, Mapping | list) for value in content.values()):
-        if not any(value.ndim for value in tensors.values()):  # scores and the like
-            return {}
-        ends = {key: key.rsplit(".", 1)[-1] for key in tensors}
-        schedule = {end: tensors[key] for key, end in ends.items() if end in SCHEDULE}
-        extra = {key for key, end in ends.items() if end in _TABLES or (end in _COUNTERS and tensors[key].numel() == 1)}
-        sets = _without_prefixes({key: value for key, value in tensors.items() if key not in extra}, name)
-        return {key: {**state, **schedule} for key, state in sets.items()}
-    found: dict[str, dict[str, Tensor]] = {}
+    found = _flat(tensors, name)
     for key, value in inner.items():
         for deeper, state in _entries(value, key).items():
             found[key if deeper == key else f"{key}.{deeper}"] = state
@@ -153,6 +187,59 @@ def _entries(content: object, name: str) -> dict[str, dict[str, Tensor]]:
     if len(found) > 1 and len(heads) == 1:  # all lie in one container
         return {key.partition(".")[2]: state for key, state in found.items()}
     return found
+
+
+def _flat(tensors: dict[str, Tensor], name: str) -> dict[str, dict[str, Tensor]]:
+    """Return the sets of weights among tensors that lie beside each other; scores, noise and the like are none."""
+    ends = {key: key.rsplit(".", 1)[-1] for key in tensors}
+    schedule = {end: tensors[key] for key, end in ends.items() if end in SCHEDULE}
+    extra = {key for key, end in ends.items() if end in _TABLES or (end in _COUNTERS and tensors[key].numel() == 1)}
+    sets = _without_prefixes({key: value for key, value in tensors.items() if key not in extra}, name)
+    networks = {key: state for key, state in sets.items() if any(one.endswith(("weight", "bias")) for one in state)}
+    return {key: {**state, **schedule} for key, state in networks.items()}
+
+
+def _lists(content: object, name: str) -> dict[str, list[Tensor]]:
+    """Return name -> tensors of every list of them in a checkpoint, as averages are that keep no names."""
+    if isinstance(content, Mapping) and content.keys() >= _OPTIMISER:
+        return {}
+    if isinstance(content, Mapping):
+        parts = list(content.items())
+    else:
+        parts = list(enumerate(content)) if isinstance(content, list | tuple) else []
+    numbered = [value for key, value in parts if isinstance(key, int)]
+    tensors = [value for value in numbered if isinstance(value, Tensor) and value.is_floating_point()]
+    if name and len(tensors) == len(parts) and any(value.ndim for value in tensors):
+        return {name: tensors}
+    found: dict[str, list[Tensor]] = {}
+    for key, value in parts:
+        found |= _lists(value, f"{name}.{key}" if name else str(key))
+    return found
+
+
+def _with_names(tensors: list[Tensor], entries: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor] | None:
+    """Return tensors under the names of weights that have the same shapes in the same order; None for others."""
+    for state in entries.values():
+        own = {name: weight for name, weight in state.items() if name not in SCHEDULE}
+        if [one.shape for one in tensors] == [one.shape for one in own.values()]:
+            return dict(zip(own, tensors, strict=True))
+    return None
+
+
+def _schedule(content: object) -> dict[str, Tensor]:
+    """Return the betas that lie anywhere in a checkpoint; the two numbers of Adam have the same name and are none."""
+    if not isinstance(content, Mapping) or content.keys() >= _OPTIMISER:
+        return {}
+    found: dict[str, Tensor] = {}
+    deeper: dict[str, Tensor] = {}
+    for key, value in content.items():
+        end = str(key).rsplit(".", 1)[-1]
+        if end in SCHEDULE and isinstance(value, list | tuple) and all(isinstance(one, float) for one in value):
+            value = torch.tensor(value, dtype=torch.float64)
+        if end in SCHEDULE and isinstance(value, Tensor) and value.numel() > 2:
+            found[end] = value
+        deeper = {**_schedule(value), **deeper}
+    return {**deeper, **found}
 
 
 def _without_prefixes(state: dict[str, Tensor], name: str) -> dict[str, dict[str, Tensor]]:
