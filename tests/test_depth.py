@@ -294,6 +294,8 @@ def test_one_file_of_many_arrays_is_a_set(tmp_path: Path, suffix: str, bands: in
         ((8, 8, 3), None, r"may be one image or 8 of 8 x 3"),
         ((3, 8, 8), None, r"may be one image or 3 of 8 x 8"),
         ((8, 8), None, r"an array of shape \(8, 8\); a set is"),
+        ((9, 8, 8), 0, r"is 9 grey images of 8 x 8, which have no --channel_axis, got 0: leave it out"),
+        ((9, 8, 8), 2, r"one image of three axes is put as a .npy file into a folder"),
         ((9, 2, 8, 8, 1), 0, r"an array of shape \(9, 2, 8, 8, 1\)"),
     ],
 )

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from image_files import netpbm, pam, png, psd, tiff
+from image_files import netpbm, npy, pam, png, psd, tiff
 from PIL import Image
 
+from ddpm_ext.data import rows
 from ddpm_ext.data.dataset import load_images
 from ddpm_ext.data.decoding.files import Unreadable
 from ddpm_ext.data.decoding.levels import ImageFormat, decode_image, probe
@@ -220,11 +221,95 @@ def test_pixels_without_data_are_refused(bits: int, bands: int) -> None:
     shown, tags = ("rgb" if bands == 3 else "minisblack"), [(42113, 2, 0, "0", True)]  # GDAL_NODATA
     whole, broken = (tiff(np.squeeze(one), photometric=shown, extratags=tags) for one in (values, holes))
     assert np.array_equal(read(whole, values.shape, bits), values)
-    with pytest.raises(Unreadable, match="2 of its pixels hold 0, its value for no data"):
+    with pytest.raises(Unreadable, match="2 of its pixels hold 0 in a band, its value for no data"):
         read(broken, values.shape, bits)
     floats = tiff(np.where(holes[..., 0] > 0, holes[..., 0], -9999.0), extratags=[(42113, 2, 0, "-9999", True)])
     with pytest.raises(Unreadable, match="2 of its pixels hold -9999"):
         read(floats, (6, 5, 1), 16, (-10_000, 70_000))
+
+
+GREY = cut(RGB[..., 0], 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second", "options"),
+    [
+        ("PhotometricInterpretation", GREY, GREY, {"photometric": "miniswhite"}),
+        ("PhotometricInterpretation", cut(RGB, 8), GREY, {}),
+        ("BitsPerSample", RGB[..., 0], GREY, {}),
+        ("BitsPerSample", GREY, RGB[..., 0], {}),
+        ("SampleFormat", GREY.astype(np.float32), GREY.astype(np.int32), {}),
+        ("Orientation", GREY, GREY, {"extratags": [(274, 3, 1, 3, True)]}),
+        ("GDAL_NODATA", GREY, GREY, {"extratags": [(42113, 2, 0, "0", True)]}),
+    ],
+)
+def test_pages_whose_tags_differ_are_refused(name: str, first: Any, second: Any, options: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    with pytest.importorskip("tifffile").TiffWriter(buffer) as file:
+        for page in (first, first):
+            file.write(page, metadata=None, photometric="rgb" if page.ndim == 3 else "minisblack")
+        file.write(second, metadata=None, **{"photometric": "minisblack", **options})
+    with pytest.raises(Unreadable, match=rf"{name} is .* in page 1 and .* in page 3: write all pages alike, or split"):
+        read(buffer.getvalue(), (6, 5, 3), 8, (0, 255))
+
+
+def test_pages_with_the_same_tags_keep_their_meaning() -> None:
+    pages, turned = np.moveaxis(cut(RGB, 8), 2, 0), cut(RGB, 8)[::-1, ::-1]
+    buffer = io.BytesIO()
+    with pytest.importorskip("tifffile").TiffWriter(buffer) as file:
+        file.write(pages[0, :3, :2], metadata=None, subfiletype=1, photometric="minisblack")  # a preview
+        for page in pages:
+            file.write(page, metadata=None, photometric="miniswhite", extratags=[(274, 3, 1, 3, True)])
+    assert np.array_equal(read(buffer.getvalue(), (6, 5, 3), 8), 255 - turned)
+
+
+@pytest.mark.parametrize(
+    ("no_data", "kind", "reason"),
+    [
+        ("7", "u1", "hold 7 in a band"),
+        ("7,0", "u2", "hold 7,0 in a band"),
+        ("-9999", "f4", "hold -9999 in a band"),
+        ("-3.40282e+38", "f4", r"hold -3.40282e\+38 in a band"),
+        ("none at all", "u1", "'none at all', no number"),
+    ],
+)
+@pytest.mark.parametrize("planes", ["contig", "separate"])
+def test_a_band_without_data_is_refused(no_data: str, kind: str, reason: str, planes: str) -> None:
+    values = (BANDS[..., :2] % 100 + 10).astype(kind)
+    values[2, 3, 1] = {"7,0": 7, "-3.40282e+38": np.finfo(np.float32).min}.get(no_data, 7 if kind == "u1" else -9999)
+    stored = tiff(
+        values if planes == "contig" else np.moveaxis(values, 2, 0),
+        photometric="minisblack",
+        planarconfig=planes,
+        extratags=[(42113, 2, 0, no_data, True)],
+    )
+    with pytest.raises(Unreadable, match=reason):
+        read(stored, (6, 5, 2), 16, (-3.5e38, 300))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_values_that_count_from_white_are_refused_as_such(bits: int) -> None:
+    values = cut(RGB[..., 0], bits)
+    stored = tiff(values, photometric="miniswhite")
+    counted = f"{2**bits - 1 - values.max()} to {2**bits - 1 - values.min()}"
+    with pytest.raises(Unreadable, match=rf"its values, {counted} \(counted from black; 0 is white\), leave"):
+        read(stored, (6, 5, 1), 8, (0, 99))
+
+
+# A stated range -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["png", "npy"])
+@pytest.mark.parametrize(("top", "said"), [(65535, True), (4095, True), (255 * 16, False), (255, False)])
+def test_values_that_fill_little_of_a_stated_range_are_said(
+    kind: str, top: int, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = RANDOM.permutation(np.arange(256)).astype(np.uint8).reshape(16, 16)
+    (tmp_path / f"a.{kind}").write_bytes(png(values, 8) if kind == "png" else npy(values))
+    rows._said.clear()
+    load_images(train_data_dir=str(tmp_path), value_range=(0, top))
+    sentence = f"The stored values, 0 to 255, fill less than 1/16 of --value_range 0 {top}"
+    assert (sentence in capsys.readouterr().err) is said
 
 
 # JPEG 2000 ------------------------------------------------------------------------------------------------------------
@@ -297,6 +382,16 @@ def test_psd_is_read_where_every_channel_is_colour(mode: int, channels: int, bit
         return
     with pytest.raises(Unreadable, match=reason):
         read(stored, values.shape, bits)
+
+
+@pytest.mark.parametrize("kind", ["u8", "i8"])
+def test_integers_that_float64_does_not_tell_apart_are_refused(kind: str) -> None:
+    values = RGB[..., 0].astype(kind) + 2**53 - 70_000
+    lo = 2**53 - 70_000
+    assert np.array_equal(read(npy(values), (6, 5, 1), 16, (lo, lo + 65535))[..., 0], RGB[..., 0])
+    values[1, 1] = 2**53 + 1
+    with pytest.raises(Unreadable, match=r"integers beyond 2\^53"):
+        read(npy(values), (6, 5, 1), 16, (lo, lo + 140_000))
 
 
 FOREIGN = {

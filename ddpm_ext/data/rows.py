@@ -302,6 +302,12 @@ class Decoder:
                 f"The largest value of these 16-bit images is {largest} of 65535, so that they come out almost black: "
                 f"if they hold {largest.bit_length()} bits, say --value_range 0 {whole}."
             )
+        if form.value_range is not None and seen.span is not None and _fills_little(seen.span, form.value_range):
+            (least, largest), (lo, hi) = seen.span, form.value_range
+            said.append(
+                f"The stored values, {least:g} to {largest:g}, fill less than 1/16 of --value_range {lo:g} {hi:g}, so "
+                "that the images have few levels: state the range that the values can have."
+            )
         if seen.enlarged and seen.smallest is not None:
             small = f"{seen.smallest[0]} x {seen.smallest[1]}"
             said.append(
@@ -309,6 +315,11 @@ class Decoder:
                 f"smallest from {small}: --resolution {'x'.join(map(str, seen.smallest))} would keep its size."
             )
         return said + [_changed(mode, channels, count) for (mode, channels), count in sorted(seen.changed.items())]
+
+
+def _fills_little(span: tuple[float, float], value_range: tuple[float, float]) -> bool:
+    """Whether the values of a set that is not of one value fill less than 1/16 of the range stated for them."""
+    return 0 < 16 * (span[1] - span[0]) < value_range[1] - value_range[0]
 
 
 def _changed(mode: str, channels: int, count: int) -> str:

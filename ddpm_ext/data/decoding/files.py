@@ -129,6 +129,12 @@ def paths_of_set(file: str, key: str | None, channel_axis: int) -> list[str]:
             f"its array of shape {shape} may be one image or {shape[0]} of {shape[1]} x {shape[2]}: give a set of grey "
             "images as (N, H, W, 1), a single image as a file in a folder."
         )
+    if len(shape) == 3 and channel_axis != -1:
+        raise ValueError(
+            f"its array of shape {shape} is {shape[0]} grey images of {shape[1]} x {shape[2]}, which have no "
+            f"--channel_axis, got {channel_axis}: leave it out; one image of three axes is put as a .npy file into a "
+            "folder, and the folder is given."
+        )
     if len(shape) == 4 and channel_axis not in (-3, 0, 2):
         if channel_axis != -1:
             raise ValueError(

@@ -14,7 +14,7 @@ from collections import Counter
 from typing import IO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from .files import Unreadable
 from .formats import (
@@ -30,6 +30,7 @@ from .formats import (
     reads_all,
     refuse_more,
     stored,
+    tag,
     unknown,
 )
 from .samples import TURNS, Samples, array_samples, deep_samples, is_array
@@ -79,6 +80,7 @@ class Seen:
         self.cut = 0  # images whose stored bits are more than what was read
         self.cut_bits = 0  # the most bits stored
         self.largest: dict[int, int] = {}  # stored bits -> largest integer value met
+        self.span: tuple[float, float] | None = None  # least and largest stored value, where a range is stated
         self.enlarged = 0  # images smaller than what was asked for
         self.smallest: tuple[int, int] | None = None  # (height, width) of the smallest of them
         self.changed: Counter[tuple[str, int]] = Counter()  # (mode stored, channels read) where they are not the same
@@ -93,6 +95,12 @@ class Seen:
         """Remember the largest stored value of an image."""
         with self._lock:
             self.largest[bits] = max(self.largest.get(bits, 0), largest)
+
+    def note_span(self, smallest: float, largest: float) -> None:
+        """Remember the least and the largest stored value of an image whose range is stated."""
+        with self._lock:
+            lo, hi = self.span or (smallest, largest)
+            self.span = min(lo, smallest), max(hi, largest)
 
     def note_channels(self, mode: str, channels: int) -> None:
         """Remember an image whose colours or alpha are not read as they are stored.
@@ -260,6 +268,12 @@ def _levels(samples: Samples, form: ImageFormat, seen: Seen) -> np.ndarray:
     if values.dtype.kind in "fc" and not np.isfinite(values).all():
         raise Unreadable("values that are not finite", "it holds NaN or infinite values.")
     smallest, largest = values.min(), values.max()
+    if values.dtype.itemsize == 8 and values.dtype.kind in "iu" and max(-int(smallest), int(largest)) > 1 << 53:
+        raise Unreadable(
+            "integers beyond 2^53",
+            f"its {values.dtype} values, {smallest} to {largest}, are integers beyond 2^53, which float64 cannot "
+            "tell apart: subtract an offset and store them with fewer bits.",
+        )
     if form.value_range is None and samples.top is None:
         kind = "floats" if values.dtype.kind == "f" else f"{values.dtype} integers"
         raise Unreadable(
@@ -275,10 +289,13 @@ def _levels(samples: Samples, form: ImageFormat, seen: Seen) -> np.ndarray:
     lo, hi = form.value_range or (0, samples.top or 255)
     slack = 0.5 * (hi - lo) / form.top  # what rounds to the outermost levels anyway
     if smallest < lo - slack or largest > hi + slack:
+        counted = " (counted from black; 0 is white)" if samples.from_white else ""
         raise Unreadable(
             "values outside the stated range",
-            f"its values, {smallest:g} to {largest:g}, leave the range {lo:g} to {hi:g} of --value_range.",
+            f"its values, {smallest:g} to {largest:g}{counted}, leave the range {lo:g} to {hi:g} of --value_range.",
         )
+    if form.value_range is not None:
+        seen.note_span(float(smallest), float(largest))
     return (values.astype(np.float64) - lo) * (form.top / (hi - lo))
 
 
@@ -376,6 +393,8 @@ def decode_image(encoded: Encoded, form: ImageFormat, place: float = 0.5, seen: 
             if form.value_range is None and form.bits == 8 and fits:
                 return _decode_8_bits(image, form, place, seen)
             samples = deep_samples(file, image)
+            if isinstance(image, TiffImagePlugin.TiffImageFile) and tag(image, "photometric", (1,)) == (0,):
+                samples = samples._replace(from_white=True)
             if (turn := TURNS.get(orientation(image))) is not None and not samples.upright:
                 samples = samples.turned(turn)
             return _decode_samples(samples, form, place, seen)

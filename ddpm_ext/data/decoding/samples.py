@@ -55,6 +55,7 @@ class Samples(NamedTuple):
     mode: str | None  # L, LA, RGB, RGBA, or None: bands without a stated meaning
     top: int | None  # of unsigned integers, whose range is 0 … top; None: no range is stated
     upright: bool = True  # False: the EXIF orientation is still to be applied
+    from_white: bool = False  # the file counts from white; the values here do from black
 
     def turned(self, turn: Image.Transpose) -> Samples:
         """Return the samples turned or mirrored."""
@@ -220,8 +221,9 @@ def _tiff_samples(file: IO[bytes]) -> Samples:
                     "TIFF stacks whose pages have no headers",
                     f"it holds a stack of shape {tiff.series[0].shape} under one header: split it, or store .npy.",
                 )
+            _refuse_unlike([(page.index + 1, _page_facts(page)) for page in pages])
             parts = [_page_values(page) for page in pages]
-            no_data = str(first.tags.valueof(NO_DATA_TAG, "")).strip(" \0")
+            no_data = _page_facts(first)["GDAL_NODATA"]
     except (tifffile.TiffFileError, RuntimeError, AttributeError, IndexError) as error:
         if isinstance(error, Unreadable):
             raise
@@ -239,9 +241,35 @@ def _tiff_samples(file: IO[bytes]) -> Samples:
     mode = _tiff_mode(first, values.shape[2])
     if mode in ("LA", "RGBA") and first.extrasamples[0] == 1 and top is not None:
         values = _not_premultiplied(values, top)
-    samples = Samples(values, mode, top)
+    samples = Samples(values, mode, top, from_white=first.photometric == 0)
     orientation = first.tags.valueof(274, 1)
     return samples.turned(TURNS[orientation]) if orientation in TURNS else samples
+
+
+def _page_facts(page: Any) -> dict[str, str]:
+    """What the tags of a page say of its values, by the names of the tags."""
+    return {
+        "PhotometricInterpretation": f"{int(page.photometric)} ({page.photometric.name.lower()})",
+        "BitsPerSample": str(page.bitspersample),
+        "SampleFormat": page.dtype.name if page.dtype is not None else "unknown",
+        "SamplesPerPixel": str(page.samplesperpixel),
+        "ExtraSamples": ", ".join(str(int(extra)) for extra in page.extrasamples) or "none",
+        "Orientation": str(int(page.tags.valueof(274, 1))),
+        "GDAL_NODATA": str(page.tags.valueof(NO_DATA_TAG, "")).strip(" \0") or "none",
+    }
+
+
+def _refuse_unlike(pages: list[tuple[int, dict[str, str]]]) -> None:
+    """Refuse pages whose tags give their values another meaning than those of the first, by number and facts."""
+    first, facts = pages[0]
+    for number, others in pages[1:]:
+        for name, value in others.items():
+            if value != facts[name]:
+                raise Unreadable(
+                    f"TIFF whose pages differ in {name}",
+                    f"its pages become the bands of one image, and {name} is {facts[name]} in page {first} and {value} "
+                    f"in page {number}: write all pages alike, or split it.",
+                )
 
 
 def _from_black(values: np.ndarray, top: int | None) -> np.ndarray:
@@ -262,17 +290,24 @@ def _not_premultiplied(values: np.ndarray, top: int) -> np.ndarray:
 
 
 def _refuse_no_data(values: np.ndarray, no_data: str) -> None:
-    """Refuse pixels that were not measured: every band holds the value that the file names for it (GDAL_NODATA)."""
-    try:
-        value = float(no_data)
-    except ValueError:  # none is named
+    """Refuse pixels that were not measured: a band holds the value that the file names for it (GDAL_NODATA)."""
+    if no_data == "none":
         return
+    try:
+        value = float(no_data.replace(",", "."))  # as some languages write it
+    except ValueError:
+        raise Unreadable(
+            "TIFF whose value for no data is no number",
+            f"its value for no data (GDAL_NODATA) is {no_data!r}, no number: correct the tag, or leave it out.",
+        ) from None
     missing = np.isnan(values) if np.isnan(value) else values == value
-    if count := int(missing.all(axis=2).sum()):
+    if values.dtype.kind == "f" and np.isfinite(value):  # the text may have fewer digits than the value
+        missing = np.isclose(values.astype(np.float64), value, rtol=2e-6, atol=0)
+    if count := int(missing.any(axis=2).sum()):
         raise Unreadable(
             "TIFF with pixels without data",
-            f"{count:,} of its pixels hold {no_data}, its value for no data (GDAL_NODATA): cut them away, or fill "
-            "them and leave out the tag.",
+            f"{count:,} of its pixels hold {no_data} in a band, its value for no data (GDAL_NODATA): cut them away, or "
+            "fill them and leave out the tag.",
         )
 
 
