@@ -45,7 +45,7 @@ from ddpm_ext.run_dir import RunDir, RunError
 from ddpm_ext.signals import PREEMPTED, report_error
 from ddpm_ext.training import builders
 from ddpm_ext.training.config import TrainConfig
-from ddpm_ext.training.outputs.export import _by_number
+from ddpm_ext.training.outputs.export import Exporter, _by_number
 from ddpm_ext.training.outputs.monitor import Progress, draw_training, last_tenth
 from ddpm_ext.training.run import train
 from ddpm_ext.training.setup import make_trainer
@@ -769,6 +769,22 @@ def test_a_dry_run_tells_and_leaves_nothing(tmp_path: Path, capsys: pytest.Captu
         "cost",
     ):
         assert word in text
+    assert not any((tmp_path / "run").iterdir())
+
+
+def test_a_dry_run_that_is_stopped_says_so_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = Exporter.sample
+
+    def stopped(exporter: Exporter, *how: Any) -> np.ndarray:
+        signal.raise_signal(signal.SIGTERM)
+        return sample(exporter, *how)
+
+    monkeypatch.setattr(Exporter, "sample", stopped)
+    assert run_here(tmp_path / "run", dry_run=True) == PREEMPTED
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[-1] == "Stopped. A dry run keeps nothing; the same command begins it anew."
     assert not any((tmp_path / "run").iterdir())
 
 

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ...distributed import on_main
+from ...pipelines.seeds import SamplingStopped
 from ...run_dir import RunError
+from ...signals import PREEMPTED
 from ..state import checkpoint
 from .summary import describe, plural
 
@@ -43,7 +45,7 @@ def dry_run(trainer: Trainer, saver: Saver, exporter: Exporter) -> int:
         exporter: Draws its grids.
 
     Returns:
-        Exit code 0.
+        Exit code: 0; 75 when a stop was asked for.
 
     Raises:
         RunError: the checkpoint did not come back as it was written.
@@ -51,7 +53,12 @@ def dry_run(trainer: Trainer, saver: Saver, exporter: Exporter) -> int:
     left = trainer.intervals.length - trainer.state.update
     update = _seconds_per_update(trainer)
     saving, size = _round_trip(trainer, saver)
-    measured = _Measured(update, saving, _seconds_per_grid(trainer, exporter), size)
+    try:
+        measured = _Measured(update, saving, _seconds_per_grid(trainer, exporter), size)
+    except SamplingStopped:
+        if trainer.accelerator.is_main_process:
+            print("Stopped. A dry run keeps nothing; the same command begins it anew.", flush=True)
+        return PREEMPTED
     if trainer.accelerator.is_main_process:
         print("\n".join([*describe(trainer), *_forecast(trainer, left, measured)]))
     return 0
