@@ -9,6 +9,7 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddpm_ext import DDPMExtPipeline
+from ddpm_ext.cli.main import main
 from ddpm_ext.conversion.checkpoints import read_weights
 from ddpm_ext.conversion.config import ConvertError, ConvertOptions
 from ddpm_ext.conversion.convert import (
@@ -559,6 +561,36 @@ def test_whether_a_row_stands_for_no_class_is_asked_for_and_guides() -> None:
                 draw(class_labels=9)
     with pytest.raises(ConvertError, match="knows no classes, got --null_label last"):
         convert_weights(OpenAINetwork().state_dict(), options("guided-diffusion", null_label="last"))
+
+
+def test_one_row_of_classes_is_no_class_and_a_null_label() -> None:
+    weights = OpenAINetwork(classes=1).state_dict()
+    with pytest.raises(ConvertError, match="got one row: no class would be left"):
+        convert_weights(weights, options("guided-diffusion", null_label="last"))
+    assert classes_of(convert_weights(weights, options("guided-diffusion", null_label="none")).unet.config) == (
+        1,
+        None,
+        None,
+    )
+
+
+@pytest.mark.parametrize("source", ORIGINALS)
+def test_a_resolution_that_the_levels_do_not_divide_is_refused(source: Any, tmp_path: Path) -> None:
+    given = options(source, resolution=7)
+    with pytest.raises(UserError, match=r"must be multiples of 2, got \(7, 7\). The nearest size .* \(8, 8\)"):
+        convert_weights(ORIGINALS[source]().state_dict(), given)
+    torch.save(ORIGINALS[source]().state_dict(), tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="must be multiples of 2"):
+        convert(replace(given, checkpoint=str(tmp_path / "ckpt.pt"), output_dir=str(tmp_path / "a" / "out")))
+    assert not (tmp_path / "a").exists()
+
+
+def test_heads_of_the_way_up_are_told_as_what_a_file_does_not_tell(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConvertError, match=r"The way up \(num_heads_upsample\) must have the same number"):
+        convert_weights(OpenAINetwork(attend=(0, 1)).state_dict(), options("improved-diffusion"))
+    assert main(["convert", "--help"]) == 0
+    assert "num_heads_upsample" in capsys.readouterr().out
+    assert "`num_heads_upsample`" in (ROOT / "docs" / "convert.md").read_text()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -68,7 +68,12 @@ class ConvertOptions:
     beta_end: float | None = option(None, "pytorch-ddpm, ddim: beta of the last step; none: 0.02.", above=0, below=1)
     num_timesteps: int | None = option(None, "T: diffusion_steps, num_diffusion_timesteps.", at_least=1)
     rescale_timesteps: bool | None = option(None, "The network sees 1000 t / T; asked for where T is not 1000.")
-    num_heads: int | None = option(None, "Attention heads of every level; or give --num_head_channels.", at_least=1)
+    num_heads: int | None = option(
+        None,
+        "Attention heads of every level, down and up alike: a network with another num_heads_upsample cannot be "
+        "converted, and its file does not tell; or give --num_head_channels.",
+        at_least=1,
+    )
     num_head_channels: int | None = option(
         None, "Channels of an attention head, which sets its number by level.", at_least=1
     )

@@ -21,6 +21,8 @@ from torch import Tensor
 from ..diffusion.words import Arguments
 from ..hub.pipeline_files import PICKLES
 from ..models.classes import class_options
+from ..models.unet import check_resolution
+from ..models.values import image_size
 from ..pipelines.ddpm import DDPMExtPipeline, load_pipeline
 from ..pipelines.locate import is_hub_name
 from ..pipelines.saving import replacing
@@ -129,6 +131,7 @@ def convert_weights(weights: Mapping[str, Tensor], options: ConvertOptions) -> D
 
     Raises:
         ConvertError: as in `convert`.
+        UserError: a resolution that the levels of the network do not divide.
     """
     refuse_others(weights)
     schedule = {name: weights[name] for name in SCHEDULE if name in weights}
@@ -139,6 +142,7 @@ def convert_weights(weights: Mapping[str, Tensor], options: ConvertOptions) -> D
     shape = measure(weights, layout)
     settings = _settle(weights, shape, layout, options)
     unet = UNet2DModel(**_unet_arguments(shape, layout, settings))
+    check_resolution(unet.config, image_size(unet.config))
     heads = {width: width // (settings.head_channels or width) for width in shape.widths}
     places = {
         place.target: place for place in all_places(shape, layout, lambda width: heads.get(width, 1), settings.order)
@@ -180,6 +184,11 @@ def _settle(weights: Mapping[str, Tensor], shape: Shape, layout: Layout, options
     }
     if options.null_label is not None and shape.classes is None:
         raise ConvertError(f"The network knows no classes, got --null_label {options.null_label}: leave it out.")
+    if options.null_label == "last" and shape.classes == 1:
+        raise ConvertError(
+            "The class embedding must have a row for each class and one more for --null_label last, got one row: no "
+            "class would be left. Give --null_label none."
+        )
     missing = [name for name, is_asked in asked.items() if is_asked and getattr(options, name) is None]
     if missing or T is None:
         raise unanswered(missing, layout.name)
@@ -257,7 +266,8 @@ def _head_channels(shape: Shape, options: ConvertOptions) -> int | None:
         raise ConvertError(
             f"A UNet2DModel has heads of the same width on every level; {heads} heads over {widths} channels are not. "
             "Give the right --num_heads, or --num_head_channels where the code was given that; with one number of "
-            "heads over several widths the network cannot be expressed."
+            "heads over several widths the network cannot be expressed. The way up (num_heads_upsample) must have the "
+            "same number as the way down."
         )
     return widths[0] // heads
 
