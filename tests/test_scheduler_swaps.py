@@ -10,9 +10,16 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
+from accelerator import is_installed
 from diffusers import DDPMScheduler
+from networks import tiny_unet
+from training import forget_accelerator
 
+from ddpm_ext.errors import UserError
+from ddpm_ext.models.classes import class_options
 from ddpm_ext.pipelines.ddpm import DDPMExtPipeline
+from ddpm_ext.pipelines.sampling import SampleConfig, sample_to_folder
 from ddpm_ext.schedulers.ddpm import DDPMExtScheduler
 
 # Some stock schedulers call NumPy as NumPy 2 no longer wants it.
@@ -108,3 +115,64 @@ def test_words_of_older_diffusers_are_translated(
 def test_what_would_change_the_process_is_refused(config: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         DDPMExtScheduler.from_config(config)
+
+
+def guided_pipeline(scheduler: Any) -> DDPMExtPipeline:
+    """A network of three classes that can be guided, under any scheduler."""
+    options = class_options(3, with_null_label=True)
+    unet = tiny_unet(num_class_embeds=options["num_class_embeds"])
+    unet.register_to_config(**options)
+    pipeline = DDPMExtPipeline(unet, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def drawn_or_refused(draw: Callable[[], Any], name: str) -> None:
+    """Nothing but images, or a sentence that names the scheduler."""
+    try:
+        draw()
+    except UserError as error:
+        assert name in str(error), error
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", STOCK)
+def test_every_stock_scheduler_draws_or_is_refused_with_a_sentence(name: str, tmp_path: Path) -> None:
+    try:
+        scheduler = getattr(diffusers, name)()
+    except (ImportError, TypeError) as error:
+        pytest.skip(f"{name} cannot be built: {error}")
+    pipeline = guided_pipeline(scheduler)
+    asked: dict[str, Any] = {"num_inference_steps": 4, "class_labels": 1, "output_type": "latent"}
+    grey = torch.zeros(1, 8, 8)
+    for guidance in ({}, {"guidance_scale": 2.0}, {"guidance_scale": 2.0, "guidance_rescale": 0.5}):
+        drawn_or_refused(lambda more=guidance: pipeline(1, **asked, **more), name)
+    drawn_or_refused(lambda: list(pipeline.progressive(1, num_inference_steps=4, class_labels=1)), name)
+    drawn_or_refused(lambda: pipeline.interpolate(grey, grey, 3, class_labels=1), name)
+    drawn_or_refused(lambda: pipeline.continue_from(grey, 3, class_labels=1), name)
+    pipeline.save_pretrained(tmp_path / "model")
+    given = {"num_samples": 1, "num_inference_steps": 4, "class_label": "1", "cpu": not is_installed()}
+    forget_accelerator()
+    config = SampleConfig(model=str(tmp_path / "model"), output_dir=str(tmp_path / "images"), **given)
+    drawn_or_refused(lambda: sample_to_folder(config), name)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            r"does not: it has no scale_model_input and no init_noise_sigma",
+        ),
+        (
+            "CogVideoXDPMScheduler",
+            "its step needs model_output, old_pred_original_sample, timestep, ",
+        ),
+        ("KarrasVeScheduler", "it has no option num_train_timesteps"),
+        ("IPNDMScheduler", "IPNDMScheduler does not say what the network predicts: it has no option prediction_type"),
+    ],
+)
+def test_a_scheduler_of_another_kind_is_told_what_it_lacks(name: str, sentence: str) -> None:
+    pipeline = guided_pipeline(getattr(diffusers, name)())
+    with pytest.raises(UserError, match=sentence):
+        pipeline(1, num_inference_steps=4, class_labels=1, guidance_scale=2.0, guidance_rescale=0.5)

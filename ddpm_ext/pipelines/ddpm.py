@@ -31,6 +31,7 @@ from .guidance import Guidance, guided_prediction, make_guidance, setting_of, wa
 from .inputs import (
     Images,
     OutputType,
+    check_scheduler,
     checked_output_type,
     clean_image,
     prepare_latents,
@@ -138,7 +139,7 @@ class DDPMExtPipeline(PortablePipeline):
         output_type = checked_output_type(output_type, self.unet.config["in_channels"])
         for name in callback_on_step_end_tensor_inputs:
             check_word("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
-        guided = make_guidance(self.unet.config, self.scheduler.config["num_train_timesteps"], **guidance)
+        guided = make_guidance(self.unet.config, self._length(), **guidance)
         x_T, labels = self._start(batch_size, generator, num_inference_steps, timesteps, latents, class_labels)
 
         def after_step(i: int, t: Tensor, x_s: Tensor, x_0: Tensor | None) -> Tensor:
@@ -178,7 +179,7 @@ class DDPMExtPipeline(PortablePipeline):
         Raises:
             UserError: a step of `at` is not in the chain, or as in calling.
         """
-        guided = make_guidance(self.unet.config, self.scheduler.config["num_train_timesteps"], **guidance)
+        guided = make_guidance(self.unet.config, self._length(), **guidance)
         x_T, labels = self._start(batch_size, generator, num_inference_steps, timesteps, latents, class_labels)
         missing = set(at or ()) - {int(t) for t in self.scheduler.timesteps}
         if missing:
@@ -224,10 +225,11 @@ class DDPMExtPipeline(PortablePipeline):
         a, b = (clean_image(image, self.unet, self._execution_device) for image in (image_a, image_b))
         if not len(weights):
             raise UserError("weights must hold at least one number, got none.")
-        times = times_from(timestep, num_inference_steps, self.scheduler.config["num_train_timesteps"])
+        times = times_from(timestep, num_inference_steps, self._length())
         if generator is None:
             generator = torch.Generator().manual_seed(int(torch.randint(2**63 - 1, ())))
         set_timesteps(self.scheduler, None, times, self._execution_device)
+        self._check_units()
         eps = randn_tensor(a.shape, generator=generator, device=a.device, dtype=a.dtype)
         t = torch.full((1,), timestep, device=a.device)
         ends = [self.scheduler.add_noise(image, eps, t) for image in (a, b)]
@@ -266,7 +268,7 @@ class DDPMExtPipeline(PortablePipeline):
             raise UserError(
                 f"continue_from expects one latent and num_samples of at least 1, got {x_t.shape[0]} and {num_samples}."
             )
-        times = times_from(timestep, num_inference_steps, self.scheduler.config["num_train_timesteps"])
+        times = times_from(timestep, num_inference_steps, self._length())
         x_t = x_t.repeat(num_samples, 1, 1, 1)
         return self._run_from(x_t, times, generator, class_labels, output_type, guidance)
 
@@ -388,16 +390,24 @@ class DDPMExtPipeline(PortablePipeline):
         guidance: GuidanceOptions,
     ) -> ImagePipelineOutput:
         output_type = checked_output_type(output_type, self.unet.config["in_channels"])
-        guided = make_guidance(self.unet.config, self.scheduler.config["num_train_timesteps"], **guidance)
+        guided = make_guidance(self.unet.config, self._length(), **guidance)
         labels = self._labels(class_labels, x_t.shape[0])
         x_t = prepare_latents(self.unet, x_t.shape[0], generator, x_t, self._execution_device)
         set_timesteps(self.scheduler, None, times, self._execution_device)
+        self._check_units()
+        return ImagePipelineOutput(images=self._run(x_t, generator, labels, output_type, guided))
+
+    def _length(self) -> int:
+        """T, of a scheduler that runs a chain."""
+        check_scheduler(self.scheduler)
+        return self.scheduler.config["num_train_timesteps"]
+
+    def _check_units(self) -> None:
         if float(self.scheduler.init_noise_sigma) != 1:
             raise UserError(
                 f"{type(self.scheduler).__name__} keeps latents in other units than √ᾱ_t x_0 + √(1-ᾱ_t) ε "
                 f"(init_noise_sigma is {float(self.scheduler.init_noise_sigma):.4g}, not 1). Use DDPMExtScheduler here."
             )
-        return ImagePipelineOutput(images=self._run(x_t, generator, labels, output_type, guided))
 
     def _labels(self, class_labels: ClassLabels, batch_size: int) -> Tensor | None:
         return check_labels(class_labels, batch_size, self.unet.config, self._execution_device)
@@ -422,7 +432,7 @@ def load_pipeline(model: str | os.PathLike[str], token: str | None = None) -> DD
         pipeline: Any = DDPMExtPipeline.from_pretrained(folder)
     except UserError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:  # what Diffusers says of files; no bug of ours is told so
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:  # what Diffusers says of files and classes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"The pipeline {model} cannot be loaded: {reason}") from error
     if not isinstance(pipeline.unet, UNet2DModel):

@@ -217,7 +217,12 @@ def _mixed(guidance: Guidance, conditional: Tensor, without_class: Tensor) -> Te
 
 def _eps_weights(scheduler: Any, t: float) -> tuple[float, float]:
     """ε̂ = of_x_t · x_t + of_output · output at t; (0, 1) where ᾱ_t = 0, since ε̂ says nothing of the output there."""
-    prediction = scheduler.config.prediction_type
+    prediction = scheduler.config.get("prediction_type")
+    if prediction is None:
+        raise UserError(
+            f"Rescaled guidance and guiders work on ε, and {type(scheduler).__name__} does not say what the network "
+            "predicts: it has no option prediction_type. Use DDPMExtScheduler, or guidance_scale alone."
+        )
     if prediction == "epsilon":
         return 0.0, 1.0
     tables = getattr(scheduler, "tables", None)

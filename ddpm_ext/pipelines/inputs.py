@@ -23,6 +23,7 @@ from ..schedulers.checks import Generators, check_generators
 __all__ = [
     "Images",
     "OutputType",
+    "check_scheduler",
     "checked_output_type",
     "clean_image",
     "prepare_latents",
@@ -67,22 +68,52 @@ def prepare_latents(
     return latents.to(device=device, dtype=unet.dtype)
 
 
+def check_scheduler(scheduler: Any) -> None:
+    """Refuse a scheduler that does not run a chain of x_t of this kind, as those of flow matching and of tokens.
+
+    Args:
+        scheduler: Any of Diffusers'.
+
+    Raises:
+        UserError: names it and what it lacks.
+    """
+    missing = [name for name in ("set_timesteps", "scale_model_input", "step") if not hasattr(scheduler, name)]
+    missing += [] if "num_train_timesteps" in scheduler.config else ["option num_train_timesteps"]
+    missing += [] if hasattr(scheduler, "init_noise_sigma") else ["init_noise_sigma"]
+    why = f"it has no {' and no '.join(missing)}"
+    if not missing:
+        needs = list(inspect.signature(scheduler.step).parameters.values())
+        needed = [one.name for one in needs if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+        if len(needed) <= 3:
+            return
+        why = f"its step needs {', '.join(needed)}"
+    raise UserError(
+        f"The scheduler must run a chain as DDPMScheduler does, by step(model_output, timestep, sample), and "
+        f"{type(scheduler).__name__} does not: {why}. Use DDPMExtScheduler, or another of diffusers for DDPM."
+    )
+
+
 def set_timesteps(
     scheduler: Any, num_inference_steps: int | None, timesteps: Sequence[int] | None, device: torch.device
 ) -> None:
     """Choose the chain of any scheduler: a number of steps, or the steps themselves.
 
     Raises:
-        UserError: the scheduler takes no steps of one's own.
+        UserError: the scheduler takes no steps of one's own, or not these.
     """
-    if timesteps is None:
-        scheduler.set_timesteps(num_inference_steps, device=device)
-    elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
-        scheduler.set_timesteps(timesteps=timesteps, device=device)
-    else:
-        raise UserError(
-            f"{type(scheduler).__name__} takes no custom timesteps: use num_inference_steps, or our scheduler."
-        )
+    name, parameters = type(scheduler).__name__, inspect.signature(scheduler.set_timesteps).parameters
+    if timesteps is not None and "timesteps" not in parameters:
+        raise UserError(f"{name} takes no custom timesteps: use num_inference_steps, or our scheduler.")
+    try:
+        if timesteps is None:
+            scheduler.set_timesteps(num_inference_steps, device=device)
+        else:
+            scheduler.set_timesteps(timesteps=timesteps, device=device)
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:  # what those of Diffusers say
+        asked = f"num_inference_steps {num_inference_steps}" if timesteps is None else f"timesteps {timesteps}"
+        raise UserError(f"{name} does not take {asked}: {error} Choose other steps, or DDPMExtScheduler.") from error
 
 
 def times_from(timestep: int, num_inference_steps: int | None, T: int) -> list[int]:

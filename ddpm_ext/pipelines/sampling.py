@@ -27,6 +27,7 @@ from ..signals import die_with_launcher, exit_process, interruptible
 from .config import SampleConfig
 from .ddpm import load_pipeline
 from .identity import identity
+from .inputs import check_scheduler
 from .seeds import sample_images
 
 __all__ = [
@@ -204,6 +205,7 @@ class _Folder:
 
     def __init__(self, config: SampleConfig, accelerator: Accelerator) -> None:
         self.pipeline = load_pipeline(config.model).to(accelerator.device)
+        check_scheduler(self.pipeline.scheduler)
         if config.num_inference_steps is None:
             config = replace(config, num_inference_steps=self.pipeline.scheduler.config["num_train_timesteps"])
         self.config, self.path = config, Path(config.output_dir)
