@@ -35,6 +35,7 @@ __all__ = [
     "JsonRecord",
     "RunDir",
     "RunError",
+    "check_folder",
     "commit",
     "environment",
     "package_versions",
@@ -81,6 +82,7 @@ class RunDir:
         Raises:
             RunError: another process holds it.
         """
+        check_folder("output_dir", self.path)
         self._made += [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         handle = None
         while handle is None:
@@ -167,6 +169,18 @@ class RunDir:
         kept = [record for record in self.read_log() if record["update"] <= update]
         if self.log.exists():
             write_atomically(self.log, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def check_folder(name: str, folder: str | Path) -> None:
+    """Refuse a folder for results that is a file, or that would lie in one.
+
+    Args:
+        name: The option that names it, for the message.
+        folder: Where results shall go; it need not exist.
+    """
+    place = next((place for place in (Path(folder), *Path(folder).parents) if place.exists()), None)
+    if place is not None and not place.is_dir():
+        raise RunError(f"--{name} must be a folder, got {folder}, and {place} is a file; give a folder.")
 
 
 @contextmanager

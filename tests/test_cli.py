@@ -203,6 +203,30 @@ def test_a_value_error_of_the_package_is_expected(
     assert "variance_type must be one of" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--cpu"],
+        ["sample", "--model", "m"],
+        ["evaluate", "--model", "m"],
+        ["calibrate", "--model", "m"],
+        ["convert", "--checkpoint", "c", "--source", "diffusers"],
+        ["reconstruct-ema", "--run", "r", "--sigma_rel", "0.1"],
+        ["configs"],
+    ],
+    ids=lambda words: words[0],
+)
+@pytest.mark.parametrize("inside", ["", "run"])
+def test_a_folder_for_results_that_is_a_file_is_refused_at_once(
+    words: list[str], inside: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    target = tmp_path / "file" / inside
+    assert main([*words, "--output_dir", str(target)]) == 1
+    said = f"error: --output_dir must be a folder, got {target}, and {tmp_path / 'file'} is a file; give a folder.\n"
+    assert capsys.readouterr().err == said and (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_hub_that_cannot_be_reached_is_a_sentence(tmp_path: Path) -> None:
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
     words = ["--preset", "cifar10", "--dry_run", "--cpu", "--output_dir", str(tmp_path / "run")]

@@ -19,6 +19,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 import yaml
 
 from ..errors import UsageError, check_word, nearest
+from ..run_dir import check_folder
 from ..training.config import BROUGHT, TrainConfig, recorded
 from ..training.presets import PRESETS
 from .suggestions import suggestion
@@ -87,10 +88,14 @@ def parse_options(
 
     Raises:
         UsageError: an unknown option (the one that was meant is suggested), a wrong value, or one that is missing.
+        UserError: an output_dir that is a file.
     """
     with _usage():
         words, _ = _canonical(list(sys.argv[1:] if argv is None else argv), options)
-        return options(**vars(_make_parser(options, description, prog=prog).parse_args(words)))
+        made = options(**vars(_make_parser(options, description, prog=prog).parse_args(words)))
+    if getattr(made, "output_dir", None) is not None:
+        check_folder("output_dir", made.output_dir)  # before hours of work
+    return made
 
 
 def to_yaml(config: TrainConfig) -> str:
