@@ -223,6 +223,13 @@ def test_a_folder_with_a_variant_alone_says_so(tmp_path: Path) -> None:
         run_here(tmp_path / "run", **FROM, init_from=tmp_path / "source")
 
 
+def test_a_source_of_other_values_is_said_at_the_start(source: Path, tmp_path: Path, capsys: Any) -> None:
+    assert run_here(tmp_path / "run", **FROM, init_from=source, max_train_steps=0) == 0
+    assert "was trained on" not in capsys.readouterr().err
+    assert run_here(tmp_path / "deep", **FROM, init_from=tmp_path / "run", bits=12, max_train_steps=0) == 0
+    assert f"{tmp_path / 'run'} was trained on 8 bits, and these images are read as 12 bits" in capsys.readouterr().err
+
+
 def pictures(folder: Path, classes: list[str]) -> Path:
     """Save 4 colour images of each class."""
     numbers = np.random.default_rng(0)

@@ -15,10 +15,13 @@ import datasets
 import fsspec
 import numpy as np
 import pytest
+from image_files import npy
 from PIL import Image
 
 from ddpm_ext.data import rows
 from ddpm_ext.data.dataset import load_images
+from ddpm_ext.data.folder import Entry
+from ddpm_ext.data.sources import _unnamed, number_labels
 from ddpm_ext.data.streaming import stream_images
 
 
@@ -249,6 +252,25 @@ def test_a_table_of_images_gives_their_labels(tmp_path: Path, capsys: pytest.Cap
     assert labels is not None
     assert dict(zip(found.batch(range(2)).pixels[:, 0, 0, 0].tolist(), labels.tolist(), strict=True)) == {0: 0, 20: 1}
     assert "2 of 3 images are read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("named", "count"), [(1, 2), (3, 4)])
+def test_a_table_that_names_an_array_counts_it(named: int, count: int) -> None:
+    entries = [Entry(name, name) for name in ("a.tif", "b.npy", "c.npy", "d.tif", "metadata.csv")]
+    said = _unnamed(datasets.Dataset.from_dict({"image": [None] * named}), Path("here"), entries)
+    assert said == f"here: {named} of {count} images are read, those that the table of images names."
+
+
+def test_an_image_beside_an_array_of_its_name_is_a_preview_among_samples_alone(tmp_path: Path) -> None:
+    files = {"a.png": image(1), "a.npy": npy(np.full((4, 4, 3), 7, np.uint8))}
+    assert greys(write(tmp_path / "drawn", {**files, "samples.json": b"{}"})) == [7]
+    with pytest.raises(ValueError, match=r"a\.png and a\.npy are two images of one name"):
+        load_images(train_data_dir=write(tmp_path / "asked", files))
+
+
+def test_words_that_a_stream_meets_among_its_labels_are_not_asked_for() -> None:
+    with pytest.raises(ValueError, match=r"upwards \(words are numbered when all are read: .*streaming out\), got 'z'"):
+        number_labels([1, "z"], None, "kind")
 
 
 # Classes --------------------------------------------------------------------------------------------------------------

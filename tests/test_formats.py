@@ -114,6 +114,14 @@ def test_a_clear_value_of_few_bits_is_alpha(bits: int) -> None:
         assert np.array_equal(read(png(values[..., 0], bits, clear), (6, 5, 2), depth), levels)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_with_a_clear_value_is_grey_and_alpha(bits: int) -> None:
+    stored = png(cut(RGB[..., 0], bits), bits, 1)
+    assert probe(stored) == (6, 5, 1)
+    with pytest.raises(Unreadable, match="it holds grey and alpha, and the network has 5 channels"):
+        read(stored, (6, 5, 5), 8)
+
+
 # TIFF -----------------------------------------------------------------------------------------------------------------
 
 

@@ -152,11 +152,21 @@ def list_images(entries: Iterable[Entry], split: str, where: str) -> Listing:
 
 
 def _drawn_of(name: str, names: set[str]) -> str | None:
-    """What an image is drawn of, where it is none of its own: a preview beside its array, the grid of drawn samples."""
+    """What an image is drawn of, where it is none of its own: a preview beside its array, the grid of drawn samples.
+
+    Raises:
+        UserError: an array has the same name, and no samples.json says that the image is its preview.
+    """
     path = PurePosixPath(name)
-    if any(str(path.with_suffix(suffix)) in names for suffix in ARRAYS):
-        return "preview of an array"
-    return "grid of samples" if path.name == "grid.png" and str(path.with_name("samples.json")) in names else None
+    beside = next((one for one in (str(path.with_suffix(suffix)) for suffix in ARRAYS) if one in names), None)
+    if str(path.with_name("samples.json")) in names:
+        return "preview of an array" if beside else "grid of samples" if path.name == "grid.png" else None
+    if beside is not None:
+        raise UserError(
+            f"{name} and {beside} are two images of one name, and which is meant is not said: move one of them to a "
+            "folder of its own. (An image is left out as a preview beside the samples.json of `sample` alone.)"
+        )
+    return None
 
 
 def _numbered(chosen: list[str], names: list[str], part: str, where: str) -> tuple[list[str] | None, list[str] | None]:

@@ -228,6 +228,8 @@ def _metadata_folder(folder: Path, split: str, metadata: Sequence[Entry]) -> Pat
 def _unnamed(source: datasets.Dataset | datasets.IterableDataset, folder: Path, entries: Sequence[Entry]) -> str | None:
     """A note of the images that a table does not name; None where it names all, or nobody has counted its rows."""
     images = image_count(entries)
+    if isinstance(source, datasets.Dataset) and len(source) > images:  # it names arrays, too
+        images += sum(Path(entry.name).suffix.lower() in ARRAYS for entry in entries)
     if not isinstance(source, datasets.Dataset) or len(source) == images:
         return None
     return f"{folder}: {len(source)} of {images} images are read, those that the table of images names."
@@ -379,9 +381,8 @@ def number_labels(
         if value is None or value != value or (isinstance(value, (int, float)) and value < 0):
             continue
         if not isinstance(value, (int, float, np.integer, np.floating)) or value != int(value):
-            raise UserError(
-                f"label_column {column!r} must hold classes, numbers from 0 upwards or words, got {value!r}."
-            )
+            words = " (words are numbered when all are read: leave --streaming out)" if isinstance(value, str) else ""
+            raise UserError(f"label_column {column!r} must hold classes, numbers from 0 upwards{words}, got {value!r}.")
         numbers[i] = int(value)
     if names is None and known is not None:
         names = [str(number) for number in range(int(numbers.max(initial=-1)) + 1)]

@@ -253,7 +253,7 @@ class _StreamRows:
         self.hint = where_classes_may_stand(source._replace(table=table), self.column)
         self.label_column = find_label_column(table.features, spec.label_column)
         label = table.features[self.label_column] if self.label_column is not None else None
-        if isinstance(label, datasets.Value) and pyarrow.types.is_string(label.pa_type):
+        if isinstance(label, datasets.Value) and label.dtype in ("string", "large_string"):
             raise UserError(
                 f"label_column {self.label_column!r} of a stream must hold numbers or ClassLabel, it holds {label}: "
                 "words are numbered when all are read, leave --streaming out."

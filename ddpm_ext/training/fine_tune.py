@@ -21,6 +21,7 @@ from ..data.spec import DataSpec
 from ..diffusion.words import EXTENSION_KEY, LEARNED_VARIANCES
 from ..errors import UserError
 from ..models.classes import classes_of
+from ..models.values import Values, values_of
 from ..pipelines.ddpm import load_pipeline
 from ..pipelines.locate import find_pipeline
 from ..publishing.licenses import base_of_card
@@ -31,7 +32,17 @@ from .builders import NetworkOptions, build_scheduler
 from .config import OF_SCHEDULE, TrainConfig
 from .state import checkpoint
 
-__all__ = ["Origin", "Start", "add_lora", "check_class_names", "find_start", "freeze", "load_weights", "merged"]
+__all__ = [
+    "Origin",
+    "Start",
+    "add_lora",
+    "check_class_names",
+    "find_start",
+    "freeze",
+    "load_weights",
+    "merged",
+    "other_values",
+]
 
 # Weights whose shape follows from the images and the process: a network that differs elsewhere is another one.
 _HEADS = ("conv_in.", "conv_out.", "class_embedding.")
@@ -281,13 +292,37 @@ def check_class_names(start: Start, data: DataSpec) -> None:
         )
 
 
+def other_values(start: Start, data: DataSpec) -> str | None:
+    """Return a sentence where the source's images had another depth or range of values than these; None where not.
+
+    Args:
+        start: The source.
+        data: The record of the images.
+    """
+    spec = _source_spec(start)
+    there = values_of(start.network) if spec is None else Values(spec.bits, spec.value_range)
+    here = Values(data.bits, data.value_range)
+    if start.weights is None or there == here:
+        return None
+    return (
+        f"--init_from {start.config.init_from} was trained on {there}, and these images are read as {here}: equal "
+        "values mean other levels to it. --bits and --value_range of the source read them as it did."
+    )
+
+
+def _source_spec(start: Start) -> DataSpec | None:
+    """The record of the source's images; None where it left none here."""
+    path = Path(str(start.config.init_from)).expanduser()
+    if not path.exists():
+        return None
+    return DataSpec.from_run(path if not (path / checkpoint.STATE).is_file() else path.parent.parent)
+
+
 def _class_names(start: Start) -> Sequence[str] | None:
     """The names of the source's classes, by its network or its run."""
-    path = Path(str(start.config.init_from)).expanduser()
     names = (start.network.get(EXTENSION_KEY) or {}).get("class_names")
-    if names is None and path.exists():
-        spec = DataSpec.from_run(path if not (path / checkpoint.STATE).is_file() else path.parent.parent)
-        names = None if spec is None else spec.class_names
+    if names is None and (spec := _source_spec(start)) is not None:
+        names = spec.class_names
     return names
 
 

@@ -9,13 +9,14 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 from torch import nn
 
+from ..data.rows import say_once
 from ..diffusion.words import LEARNED_VARIANCES
 from ..distributed import set_numerics, take_dynamo, tell_deepspeed
 from ..run_dir import RunDir
 from . import builders
 from .builders import NetworkOptions
 from .config import TrainConfig
-from .fine_tune import Origin, Start, add_lora, check_class_names, find_start, freeze, load_weights
+from .fine_tune import Origin, Start, add_lora, check_class_names, find_start, freeze, load_weights, other_values
 from .plan.batch import plan_intervals, total_updates
 from .state.ema import make_averages
 from .state.meter import Meter
@@ -123,6 +124,8 @@ def _build_network(
     if start is None:
         return network, None
     check_class_names(start, data.spec)
+    if (said := other_values(start, data.spec)) is not None:
+        say_once(said)
     origin = start.origin
     if start.weights is not None:
         origin["new"] = load_weights(network, start)

@@ -197,7 +197,7 @@ def _plain_mode(image: Image.Image) -> str:
     if image.mode in ("P", "PA"):
         return "RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB"
     if "transparency" in image.info and image.mode in ("1", "L", "RGB"):  # one colour of the file stands for clear
-        return "RGBA"
+        return "RGBA" if image.mode == "RGB" else "LA"
     if image.mode in _MODES.values():
         return image.mode
     return {"1": "L", "La": "LA", "RGBa": "RGBA", "F": "L", "I": "L"}.get(image.mode.split(";")[0], "RGB")
