@@ -16,6 +16,7 @@ from torch import Tensor
 from ddpm_ext.models.unet import UNET_PRESETS
 from ddpm_ext.run_dir import RunError
 from ddpm_ext.training.plan.forecast import ACCELERATORS, GIB, forecast, forecast_lines, pass_costs
+from ddpm_ext.training.plan.summary import amount, duration
 from ddpm_ext.training.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +54,36 @@ def test_the_lines_say_what_fits() -> None:
     for said in ("2 x NVIDIA L4 24 GB", "GFLOP per training image", "fits into 22.5 GiB", "--gradient_checkpointing"):
         assert said in text
     assert "at 20% of 121 TFLOP/s (bf16)" in text and "20,000 updates" in text and "at 2 an hour" in text
+
+
+def test_the_lines_say_what_is_assumed_and_a_short_run_is_in_minutes() -> None:
+    config = dataclasses.replace(PRESETS["cifar10-small"].config, max_train_steps=1, train_data_dir=None)
+    text = "\n".join(forecast_lines(forecast(config, "h100"), price_per_hour=0.01))
+    assert "assumed     cifar10-small, on images of 32 x 32 and 3 channels; the data are not opened" in text
+    assert "1 process, passes of" in text and "whole run   1 update: " in text
+    assert " minutes, without sample grids" in text and "0.00 at" not in text and "e-" in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize("share", [1.01, 20])
+def test_more_than_the_whole_of_a_peak_is_refused(share: float) -> None:
+    config = dataclasses.replace(PRESETS["digits"].config, dry_run=True, forecast="l4", forecast_utilisation=share)
+    with pytest.raises(RunError, match=f"above 0 and at most 1, got {share:g}"):
+        forecast(config)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    config = dataclasses.replace(PRESETS["digits"].config, dataset_name=None, train_data_dir=str(tmp_path / "none"))
+    with pytest.raises(RunError, match=r"there is none at .*none"):
+        forecast(config, "l4")
+
+
+@pytest.mark.parametrize(
+    ("hours", "said"),
+    [(1234.5, "1,234.50 hours"), (0.01, "0.01 hours"), (0.006, "0.36 minutes"), (0.00001, "0.0006 minutes")],
+)
+def test_a_duration_is_never_nought(hours: float, said: str) -> None:
+    assert duration(hours) == said
+    assert (amount(3.5), amount(0.0042), amount(0)) == ("3.50", "0.0042", "0.00")
 
 
 def test_an_unknown_machine_is_refused() -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from ...run_dir import RunError
 from ..config import TrainConfig
+from .summary import plural
 
 __all__ = ["BatchPlan", "Intervals", "plan_batch", "plan_intervals", "total_updates"]
 
@@ -50,8 +51,9 @@ def plan_batch(config: TrainConfig, processes: int, global_batch: int | None = N
     ):
         raise RunError(
             f"--global_batch_size {config.global_batch_size} contradicts --train_batch_size {config.train_batch_size} "
-            f"x --gradient_accumulation_steps {config.gradient_accumulation_steps} x {processes} processes = {asked}; "
-            "leave out the accumulation, which follows from the other two, or the global batch."
+            f"x --gradient_accumulation_steps {config.gradient_accumulation_steps} x "
+            f"{plural(processes, 'process', 'processes')} = {asked}; leave out the accumulation, which "
+            "follows from the other two, or the global batch."
         )
     total = global_batch or config.global_batch_size or asked
     if total % processes:

@@ -15,7 +15,7 @@ from ...pipelines.seeds import SamplingStopped
 from ...run_dir import RunError
 from ...signals import PREEMPTED
 from ..state import checkpoint
-from .summary import describe, plural
+from .summary import amount, describe, duration, plural
 
 if TYPE_CHECKING:
     from ..outputs.export import Exporter
@@ -130,12 +130,12 @@ def _forecast(trainer: Trainer, left: int, measured: _Measured) -> list[str]:
         f"checkpoint  {measured.bytes / 2**20:,.1f} MiB, written and read back in {measured.saving:.1f} s",
         f"samples     {plural(grids, 'grid')} of {plural(config.eval_batch_size, 'image')}, "
         f"{measured.grid:,.0f} s each",
-        f"whole run   {plural(left, 'update')}, {plural(saves, 'checkpoint')} and the grids: {hours:,.2f} hours",
+        f"whole run   {plural(left, 'update')}, {plural(saves, 'checkpoint')} and the grids: {duration(hours)}",
     ]
     if config.eval_steps is not None:
         lines.append("            the evaluations of --eval_steps come on top")
     if config.price_per_hour is not None:
-        lines.append(f"cost        {hours * config.price_per_hour:,.2f} at {config.price_per_hour:g} an hour")
+        lines.append(f"cost        {amount(hours * config.price_per_hour)} at {config.price_per_hour:g} an hour")
     return lines
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import psutil
@@ -32,6 +33,7 @@ from ...run_dir import RunError
 from ..builders import NetworkOptions, network_config
 from ..config import TrainConfig
 from .batch import plan_batch
+from .summary import amount, duration, plural
 
 __all__ = ["ACCELERATORS", "AcceleratorSpec", "Forecast", "forecast", "forecast_lines", "pass_costs"]
 
@@ -91,6 +93,7 @@ class Forecast:
     """What a run takes on one accelerator of a kind; bytes are of one process."""
 
     accelerator: AcceleratorSpec
+    assumed: str  # network, size and channels of the images
     processes: int
     global_batch: int
     micro_batch: int
@@ -237,10 +240,11 @@ def forecast(config: TrainConfig, kind: str | None = None) -> Forecast:
         kind: A word of `ACCELERATORS`, or "cpu" for this machine's; None takes the options'.
 
     Raises:
-        RunError: no such kind, or a batch that cannot be shared.
+        RunError: no such kind, no such share of a peak, no such folder, or a batch that cannot be shared.
     """
     kind, processes = kind or config.forecast, config.forecast_processes
     check_word("forecast", kind, (*ACCELERATORS, "cpu"), RunError)
+    _check(config)
     accelerator = ACCELERATORS[kind] if kind in ACCELERATORS else _this_cpu()
     network = network_config(config)
     if network.get("sample_size") is None:
@@ -269,6 +273,7 @@ def forecast(config: TrainConfig, kind: str | None = None) -> Forecast:
     tflops, precision = peak_tflops(accelerator, config)
     return Forecast(
         accelerator=accelerator,
+        assumed=_assumed(config, network),
         processes=processes,
         global_batch=plan.global_batch,
         micro_batch=plan.micro_batch,
@@ -286,6 +291,22 @@ def forecast(config: TrainConfig, kind: str | None = None) -> Forecast:
         base=base,
         updates=config.max_train_steps,
     )
+
+
+def _check(config: TrainConfig) -> None:
+    """Refuse more than the whole of a peak, and a folder of images that is not there."""
+    share, folder = config.forecast_utilisation, config.train_data_dir
+    if not 0 < share <= 1:
+        raise RunError(f"forecast_utilisation must be a share of the peak, above 0 and at most 1, got {share:g}.")
+    if folder is not None and not Path(folder).exists():
+        raise RunError(f"train_data_dir must be a folder of images, and there is none at {folder}. Correct the path.")
+
+
+def _assumed(config: TrainConfig, network: NetworkOptions) -> str:
+    """Say which network is counted, and on which images."""
+    name = config.init_from or config.model_config_name_or_path or config.unet or "that of train_unconditional.py"
+    height, width = image_size(network)
+    return f"{name}, on images of {height} x {width} and {plural(network['in_channels'], 'channel')}"
 
 
 def _this_cpu() -> AcceleratorSpec:
@@ -326,8 +347,10 @@ def forecast_lines(found: Forecast, price_per_hour: float | None = None) -> list
     verdict = "fits" if found.peak <= room else "does NOT fit"
     lines = [
         f"forecast    {found.processes} x {card.name}, nothing measured; {card.source}",
+        f"assumed     {found.assumed}; the data are not opened",
         f"network     {found.parameters:,} parameters, {costs.flops_per_image / 1e9:,.1f} GFLOP per training image",
-        f"batch       {found.global_batch}: {found.processes} processes, passes of {found.micro_batch} images",
+        f"batch       {found.global_batch}: {plural(found.processes, 'process', 'processes')}, passes of "
+        f"{plural(found.micro_batch, 'image')}",
         f"memory      {found.peak / GIB:,.2f} GiB at the peak of a process, {verdict} into {card.memory_gib:g} GiB: "
         + ", ".join(f"{size / GIB:,.2f} {name}" for name, size in parts),
         f"largest     {found.largest_batch:,} images a pass, {found.largest_batch_checkpointed:,} with "
@@ -344,7 +367,9 @@ def forecast_lines(found: Forecast, price_per_hour: float | None = None) -> list
             "whole run   unknown: its length is in epochs of data that a forecast does not open; give --max_train_steps"
         )
     else:
-        lines.append(f"whole run   {found.updates:,} updates: {found.hours:,.2f} hours, without sample grids")
+        lines.append(
+            f"whole run   {plural(found.updates or 0, 'update')}: {duration(found.hours)}, without sample grids"
+        )
         if price_per_hour is not None:
-            lines.append(f"cost        {found.hours * price_per_hour:,.2f} at {price_per_hour:g} an hour")
+            lines.append(f"cost        {amount(found.hours * price_per_hour)} at {price_per_hour:g} an hour")
     return lines

@@ -12,7 +12,7 @@ from ...models.values import Values
 if TYPE_CHECKING:
     from ..trainer import Trainer
 
-__all__ = ["describe", "plural"]
+__all__ = ["amount", "describe", "duration", "plural"]
 
 
 def plural(count: int, noun: str, many: str | None = None) -> str:
@@ -24,6 +24,16 @@ def plural(count: int, noun: str, many: str | None = None) -> str:
         many: Its plural, where it is not made with an s.
     """
     return f"{count:,} {noun if count == 1 else many or noun + 's'}"
+
+
+def amount(value: float) -> str:
+    """Return an amount with two decimals; below a hundredth with two digits that say something."""
+    return f"{value:,.2f}" if value >= 0.01 or value == 0 else f"{value:.2g}"
+
+
+def duration(hours: float) -> str:
+    """Return "3.50 hours", or "0.36 minutes" where hours would be 0.00 or 0.01."""
+    return f"{hours:,.2f} hours" if hours >= 0.01 else f"{amount(hours * 60)} minutes"
 
 
 def describe(trainer: Trainer) -> list[str]:
