@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from mixture import guided_pipeline
 from pictures import save_pictures
 from training import TINY_UNET, assert_bitwise_equal, run_here, stopping_after, weights
@@ -106,6 +106,30 @@ def test_what_contradicts_the_source_is_refused_and_leaves_nothing(
     with pytest.raises(ValueError, match=line.replace("*", r"\*").replace("(", r"\(")):
         run_here(tmp_path / "run", **{**FROM, "init_from": source, **changes})
     assert not any((tmp_path / "run").iterdir())
+
+
+def test_a_solver_that_names_no_variance_needs_a_word_for_it(tmp_path: Path) -> None:
+    solver = DPMSolverMultistepScheduler(use_karras_sigmas=True)
+    pipeline = DDPMPipeline(UNet2DModel(**TINY_UNET), solver)  # pyright: ignore[reportArgumentType]
+    pipeline.save_pretrained(tmp_path / "source")
+    given: dict[str, Any] = {**FROM, "init_from": tmp_path / "source", "max_train_steps": 0}
+    words = "is a DPMSolverMultistepScheduler, which names no variance_type, .* give --variance_type fixed_small or"
+    with pytest.raises(RunError, match=words):
+        run_here(tmp_path / "run", **given)
+    for word in ("fixed_small", "fixed_large"):
+        assert run_here(tmp_path / word, **given, variance_type=word) == 0
+        assert json.loads((tmp_path / word / "config.json").read_text())["config"]["variance_type"] == word
+
+
+def test_steps_of_the_samples_that_the_offset_leaves_no_room_for_are_refused_before_the_run(tmp_path: Path) -> None:
+    scheduler = DDIMScheduler(num_train_timesteps=50, steps_offset=1, beta_schedule="squaredcos_cap_v2")
+    pipeline = DDPMPipeline(UNet2DModel(**TINY_UNET), scheduler)  # pyright: ignore[reportArgumentType]
+    pipeline.save_pretrained(tmp_path / "source")
+    given: dict[str, Any] = {**FROM, "init_from": tmp_path / "source", "max_train_steps": 0}
+    with pytest.raises(ValueError, match=r"or take 49 steps .*of a training ddpm_num_inference_steps"):
+        run_here(tmp_path / "run", **given, ddpm_num_inference_steps=1000)
+    assert not any((tmp_path / "run").iterdir())
+    assert run_here(tmp_path / "run", **given, ddpm_num_inference_steps=49) == 0
 
 
 def test_a_learned_variance_is_grown_when_asked_for_and_begins_in_the_middle(source: Path, tmp_path: Path) -> None:

@@ -150,6 +150,10 @@ def test_offset_moves_leading_only():
         assert respaced_timesteps(spacing, 1000, 50, offset=1) == respaced_timesteps(spacing, 1000, 50)
     with pytest.raises(ValueError, match=r"to 1..1000, outside 0..999. Choose an offset from 0 to 0"):
         respaced_timesteps("leading", 1000, 1000, offset=1)
+    words = r"0 to 0 in the scheduler's config \(scheduler_config.json of a folder\), or take 999 steps \(num_inference"
+    with pytest.raises(ValueError, match=words):
+        respaced_timesteps("leading", 1000, 1000, offset=1)
+    assert respaced_timesteps("leading", 1000, 999, offset=1)[-1] == 999
     with pytest.raises(ValueError, match="outside"):
         respaced_timesteps("leading", 1000, 10, offset=-1)
 

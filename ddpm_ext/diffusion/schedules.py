@@ -173,9 +173,12 @@ def respaced_timesteps(
     if spacing == "leading":
         times = [k * (T // K) + offset for k in range(K)]
         if not 0 <= times[0] <= times[-1] < T:
+            fewer = next((n for n in range(K, 0, -1) if 0 <= offset < T - (n - 1) * (T // n)), 0)
+            instead = f", or take {fewer} steps (num_inference_steps, of a training ddpm_num_inference_steps)"
             raise UserError(
                 f"steps_offset = {offset} moves the leading timesteps to {times[0]}..{times[-1]}, outside 0..{T - 1}. "
-                f"Choose an offset from 0 to {T - 1 - (K - 1) * (T // K)}."
+                f"Choose an offset from 0 to {T - 1 - (K - 1) * (T // K)} in the scheduler's config "
+                f"(scheduler_config.json of a folder){instead if fewer else ''}."
             )
         return times
     if spacing == "trailing":

@@ -18,6 +18,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from ..data.spec import DataSpec
+from ..diffusion.schedules import respaced_timesteps
 from ..diffusion.words import EXTENSION_KEY, LEARNED_VARIANCES
 from ..errors import UserError
 from ..models.classes import classes_of
@@ -113,9 +114,10 @@ def _load_start(config: TrainConfig) -> Start:
     folder = path if (path / checkpoint.STATE).is_file() else None
     if folder is None and (path / "checkpoints").is_dir() and not (path / "pipeline").is_dir():
         folder = checkpoint.newest_intact(path / "checkpoints")
-    network, scheduler, weights = _of_pipeline(name) if folder is None else _of_checkpoint(folder)
+    network, scheduler, weights = _of_pipeline(name, config) if folder is None else _of_checkpoint(folder)
     weights = {key: tensor.to(torch.float32) for key, tensor in weights.items()}
     adopted = _adopt(config, scheduler.config, network)
+    _check_samples(scheduler, adopted)
     origin: Origin = {
         "source": name,
         "base_model": None if path.exists() else name,
@@ -146,10 +148,22 @@ def _resumed_start(config: TrainConfig, state: JsonRecord) -> Start:
     return Start(adopted, network, scheduler, state["init_from"])
 
 
-def _of_pipeline(name: str) -> tuple[NetworkOptions, DDPMExtScheduler, dict[str, Tensor]]:
-    """Load network options, scheduler and weights of a pipeline."""
+def _of_pipeline(name: str, config: TrainConfig) -> tuple[NetworkOptions, DDPMExtScheduler, dict[str, Tensor]]:
+    """Load network options, scheduler and weights of a pipeline.
+
+    Raises:
+        RunError: its scheduler names no variance, and neither does an option.
+    """
     pipeline = load_pipeline(find_pipeline(name))
-    scheduler = cast(DDPMExtScheduler, DDPMExtScheduler.from_config(pipeline.scheduler.config))
+    theirs = pipeline.scheduler.config
+    is_unnamed = theirs.get("variance_type", "") is None  # of solvers whose steps draw nothing
+    if is_unnamed and "variance_type" not in config.asked and config.variance_type == TrainConfig.variance_type:
+        raise RunError(
+            f"The scheduler of {name} is a {type(pipeline.scheduler).__name__}, which names no variance_type, and a "
+            "training must have one: give --variance_type fixed_small or fixed_large."
+        )
+    said = {"variance_type": config.variance_type} if is_unnamed else {}
+    scheduler = cast(DDPMExtScheduler, DDPMExtScheduler.from_config(theirs, **said))
     return dict(pipeline.unet.config), scheduler, pipeline.unet.state_dict()
 
 
@@ -195,6 +209,14 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
 
 
 # What options may say beside it ---------------------------------------------------------------------------------------
+
+
+def _check_samples(scheduler: DDPMExtScheduler, config: TrainConfig) -> None:
+    """Raise UserError where the source's steps_offset leaves no room for the steps of the sample grids."""
+    theirs = scheduler.config
+    if theirs["steps_offset"] and theirs["timestep_spacing"] == "leading":
+        steps = min(config.ddpm_num_inference_steps, len(scheduler))
+        respaced_timesteps("leading", len(scheduler), steps, theirs["steps_offset"])
 
 
 def _adopt(config: TrainConfig, schedule: Mapping[str, object], network: NetworkOptions) -> TrainConfig:
