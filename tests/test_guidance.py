@@ -330,7 +330,7 @@ ODD_LABELS: list[Any] = [
         *((odd, class_options(3), "class_labels must be 2 ints") for odd in ODD_LABELS),
         *((odd, {}, "was not trained with class labels") for odd in ODD_LABELS),
         (0, {}, "was not trained with class labels"),
-        (None, class_options(3), "class-conditional: pass class_labels"),
+        (None, class_options(3), "class-conditional: pass class_labels .--class_label."),
         (0, {"num_class_embeds": 4, "_ddpm_ext": {"null_label": 1}}, "null_label must be the last"),
         (0, {"num_class_embeds": 4, "_ddpm_ext": {"class_names": ["a"]}}, "class_names must name 4 classes"),
     ],

@@ -553,7 +553,7 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"latents": torch.zeros(2, 3, 8, 8)}, r"latents must have shape \(1, 3, H, W\), got \(2, 3, 8, 8\)"),
     ({"latents": torch.zeros(1, 1, 8, 8)}, r"latents must have shape \(1, 3, H, W\), got \(1, 1, 8, 8\)"),
     ({"generator": [torch.Generator()] * 2}, "a list of one per image, 1 here, got a list of 2"),
-    ({"class_labels": 1}, "was not trained with class labels: leave class_labels out"),
+    ({"class_labels": 1}, "was not trained with class labels: leave class_labels .--class_label. out"),
     ({"callback_on_step_end_tensor_inputs": ["sample"]}, "callback_on_step_end_tensor_inputs must be"),
 ]
 
@@ -573,7 +573,7 @@ def test_bad_input_is_refused_before_the_first_step(options: dict[str, Any], sen
 @pytest.mark.parametrize(
     ("labels", "sentence"),
     [
-        (None, "class-conditional: pass class_labels"),
+        (None, "class-conditional: pass class_labels .--class_label."),
         (4, r"class_labels must be 2 ints in 0\.\.3, got 4"),
         (-1, r"class_labels must be 2 ints in 0\.\.3, got -1"),
         ([0, 1, 2], r"class_labels must be 2 ints in 0\.\.3"),

@@ -14,6 +14,8 @@ import pytest
 import torch
 from accelerator import is_installed
 from diffusers import DDIMScheduler, UNet2DModel
+from networks import tiny_scheduler
+from networks import tiny_unet as small_unet
 from PIL import Image
 from training import TORCHRUN, finish, forget_accelerator, run_here, start, weights
 
@@ -252,3 +254,20 @@ def test_two_processes_make_the_same_images(saved: Path, tmp_path: Path) -> None
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
     assert list(one) == list(two)
     assert all(np.abs(one[name].astype(int) - two[name].astype(int)).max() <= 1 for name in one)
+
+
+@pytest.mark.parametrize(
+    ("classes", "word", "sentence"),
+    [
+        (3, None, r"class-conditional: pass class_labels \(--class_label\)"),
+        (3, "9", r"--class_label must be a number in 0\.\.2, got 9\."),
+        (3, "cat", r"--class_label must be a number in 0\.\.2, got 'cat'"),
+        (None, "1", r"not trained with class labels: leave class_labels \(--class_label\) out"),
+    ],
+)
+def test_a_class_that_does_not_fit_is_told_by_the_name_of_the_option(
+    classes: int | None, word: str | None, sentence: str, tmp_path: Path
+) -> None:
+    DDPMExtPipeline(small_unet(num_class_embeds=classes), tiny_scheduler()).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=sentence):
+        sample(tmp_path / "model", tmp_path / "images", class_label=word)

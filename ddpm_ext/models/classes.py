@@ -91,13 +91,17 @@ def check_labels(
     classes = classes_of(config)
     if classes is None and config.get("class_embed_type") is None:
         if class_labels is not None:
-            raise UserError("This network was not trained with class labels: leave class_labels out.")
+            raise UserError("This network was not trained with class labels: leave class_labels (--class_label) out.")
         return None
-    expected = f"class_labels must be {count} ints" + (f" in 0..{classes.number - 1}" if classes else "")
+    expected = f"class_labels must be {count} int{'s' * (count > 1)}" + (
+        f" in 0..{classes.number - 1}" if classes else ""
+    )
     if classes is not None and classes.names is not None:
         expected += f" or of the names {', '.join(classes.names)}"
     if class_labels is None:
-        raise UserError(f"This network is class-conditional: pass class_labels. {expected}, or one for all.")
+        raise UserError(
+            f"This network is class-conditional: pass class_labels (--class_label). {expected}, or one for all."
+        )
     listed = class_labels if isinstance(class_labels, Sequence) and not isinstance(class_labels, str) else None
     found = class_labels if listed is None else [_number(label, classes, expected) for label in listed]
     found = _number(found, classes, expected)
@@ -132,7 +136,10 @@ def label_number(word: str, config: Config) -> int:
     by_number = word.isdecimal() and not numeric
     if names is not None and word in names:
         by_number = False
-    labels = check_labels(int(word) if by_number else word, 1, config)
+    try:
+        labels = check_labels(int(word) if by_number else word, 1, config)
+    except UserError as error:
+        raise UserError(str(error).replace("class_labels must be 1 int", "--class_label must be a number", 1)) from None
     assert labels is not None
     return int(labels[0])
 
