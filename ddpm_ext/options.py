@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import field, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from numbers import Integral
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import UserError, check_word
 
@@ -39,19 +42,51 @@ def required(help: str) -> Any:
 
 
 def check_options(options: DataclassInstance, error: type[UserError] = UserError) -> None:
-    """Refuse a word that is not of its `Literal` and a number outside its range, also of options that code has built.
+    """Refuse a value of another type, a word that is not of its `Literal` and a number outside its range.
 
-    None passes where it stands for off.
+    Code builds options, too: a path is taken as its text, NumPy's whole number as Python's, a tuple as a list, and None
+    passes where it stands for off.
     """
     for name, hint in get_type_hints(type(options)).items():
-        value, kinds = getattr(options, name), (hint, *get_args(hint))
+        value = plain = getattr(options, name)
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            plain = int(value)
+        elif isinstance(value, tuple):
+            plain = list(value)
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if str in kinds and isinstance(plain, (os.PathLike, int)) and not isinstance(plain, bool):
+            plain = os.fspath(plain) if isinstance(plain, os.PathLike) else str(plain)  # a resolution may be a number
+        if plain is not value:
+            object.__setattr__(options, name, plain)
         words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
-        if words and (value is not None or type(None) not in kinds):
-            check_word(name, value, words, error)
+        if words and (plain is not None or type(None) not in kinds):
+            check_word(name, plain, words, error)
+        elif not words and not any(_is_of(plain, kind) for kind in kinds):
+            wanted = " or ".join(_KINDS.get(get_origin(kind) or kind, str(kind)) for kind in kinds)
+            raise error(f"{name} must be {wanted}, got {plain!r}.")
     for one in fields(options):
         value = getattr(options, one.name)
         if isinstance(value, (int, float)) and (range_words := _out_of_range(one.metadata, value)):
             raise error(f"{one.name} must be {range_words}, got {value}.")
+
+
+_KINDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    frozenset: "a frozenset",
+    type(None): "None",
+}
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether a value is of the type of an option; True is no number, and a whole number does for another."""
+    kind = get_origin(kind) or kind
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, {float: (int, float)}.get(kind, kind))
 
 
 def _out_of_range(rules: Mapping[str, Any], value: float) -> str:
@@ -62,5 +97,7 @@ def _out_of_range(rules: Mapping[str, Any], value: float) -> str:
     if low <= value < below and value > above:
         return ""
     if below < math.inf:
+        if max(low, above) == -math.inf:
+            return f"below {below}"
         return f"in ({above}, {below})" if above > -math.inf else f"in [{low}, {below})"
     return f"above {above}" if above > -math.inf else f"at least {low}"

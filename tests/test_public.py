@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import ddpm_ext
@@ -141,3 +142,31 @@ def test_options_that_code_has_built_are_checked_as_those_of_a_command() -> None
             kind(**options)
         assert sentence in str(refused.value)
     assert SampleConfig(model="x", num_inference_steps=None).num_inference_steps is None
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"use_ema": "no"}, "use_ema must be True or False, got 'no'."),
+        ({"max_train_steps": 2.5}, "max_train_steps must be a whole number or None, got 2.5."),
+        ({"max_train_steps": "2"}, "max_train_steps must be a whole number or None, got '2'."),
+        ({"learning_rate": True}, "learning_rate must be a number, got True."),
+        ({"beta_start": "x"}, "beta_start must be a number, got 'x'."),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5."),
+        ({"seed": 2**64}, "seed must be in [0, 4611686018427387904), got 18446744073709551616."),
+        ({"ema_sigma_rel": 0.1}, "ema_sigma_rel must be a list, got 0.1."),
+        ({"forecast": "h100"}, "forecast has an effect only with dry_run true"),
+    ],
+)
+def test_values_of_another_type_are_refused_where_code_gives_them(given: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ddpm_ext.UserError) as refused:
+        ddpm_ext.TrainConfig(**{"unet": "digits", "max_train_steps": 2, **given})
+    assert sentence in str(refused.value)
+
+
+def test_paths_and_numpys_numbers_are_taken_as_a_command_line_gives_them() -> None:
+    given = {"output_dir": Path("runs/x"), "seed": np.int64(3), "resolution": 32, "ema_sigma_rel": (0.1, 0.05)}
+    config = ddpm_ext.TrainConfig(unet="digits", max_train_steps=2, **given)
+    found = {name: getattr(config, name) for name in given}
+    assert found == {"output_dir": "runs/x", "seed": 3, "resolution": "32", "ema_sigma_rel": [0.1, 0.05]}
+    assert {type(value) for value in found.values()} == {str, int, list}

@@ -41,7 +41,7 @@ class MeasureConfig:
     max_reference_images: int | None = option(None, "Only the first so many of the reference; none: all.", at_least=1)
     max_bpd_images: int | None = option(None, "Only the first so many images for bits/dim; none: all.", at_least=1)
 
-    seed: int = option(0, "Image i is drawn from seed + i.")
+    seed: int = option(0, "Image i is drawn from seed + i.", below=2**62)
     batch_size: int = option(250, "Generated images of one process at a time.", at_least=1)
     extractor: str = option("inception", "inception, dinov2, clip, pixels, or a transformers vision model.")
     extractor_size: int | None = option(

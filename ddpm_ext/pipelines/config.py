@@ -64,7 +64,7 @@ class SampleConfig(GuidanceConfig):
     output_dir: str = option("samples", "Folder for 000000.png ... and grid.png.")
     num_samples: int = option(64, "Number of images.", at_least=1)
     batch_size: int = option(64, "Images of one process at a time.", at_least=1)
-    seed: int = option(0, "Image i is drawn from torch.Generator().manual_seed(seed + i).")
+    seed: int = option(0, "Image i is drawn from torch.Generator().manual_seed(seed + i).", below=2**62)
     num_inference_steps: int | None = option(None, "Denoising steps; none: all T of the model.", at_least=1)
     class_label: str | None = option(None, "Class of all images, by name or number, for conditional networks.")
     bits: int | None = option(None, "Depth of the files, 8 or 16 (PNG; arrays as .npy); none: the network's images'.")

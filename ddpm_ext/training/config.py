@@ -161,6 +161,8 @@ def _check_launch_and_evaluation(config: TrainConfig) -> None:
             f"local_rank {config.local_rank} names one of several processes, and no launcher has started this one; "
             "start them with torchrun or accelerate launch, and leave --local_rank out."
         )
+    if config.forecast is not None and not config.dry_run:
+        raise UserError("forecast has an effect only with dry_run true: nothing is trained, nothing is allocated.")
     if config.double and config.mixed_precision != "no":
         raise UserError(
             f'double trains in float64, and mixed_precision is "{config.mixed_precision}"; drop one of them.'

@@ -250,7 +250,7 @@ class RunOptions:
     overwrite_output_dir: bool = option(
         False, "Delete what an earlier run left; this very run, unfinished, resumes.", neutral=True
     )
-    seed: int = option(0, "Seed of everything random.", at_least=0)
+    seed: int = option(0, "Seed of everything random.", below=2**62, at_least=0)
     checkpointing_steps: int = option(500, "Updates between checkpoints.", at_least=1, neutral=True)
     checkpoints_total_limit: int | None = option(2, "Checkpoints kept; none: all.", at_least=1, neutral=True)
     resume_from_checkpoint: str | None = option(
