@@ -86,7 +86,7 @@ def _is_of(value: object, kind: Any) -> bool:
     kind = get_origin(kind) or kind
     if isinstance(value, bool):
         return kind is bool
-    return isinstance(value, {float: (int, float)}.get(kind, kind))
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _out_of_range(rules: Mapping[str, Any], value: float) -> str:
