@@ -11,6 +11,7 @@ import pytest
 from diffusers import UNet2DModel
 from PIL import Image
 
+from ddpm_ext.data.dataset import load_images
 from ddpm_ext.data.spec import DataSpec
 from ddpm_ext.models.classes import class_options, label_number
 from ddpm_ext.models.values import Values, value_options, values_of
@@ -115,6 +116,18 @@ def test_images_say_their_depth_and_bands(
         with Image.open(tmp_path / "images" / name) as image:
             assert image.info.get("Description") == words
     assert f"({grid})" in capsys.readouterr().out
+
+
+def test_samples_of_a_range_say_how_levels_become_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = pipeline_of(tmp_path / "model", 1, bits=12, value_range=[-1000, 3095])
+    for _ in range(2):  # and the record of the first is that of the second
+        assert sample(model, tmp_path / "images") == 0
+        assert "The files hold levels: value = -1000 + level * 4095 / 65535." in capsys.readouterr().out
+    record = json.loads((tmp_path / "images" / "samples.json").read_text())
+    assert record["value_range"] == [-1000, 3095] and record["values"] == "value = -1000 + level * 4095 / 65535"
+    with pytest.raises(ValueError, match=r"its images hold levels .*: give --value_range 0 65535"):
+        load_images(train_data_dir=str(tmp_path / "images"), value_range=(-1000, 3095))
+    assert len(load_images(train_data_dir=str(tmp_path / "images"), value_range=(0, 65535))) == 2
 
 
 def test_a_class_is_named_by_its_folder() -> None:

@@ -22,6 +22,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ..errors import UserError, did_you_mean
+from ..run_dir import read_json
 from .cells import Source
 from .decoding.files import archive_kind, paths_of_set
 from .folder import (
@@ -89,6 +90,7 @@ def open_source(spec: DataSpec, cache_dir: str | None, streaming: bool = False) 
         if path.is_file() and path.suffix.lower() in ARRAYS:
             return _open_array_set(spec, name, streaming)
         if path.is_dir():
+            _refuse_levels(path, spec)
             return _open_folder(path, spec.dataset_config_name, split, cache_dir, streaming)
         if spec.data_dir is not None:
             raise UserError("it is a file: give its folder." if path.is_file() else "there is no such folder.")
@@ -151,6 +153,20 @@ def _open_folder(folder: Path, config: str | None, split: str, cache_dir: str | 
         source = _load_dataset("imagefolder", data_files={split: [str(base / "**")]}, **options)
         return Source(source, _unnamed(source, base, [one for one in entries if Path(one.path).is_relative_to(base)]))
     return _open_listing(list_images(entries, split, str(folder)), split, streaming)
+
+
+def _refuse_levels(folder: Path, spec: DataSpec) -> None:
+    """Refuse to read the levels that `sample` wrote as the values that they stand for."""
+    if spec.value_range is None or not (folder / "samples.json").is_file():
+        return
+    record = read_json(folder / "samples.json")
+    levels = (0.0, 2.0 ** record.get("bits", 8) - 1)
+    if record.get("value_range") is not None and spec.value_range != levels:
+        raise UserError(
+            f"samples.json says that its images hold levels ({record.get('values')}), and value_range is "
+            f"{spec.value_range[0]:g} to {spec.value_range[1]:g}: give --value_range 0 {levels[1]:g}, or turn levels "
+            "into values in a folder of their own."
+        )
 
 
 def _open_saved(folder: Path, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:

@@ -216,6 +216,9 @@ class _Folder:
         options = {name: value for name, value in options.items() if not name.startswith("guidance_")}
         options |= {"class_label": self.label, "bits": self.bits}
         self.record = {"model": config.model, **options, "guidance": config.guidance, **identity(self.pipeline)}
+        self.meaning = _meaning(values_of(network).value_range, self.bits)
+        if self.meaning:
+            self.record |= {"value_range": values_of(network).value_range, "values": self.meaning}
         if config.dtype != "float32":
             self.pipeline.to(getattr(torch, config.dtype))
         self.pipeline.set_progress_bar_config(disable=not accelerator.is_main_process)
@@ -244,6 +247,8 @@ class _Folder:
         if not path.exists():
             return
         there = {"bits": 8, **read_json(path)}  # as before there was a choice
+        if self.meaning:  # of the weights, which are compared
+            there |= {name: self.record[name] for name in ("value_range", "values")}
         asked = {name: value for name, value in self.record.items() if name != "model"}
         if "weights" not in there:  # a record of version 0.1.0 before it named them: an image tells
             first = next((i for i in range(self.config.num_samples) if self.has(i)), None)
@@ -316,6 +321,16 @@ class _Folder:
         save_png(grid, self.path / "grid.png", words)
         images = "1 image" if number == 1 else f"{number:,} images"
         print(f"{images} in {self.path}, the first of them in {self.path / 'grid.png'} ({words})")
+        if self.meaning:
+            print(f"The files hold levels: {self.meaning}.")
+
+
+def _meaning(value_range: tuple[float, float] | None, bits: int) -> str | None:
+    """Return how the values of a network's range follow from the levels in the files; None without a range."""
+    if value_range is None:
+        return None
+    lo, hi = value_range
+    return f"value = {lo:g} + level * {hi - lo:g} / {2**bits - 1}"
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
