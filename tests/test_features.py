@@ -195,6 +195,15 @@ def test_a_name_that_is_no_model_is_a_sentence(tmp_path: Path) -> None:
         make_extractor(str(tmp_path / "nothing"))
 
 
+@pytest.mark.parametrize(("name", "meant"), [("pixel", "pixels"), ("Inception", "inception"), ("dino2", "dinov2")])
+def test_a_name_near_a_known_word_is_refused_before_the_hub_is_asked(
+    name: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_: pytest.fail("the Hub was asked"))
+    with pytest.raises(ValueError, match=rf'got "{name}"\. Did you mean {meant}\?'):
+        make_extractor(name)
+
+
 def test_large_images_are_scaled_down_with_antialiasing_and_small_ones_as_plain_bilinear() -> None:
     prepare = Preprocessing(1, (4, 4), "bilinear", (0.0,), (1.0,))
     dots = torch.zeros((1, 1, 1, 32))

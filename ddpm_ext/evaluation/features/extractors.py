@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 HUB_NAMES = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}
+_WORDS = ("pixels", "inception", *HUB_NAMES)
 PIL_MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
 
@@ -215,6 +217,11 @@ def load_transformers(name: str) -> tuple[torch.nn.Module, PretrainedConfig]:
     """A vision model and its config, from a folder or the Hub."""
     import transformers
 
+    meant = "" if "/" in name or Path(name).is_dir() else did_you_mean(name, _WORDS)
+    if meant:  # before the Hub is asked
+        raise UserError(
+            f'extractor must be one of {", ".join(_WORDS)} or a transformers vision model, got "{name}".{meant}'
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         if config.model_type == "clip":
@@ -225,7 +232,7 @@ def load_transformers(name: str) -> tuple[torch.nn.Module, PretrainedConfig]:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f'"{name}" is neither "pixels", "inception", "dinov2", "clip" nor a transformers vision model in reach: '
-            f"{str(error).strip().splitlines()[0]}{did_you_mean(name, ('pixels', 'inception', 'dinov2', 'clip'))}"
+            f"{str(error).strip().splitlines()[0]}{did_you_mean(name, _WORDS)}"
         ) from error
 
 
