@@ -69,6 +69,7 @@ def test_the_help_of_train_has_presets_groups_and_no_idle_negations(capsys: pyte
     assert "--no_dry_run" not in text and "--no_push_to_hub" not in text  # off everywhere
     assert text.count("\n\n") >= 8  # groups
     assert "  cifar10: FID 3.17" in text
+    assert ".py" not in text.replace("train_unconditional.py", "")  # options are named, not modules
 
 
 def test_required_options_say_so(capsys: pytest.CaptureFixture[str]) -> None:

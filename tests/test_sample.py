@@ -95,6 +95,13 @@ def test_a_folder_is_filled_and_what_is_there_is_kept(saved: Path, tmp_path: Pat
         sample(saved, tmp_path / "out", seed=9)
 
 
+def test_files_deeper_than_the_networks_images_have_a_grid_of_8_bits(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample(saved, tmp_path / "out", num_samples=1, bits=16)
+    assert capsys.readouterr().out.rstrip().endswith("grid.png (drawn at 8 bits)")
+
+
 def test_images_of_other_weights_schedulers_or_options_are_refused(saved: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     sample(saved, out)

@@ -319,6 +319,8 @@ class _Folder:
         shown = np.stack([self.read(i) for i in range(min(number, _IN_GRID))])
         grid, words = shown_grid(shown, self.pipeline.unet.config, self.config.rgb_bands)
         save_png(grid, self.path / "grid.png", words)
+        if self.bits > 8 >= values_of(self.pipeline.unet.config).bits:  # deeper files than the network's images
+            words = f"drawn at {words}"
         images = "1 image" if number == 1 else f"{number:,} images"
         print(f"{images} in {self.path}, the first of them in {self.path / 'grid.png'} ({words})")
         if self.meaning:

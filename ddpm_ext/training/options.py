@@ -337,7 +337,7 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """A small evaluation of the averaged weights during the run; see validation.py."""
+    """A small evaluation of the averaged weights during the run, with --eval_steps."""
 
     eval_steps: int | None = option(None, "Updates between evaluations; none: no evaluation.", at_least=1, neutral=True)
     eval_metric: Literal["fid", "bits_per_dim"] = option(
