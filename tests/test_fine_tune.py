@@ -178,6 +178,15 @@ def test_a_head_of_which_the_schedule_does_not_know_is_refused_before_the_run(tm
     assert not any((tmp_path / "run").iterdir())
 
 
+def test_a_network_that_takes_labels_without_a_table_asks_for_the_option(tmp_path: Path) -> None:
+    from ddpm_ext.training.fine_tune import _adopt
+
+    options: Any = {**TINY_UNET, "class_embed_type": "timestep"}
+    config = parse_train_config(["--dataset_name", "digits", "--output_dir", str(tmp_path)])
+    with pytest.raises(RunError, match="the network takes class labels, give --class_conditional"):
+        _adopt(config, DDPMExtScheduler().config, options)
+
+
 def test_three_channels_become_one_when_asked_for(tmp_path: Path) -> None:
     there = save(tmp_path / "source", RGB)
     given = {"init_from": tmp_path / "source", "init_new_head": True, "max_train_steps": 0}

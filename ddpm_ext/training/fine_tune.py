@@ -245,6 +245,8 @@ def _adopt(config: TrainConfig, schedule: Mapping[str, object], network: Network
     ):
         wrong.append("  class_conditional: the network knows classes")
     classes = config.class_conditional or (conditional and "class_conditional" not in config.asked)
+    if network.get("class_embed_type") is not None and not classes:
+        wrong.append("  class_conditional: the network takes class labels, give --class_conditional")
     if config.class_dropout and not classes:
         wrong.append("  class_dropout: the network knows no classes, add them with --class_conditional --init_new_head")
     if wrong:
