@@ -79,7 +79,7 @@ def check_scheduler(scheduler: Any) -> None:
     """
     missing = [name for name in ("set_timesteps", "scale_model_input", "step") if not hasattr(scheduler, name)]
     missing += [] if "num_train_timesteps" in scheduler.config else ["option num_train_timesteps"]
-    missing += [] if hasattr(scheduler, "init_noise_sigma") else ["init_noise_sigma"]
+    missing += [name for name in ("init_noise_sigma", "alphas_cumprod") if not hasattr(scheduler, name)]
     why = f"it has no {' and no '.join(missing)}"
     if not missing:
         needs = list(inspect.signature(scheduler.step).parameters.values())
