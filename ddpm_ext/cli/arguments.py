@@ -93,8 +93,8 @@ def parse_options(
     with _usage():
         words, _ = _canonical(list(sys.argv[1:] if argv is None else argv), options)
         made = options(**vars(_make_parser(options, description, prog=prog).parse_args(words)))
-    if getattr(made, "output_dir", None) is not None:
-        check_folder("output_dir", made.output_dir)  # before hours of work
+    if (folder := getattr(made, "output_dir", None)) is not None:
+        check_folder("output_dir", folder)  # before hours of work
     return made
 
 

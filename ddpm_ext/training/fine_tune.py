@@ -162,8 +162,8 @@ def _of_pipeline(name: str, config: TrainConfig) -> tuple[NetworkOptions, DDPMEx
             f"The scheduler of {name} is a {type(pipeline.scheduler).__name__}, which names no variance_type, and a "
             "training must have one: give --variance_type fixed_small or fixed_large."
         )
-    said = {"variance_type": config.variance_type} if is_unnamed else {}
-    scheduler = cast(DDPMExtScheduler, DDPMExtScheduler.from_config(theirs, **said))
+    said = {**theirs, "variance_type": config.variance_type} if is_unnamed else theirs
+    scheduler = cast(DDPMExtScheduler, DDPMExtScheduler.from_config(said))
     return dict(pipeline.unet.config), scheduler, pipeline.unet.state_dict()
 
 
