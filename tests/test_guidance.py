@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -334,7 +335,7 @@ ODD_LABELS: list[Any] = [
         (0, {"num_class_embeds": 4, "_ddpm_ext": {"null_label": 1}}, "null_label must be the last"),
         (0, {"num_class_embeds": 4, "_ddpm_ext": {"class_names": ["a"]}}, "class_names must name 4 classes"),
     ],
-    ids=str,
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),  # the same in every worker
 )
 def test_labels_that_are_none_are_a_sentence(labels: Any, config: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
