@@ -188,7 +188,11 @@ def test_a_command_without_checkpoints_is_interrupted_by_either_signal(
 
     former = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("ddpm_ext.cli.main._command", lambda _: command)
-    assert main(["push"]) == INTERRUPTED and signal.getsignal(signal.SIGTERM) is former
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores SIGINT
+    try:
+        assert main(["push"]) == INTERRUPTED and signal.getsignal(signal.SIGTERM) is former
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert capsys.readouterr().err == "error: interrupted.\n"
 
 
