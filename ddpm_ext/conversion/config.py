@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from ..errors import UserError, check_word
+from ..errors import UserError
 from ..options import check_options, option, required
 
 __all__ = ["ConvertError", "ConvertOptions", "Source", "codes", "unanswered"]
@@ -95,16 +95,6 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         check_options(self, ConvertError)
-        words = {
-            "prediction_type": ("epsilon", "sample", "posterior_mean"),
-            "variance_type": ("fixed_small", "fixed_large", "learned", "learned_range"),
-            "noise_schedule": ("linear", "cosine", "quad", "sigmoid"),
-            "attention_order": ("legacy", "new"),
-            "null_label": ("none", "last"),
-        }
-        for name, allowed in words.items():
-            if (word := getattr(self, name)) is not None:
-                check_word(name, word, allowed, ConvertError)
         if self.num_heads is not None and self.num_head_channels is not None:
             raise ConvertError("--num_heads and --num_head_channels say the same in two ways: give one of them.")
         self.check_source(self.source)
